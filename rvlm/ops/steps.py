@@ -17,10 +17,12 @@ from rvlm.ops._dispatch import Op
 
 __all__ = ["l2_step_", "linf_step", "linf_step_", "uniform_start"]
 
-_STEP = "(Tensor{} x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps, float lo, float hi, Tensor? active, float levels)"
+_STEP = (
+    "(Tensor{} x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps, float lo, float hi, "
+    "Tensor? active, float levels)"
+)
 _START = "(Tensor x, Tensor eps, Tensor sample_ids, int seed, float lo, float hi, int stream) -> Tensor"
 
-# ---------------------------------------------------------------------------------------------------------- reference
 
 
 def _per_row(t: Tensor, x: Tensor) -> Tensor:
@@ -112,7 +114,6 @@ def _mul_words(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-# --------------------------------------------------------------------------------------------------------- registration
 
 _linf_op_ = Op(
     "linf_step_",
@@ -143,7 +144,6 @@ _start_op = Op(
     triton="rvlm.ops._triton:uniform_start",
 )
 
-# --------------------------------------------------------------------------------------------------------------- public
 
 
 def linf_step_(
@@ -165,7 +165,8 @@ def linf_step_(
 
     Args:
         x_adv: iterate [B, ...], float32 or float64, any layout; overwritten.
-        grad: gradient [B, ...]; float32, bfloat16 or float16 (or float64 for float64 images). sign(0) and sign(NaN) are 0.
+        grad: gradient [B, ...], any floating dtype; bfloat16 and float16 are widened pixel by pixel, without a copy.
+            sign(0) and sign(NaN) are 0.
         x: clean images, shape, dtype and device of x_adv, inside [lo, hi]; may be expanded, must not be x_adv itself.
         alpha: step size in pixel units, a float or [B]; negative to descend.
         eps: radius in pixel units, a float or [B].
@@ -265,7 +266,7 @@ def uniform_start(
         sample_ids = torch.arange(len(x), device=x.device)
     if sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x),):
         raise ValueError(
-            f"sample_ids must be int64 [{len(x)}], got {_kind(sample_ids)}. Pass one stable integer per sample, or None."
+            f"sample_ids must be int64 [{len(x)}], one stable number per sample, got {_kind(sample_ids)}"
         )
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream must fit in 32 bits, got {stream}")
@@ -279,7 +280,6 @@ def uniform_start(
     return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
 
 
-# ------------------------------------------------------------------------------------------------- arguments of the steps
 
 
 def _step_(op, x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize):

@@ -1,0 +1,16 @@
+"""Adversarial attacks on any model: a callable from pixels in [0, 1] to logits.
+
+    from rvlm.attacks import pgd
+    x_adv = pgd(model, x, y, eps=4 / 255, steps=10)
+
+Every attack is a function and a class of the same name in capitals (`pgd`, `PGD`). The contract they share, what they
+promise about the model, the random numbers and the ball, is in `rvlm.attacks.contract`.
+"""
+
+from rvlm.attacks.contract import AttackWarning, scoring
+from rvlm.attacks.fgsm import FGSM, fgsm
+from rvlm.attacks.losses import LOSSES
+from rvlm.attacks.objective import AttackResult
+from rvlm.attacks.pgd import PGD, pgd
+
+__all__ = ["FGSM", "LOSSES", "PGD", "AttackResult", "AttackWarning", "fgsm", "pgd", "scoring"]
