@@ -12,6 +12,7 @@ printed in one line and repeated by `rvlm info`.
 import json
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -49,12 +50,23 @@ def _cuda_extension():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return CUDAExtension(
         "rvlm._C_cuda",
-        ["csrc/cuda/module.cpp", "csrc/cuda/steps.cu"],
+        ["csrc/module.cpp", "csrc/cuda/register.cpp", "csrc/cuda/steps.cu"],
         include_dirs=[os.path.abspath("csrc")],
+        library_dirs=_cudart_dirs(),
         define_macros=[*STABLE_ABI, ("RVLM_MODULE", "_C_cuda"), ("USE_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-lineinfo"]},
         py_limited_api=True,
     )
+
+
+def _cudart_dirs() -> list[str]:
+    """Where the toolkit behind nvcc keeps libcudart; torch looks beside nvcc, which may be a wrapper elsewhere."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = os.path.join(CUDA_HOME or "/usr", "bin", "nvcc")
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    top = next((line.split("=", 1)[1].strip() for line in plan.splitlines() if line.startswith("#$ TOP=")), None)
+    return [] if top is None else [os.path.join(top, "lib64"), os.path.join(top, "lib")]
 
 
 def _host_extension():
@@ -144,6 +156,9 @@ class BuildExt(build_ext):
     def _write(self, info: dict) -> None:
         folder = Path("rvlm") if self.inplace else Path(self.build_lib) / "rvlm"
         folder.mkdir(parents=True, exist_ok=True)
+        for name, built in (("_C", info["ext"] != "none"), ("_C_cuda", info["ext"] == "cuda"), ("_host", info["host"])):
+            for stale in folder.glob(f"{name}.*so") if not built else ():
+                stale.unlink()  # of an earlier build in place: what is imported must be what is reported
         (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
         print(f"rvlm: built {info['ext']}" + (f" ({info['reason']})" if info["reason"] else ""))
 

@@ -1,0 +1,90 @@
+"""Registration: schemas, fakes and compilers agree with what the ops do; backends are chosen and reported as promised."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rvlm import ops
+
+NAMES = ["l2_step_", "linf_step", "linf_step_", "uniform_start"]
+
+
+def _arguments(name, memory_format=torch.contiguous_format):
+    x = torch.rand(3, 3, 4, 4).to(memory_format=memory_format)
+    if name == "uniform_start":
+        return (x, torch.full((1,), 0.1), torch.arange(3), 5, 0.0, 1.0, 0)
+    alpha, active = torch.full((3,), 0.1), torch.tensor([True, False, True])
+    return (x.clone(), torch.randn_like(x), x, alpha, torch.full((1,), 0.1), 0.0, 1.0, active, 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("namespace", ["rvlm", "rvlm_cpp"])
+def test_opcheck(name, namespace):
+    if namespace == "rvlm_cpp" and "cpp" in ops.backends()["missing"]:
+        pytest.skip("the C++ part is not built")
+    torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, _arguments(name))
+    if name != "uniform_start":
+        torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, _arguments(name, torch.channels_last))
+
+
+def test_public_functions_compile_without_graph_breaks():
+    x = torch.rand(2, 3, 8, 8)
+    x_adv, grad = (x + 0.01).clamp(0, 1), torch.randn_like(x)
+
+    def job(x_adv, grad, x):
+        start = ops.uniform_start(x, 0.03, None, 7)
+        y = ops.linf_step(x_adv, grad, x, 0.01, 0.03) + start
+        ops.linf_step_(x_adv, grad, x, 0.01, 0.03)
+        ops.l2_step_(x_adv, grad, x, 0.1, 0.3)
+        return y
+
+    expected_adv, compiled_adv = x_adv.clone(), x_adv.clone()
+    expected = job(expected_adv, grad, x)
+    result = torch.compile(job, fullgraph=True, backend="aot_eager")(compiled_adv, grad, x)
+    assert torch.equal(result, expected) and torch.equal(compiled_adv, expected_adv)
+
+
+def test_every_op_has_a_backend_on_both_devices():
+    found = ops.backends()
+    assert sorted(found["ops"]) == NAMES
+    for chosen in found["ops"].values():
+        assert chosen["cpu"] in ("cpp", "reference") and chosen["cuda"] in ("triton", "reference")
+        assert ("cpp" in found["missing"]) == (chosen["cpu"] == "reference")
+
+
+def test_a_forced_backend_that_is_missing_names_both(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.rand(2, 3)
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"linf_step.*'triton'.*TRITON_INTERPRET"):
+        ops.linf_step(x, x.clone(), x.clone(), 0.1, 0.1)
+    assert ops.backends()["forced"] == "auto"
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), ops.use_backend("cuda"):
+        pass
+
+
+def test_pure_python_runs_and_says_why():
+    """Without compiled parts and without Triton the ops still work, on the reference."""
+    code = """
+import sys
+sys.modules["rvlm._C"] = sys.modules["rvlm._C_cuda"] = sys.modules["rvlm._host"] = sys.modules["triton"] = None
+import torch
+from rvlm import ops, profiling
+found = ops.backends()
+assert all(v == {"cpu": "reference", "cuda": "reference"} for v in found["ops"].values()), found
+assert set(found["missing"]) == {"cpp", "cuda_cpp", "triton"}, found
+x = torch.rand(2, 3)
+assert ops.linf_step(x, torch.ones(2, 3), x.clone(), 0.1, 0.05).sub(x).abs().max() <= 0.051
+try:
+    with ops.use_backend("cpp"):
+        ops.linf_step(x, x.clone(), x.clone(), 0.1, 0.1)
+except RuntimeError as error:
+    assert "rvlm._C could not be imported" in str(error), error
+else:
+    raise AssertionError("a missing backend must not fall back")
+with profiling.record() as timer, profiling.phase("a"):
+    pass
+assert timer.totals()["a"][1] == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
