@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
@@ -170,10 +170,7 @@ def _one_line(error: BaseException) -> str:
 
 setup(
     # kernels/ installs as rvlm.kernels: "kernels" itself is the import name of another package on PyPI.
-    packages=[
-        "rvlm", "rvlm.ops", "rvlm.attacks", "rvlm.models", "rvlm.data", "rvlm.methods", "rvlm.training",
-        "rvlm.evaluation", "rvlm.report", "rvlm.recipes", "rvlm.kernels",
-    ],
+    packages=[*find_packages(include=["rvlm", "rvlm.*"]), "rvlm.kernels"],
     package_dir={"rvlm": "rvlm", "rvlm.kernels": "kernels"},
     package_data={"rvlm.recipes": ["**/*.yaml"], "rvlm.report": ["*.html"], "rvlm": ["_build_info.json"]},
     # The sources are listed for the sdist; BuildExt replaces this entry by what the machine can build.

@@ -1,4 +1,4 @@
-"""Registration: schemas, fakes and compilers agree with what the ops do; backends are chosen and reported as promised."""
+"""Registration: schemas, fakes and compilers agree with the ops; backends are chosen and reported as promised."""
 
 import subprocess
 import sys
@@ -24,9 +24,10 @@ def _arguments(name, memory_format=torch.contiguous_format):
 def test_opcheck(name, namespace):
     if namespace == "rvlm_cpp" and "cpp" in ops.backends()["missing"]:
         pytest.skip("the C++ part is not built")
-    torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, _arguments(name))
+    op = getattr(getattr(torch.ops, namespace), name).default
+    torch.library.opcheck(op, _arguments(name))
     if name != "uniform_start":
-        torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, _arguments(name, torch.channels_last))
+        torch.library.opcheck(op, _arguments(name, torch.channels_last))
 
 
 def test_public_functions_compile_without_graph_breaks():
