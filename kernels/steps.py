@@ -205,14 +205,16 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+# Unspecialised and of a fixed type: otherwise a seed's size and its divisibility by 16 would each compile a variant.
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream"])
 def _uniform_start_kernel(
     out_ptr,  # [B, n]
     x_ptr,  # [B, n]
     eps_ptr,  # [B] or [1]
     ids_ptr,  # [B] int64
     n,
-    seed: tl.int64,
+    seed_low: tl.int64,  # 32-bit words, as is stream
+    seed_high: tl.int64,
     stream: tl.int64,
     EPS_STRIDE: tl.constexpr,
     LO: tl.constexpr,
@@ -225,14 +227,13 @@ def _uniform_start_kernel(
     counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     zero = tl.zeros([BLOCK // 4], tl.uint32)
     sample = tl.load(ids_ptr + row)
-    key = seed.to(tl.int64)  # already so, except in the interpreter, which ignores the annotation
     w0, w1, w2, w3 = _philox(
         counter.to(tl.uint32),
         zero + sample.to(tl.uint32),
         zero + (sample >> 32).to(tl.uint32),
         zero + stream.to(tl.uint32),
-        zero + key.to(tl.uint32),
-        zero + (key >> 32).to(tl.uint32),
+        zero + seed_low.to(tl.uint32),
+        zero + seed_high.to(tl.uint32),
     )
     word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # w0[0] w1[0] w2[0] w3[0] w0[1] ...
 
@@ -374,7 +375,7 @@ def uniform_start(
         x: clean images, dtype and layout of `out`.
         eps: radius in pixel units, [1] or [B], dtype and device of x.
         sample_ids: int64 [B], the number that a sample's noise belongs to.
-        seed: key of the generator, in [-2^63, 2^63).
+        seed: key of the generator, 64 bits, signed or not.
         lo, hi: pixel range.
         stream: last counter word, in [0, 2^32).
     """
@@ -391,7 +392,8 @@ def uniform_start(
         eps,
         sample_ids,
         n,
-        seed,
+        seed & 0xFFFFFFFF,
+        seed >> 32 & 0xFFFFFFFF,
         stream,
         EPS_STRIDE=_stride(eps),
         LO=lo,
