@@ -1,0 +1,12 @@
+"""Data sets as batches of pixels in [0, 1], with class names and prompt templates.
+
+    data = load_data("digits", "test")
+    x, y, index = data.batch(slice(0, 64))
+
+Specs: `digits` (offline, real scans), `npz:PATH`, `folder:PATH` (a tree of class folders, or a .zip of one).
+"""
+
+from rvlm.data.base import Data, load_data
+from rvlm.data.prompts import TEMPLATES, templates
+
+__all__ = ["TEMPLATES", "Data", "load_data", "templates"]

@@ -1,0 +1,95 @@
+"""What a data set is to the rest of the library, and how a spec becomes one."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Data", "load_data"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A split of a data set: labels in memory, pixels read when a batch is asked for.
+
+    Attributes:
+        name, split: for records; the spec and the split that it was loaded from.
+        class_names: C names, in label order.
+        y: int64 [N], labels in 0 .. C-1.
+        index: int64 [N], numbers that name the samples in the full split and survive `subset`.
+        read: index [B] -> uint8 pixels [B, 3, H, W].
+        template: id of the default prompt templates.
+        n_total: samples in the full split.
+        index_rule: how the samples were chosen, "all" or a rule in words.
+    """
+
+    name: str
+    split: str
+    class_names: list[str]
+    y: Tensor
+    index: Tensor
+    read: Callable[[Tensor], Tensor]
+    template: str = "plain"
+    n_total: int = 0
+    index_rule: str = "all"
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels [B, 3, H, W] fp32 in [0, 1] on the grid k/255, labels [B], sample numbers [B]."""
+        index = self.index[rows]
+        return self.read(index).float() / 255, self.y[rows], index
+
+    def subset(self, rows: Tensor, rule: str) -> "Data":
+        """The samples at `rows`, which keep their numbers."""
+        return dataclasses.replace(self, y=self.y[rows], index=self.index[rows], index_rule=rule)
+
+    def limited(self, n: int | None, seed: int = 0) -> "Data":
+        """n samples drawn without replacement, in their old order: the same ones for any batch size."""
+        if n is None or n >= len(self):
+            return self
+        if n < 1:
+            raise ValueError(f"limit must be at least 1, got {n}")
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        return self.subset(rows, f"perm(seed={seed})[:{n}]")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, labels and sample numbers: equal for equal evaluations."""
+        text = json.dumps([self.name, self.split, self.class_names, self.y.tolist(), self.index.tolist()])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_data(spec: str, split: str = "test", *, size: int | None = None, limit: int | None = None) -> Data:
+    """Loads `digits`, `npz:PATH` or `folder:PATH`.
+
+    Args:
+        spec: which data set.
+        split: "train" or "test"; for folders also "val". An npz file is one split, whatever this says.
+        size: resize the shorter side to `size` pixels (bicubic) and crop the centre. Needed for folders whose images
+            differ in size.
+        limit: this many samples, drawn with a fixed seed.
+
+    Raises:
+        FileNotFoundError: nothing there; says which layout is expected. ValueError: bad spec, split or content.
+    """
+    from rvlm.data.digits import load_digits
+    from rvlm.data.files import load_folder, load_npz
+
+    kind, _, path = spec.partition(":")
+    if spec == "digits":
+        data = load_digits(split, size or 32)
+    elif kind == "npz" and path:
+        data = load_npz(path, split, size)
+    elif kind == "folder" and path:
+        data = load_folder(path, split, size)
+    else:
+        raise ValueError(f"unknown data {spec!r}: expected digits, npz:PATH or folder:PATH")
+    low, high = data.y.min().item(), data.y.max().item()
+    if low < 0 or high >= len(data.class_names):
+        raise ValueError(f"{spec}: labels span {low} .. {high}, but there are {len(data.class_names)} class names")
+    return data.limited(limit)

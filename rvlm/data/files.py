@@ -1,0 +1,180 @@
+"""Data sets on disk: npz arrays, and trees of class folders or zip archives of them. Nothing is downloaded."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rvlm.data.base import Data
+
+__all__ = ["load_folder", "load_npz"]
+
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
+
+
+def load_npz(path: str, split: str, size: int | None = None) -> Data:
+    """Arrays `x` (uint8 or floats in [0, 1]; NHWC, NCHW, or NHW for grey) and `y` (integers), optionally `class_names`.
+
+    Without `class_names`, a `classes.json` beside the file is read, else classes are called "0", "1", ...
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}: expected an npz with arrays x [N, H, W, 3] uint8 and y [N]")
+    with np.load(file, allow_pickle=False) as arrays:
+        missing = {"x", "y"} - set(arrays.files)
+        if missing:
+            raise ValueError(f"{file} lacks {sorted(missing)}: expected x [N, H, W, 3] and y [N], has {arrays.files}")
+        x, y = arrays["x"], torch.as_tensor(arrays["y"].astype(np.int64))
+        names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays.files else None
+    pixels = _as_uint8(x, file)
+    if y.shape != (len(pixels),):
+        raise ValueError(f"{file}: y must have shape [{len(pixels)}] like x, got {list(y.shape)}")
+    if not len(y):
+        raise ValueError(f"{file} holds no samples")
+    if size is not None and pixels.shape[-2:] != (size, size):
+        pixels = torch.stack([_fit(_to_image(p), size) for p in pixels])
+    names = names or _names_beside(file, None) or [str(c) for c in range(int(y.max()) + 1)]
+    return Data(f"npz:{file.name}", split, names, y, torch.arange(len(y)), lambda i: pixels[i], "plain", len(y))
+
+
+def load_folder(path: str, split: str, size: int | None = None) -> Data:
+    """A tree ROOT/<class>/<image> or ROOT/<split>/<class>/<image>, or a .zip of one. Images are decoded when read.
+
+    Classes are the sorted folder names; a `classes.json` in ROOT or beside the zip may hold their names (a list in that
+    order, or a mapping from folder name to words).
+    """
+    root = Path(path)
+    if root.is_file() and zipfile.is_zipfile(root):
+        archive = zipfile.ZipFile(root)
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        open_bytes: Callable[[str], bytes] = archive.read
+    elif root.is_dir():
+        names = [str(PurePosixPath(p.relative_to(root))) for p in root.rglob("*") if p.is_file()]
+        open_bytes = lambda name: (root / name).read_bytes()  # noqa: E731
+    else:
+        raise FileNotFoundError(f"no folder or zip {root}: expected {root}/<class>/<image> or {root}/{split}/<class>/<image>")
+    files = sorted(name for name in names if PurePosixPath(name).suffix.lower() in IMAGES)
+    prefix = _split_prefix(files, split, root)
+    files = [name for name in files if name.startswith(prefix)]
+    labels = [PurePosixPath(name[len(prefix) :]).parts for name in files]
+    if any(len(parts) < 2 for parts in labels):
+        stray = files[[len(parts) < 2 for parts in labels].index(True)]
+        raise ValueError(f"{root}: {stray} is in no class folder; expected {prefix}<class>/<image>")
+    classes = sorted({parts[0] for parts in labels})
+    empty = _empty_classes(root, prefix, classes)
+    if empty:
+        raise ValueError(f"{root}: class folder(s) without images: {', '.join(empty)}. Remove or fill them.")
+    number = {name: c for c, name in enumerate(classes)}
+    y = torch.tensor([number[parts[0]] for parts in labels])
+    reader = _Reader(files, open_bytes, size, root)
+    class_names = _names_beside(root, classes) or [name.replace("_", " ") for name in classes]
+    return Data(f"folder:{root.name}", split, class_names, y, torch.arange(len(y)), reader, "plain", len(y))
+
+
+class _Reader:
+    """index [B] -> uint8 [B, 3, H, W], decoding the files."""
+
+    def __init__(self, files: list[str], open_bytes: Callable[[str], bytes], size: int | None, root: Path) -> None:
+        self.files, self.open_bytes, self.size, self.root = files, open_bytes, size, root
+        self.shape: torch.Size | None = None
+
+    def __call__(self, index: Tensor) -> Tensor:
+        images = [self._read(self.files[i]) for i in index.tolist()]
+        return torch.stack(images) if images else torch.zeros(0, 3, self.size or 0, self.size or 0, dtype=torch.uint8)
+
+    def _read(self, name: str) -> Tensor:
+        from PIL import Image
+
+        try:
+            image = Image.open(io.BytesIO(self.open_bytes(name))).convert("RGB")
+        except (OSError, SyntaxError, zipfile.BadZipFile) as error:  # PIL reports broken headers as SyntaxError
+            raise ValueError(f"{self.root}: cannot decode {name} ({error}). Repair or remove it.") from error
+        if self.size is not None:
+            return _fit(image, self.size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        self.shape = self.shape or pixels.shape
+        if pixels.shape != self.shape:
+            raise ValueError(
+                f"{self.root}: images differ in size ({name} is {pixels.shape[2]} x {pixels.shape[1]}, the first read "
+                f"was {self.shape[2]} x {self.shape[1]}). Pass size= to resize and crop them."
+            )
+        return pixels
+
+
+def _fit(image, size: int) -> Tensor:
+    """Shorter side to `size` (bicubic, antialiased), centre crop: CLIP's preprocessing, on uint8."""
+    from PIL import Image
+
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
+
+
+def _to_image(pixels: Tensor):
+    from PIL import Image
+
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _as_uint8(x: np.ndarray, file: Path) -> Tensor:
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4:
+        raise ValueError(f"{file}: x must be [N, H, W, 3], [N, 3, H, W] or [N, H, W], got shape {list(x.shape)}")
+    if np.issubdtype(x.dtype, np.floating):
+        if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
+            raise ValueError(f"{file}: float pixels must lie in [0, 1], got [{x.min():.4g}, {x.max():.4g}]")
+        x = np.round(x * 255).astype(np.uint8)
+    elif x.dtype != np.uint8:
+        raise ValueError(f"{file}: x must be uint8 or floats in [0, 1], got {x.dtype}")
+    pixels = torch.from_numpy(np.ascontiguousarray(x))
+    if pixels.shape[-1] in (1, 3):
+        pixels = pixels.permute(0, 3, 1, 2)
+    elif pixels.shape[1] not in (1, 3):
+        raise ValueError(f"{file}: x has no axis of 1 or 3 channels, shape {list(x.shape)}")
+    return pixels.expand(-1, 3, -1, -1)
+
+
+def _split_prefix(files: list[str], split: str, root: Path) -> str:
+    if not files:
+        raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGES))}): expected {root}/<class>/<image>")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected train, test or val")
+    tops = {name.split("/")[0] for name in files}
+    if not tops & {"train", "test", "val"}:
+        return ""
+    for candidate in SPLITS[split]:
+        if candidate in tops:
+            return f"{candidate}/"
+    raise ValueError(f"{root} has no split {split!r}, only {', '.join(sorted(tops))}: choose one of those")
+
+
+def _empty_classes(root: Path, prefix: str, classes: list[str]) -> list[str]:
+    if not root.is_dir():
+        return []
+    return sorted({p.name for p in (root / prefix).iterdir() if p.is_dir()} - set(classes))
+
+
+def _names_beside(path: Path, folders: list[str] | None) -> list[str] | None:
+    file = (path if path.is_dir() else path.parent) / "classes.json"
+    if not file.is_file():
+        return None
+    names = json.loads(file.read_text())
+    if isinstance(names, dict):
+        if folders is None or not set(folders) <= set(names):
+            return None
+        names = [names[folder] for folder in folders]
+    elif folders is not None and len(names) != len(folders):
+        raise ValueError(f"{file} names {len(names)} classes, but there are {len(folders)} class folders")
+    elif folders is not None and set(names) == set(folders):
+        return folders  # a list of the folder names in another order: labels follow the sorted folders
+    return [name if isinstance(name, str) else name[0] for name in names]

@@ -1,0 +1,233 @@
+"""Clean and robust accuracy of a classifier on a data set, in stages that see survivors only.
+
+`white-box`: the attack sees all of the classifier that is scored. `transfer`: it sees another one, `source`, and its
+images are scored on the classifier. A sample is robust if it is classified correctly when clean and after every stage.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rvlm.attacks import pgd, scoring
+from rvlm.attacks.units import Eps
+from rvlm.data import Data
+from rvlm.evaluation.metrics import wilson
+
+__all__ = ["AttackSpec", "Evaluation", "evaluate", "parse_attack"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSpec:
+    """One stage of an evaluation: PGD with these settings."""
+
+    name: str
+    loss: str = "ce"
+    steps: int = 10
+    restarts: int = 1
+    random_start: bool = True
+    alpha: float | None = None
+
+
+def parse_attack(text: str) -> list[AttackSpec]:
+    """Stages of an attack by name.
+
+    "fgsm"; "pgd-10": PGD, 10 steps, cross-entropy; "pgd-50x3": PGD, 50 steps and 3 restarts, on cross-entropy and then,
+    on what survives, on the margin loss. Step size is 2.5 eps / steps.
+    """
+    if text == "fgsm":
+        return [AttackSpec("fgsm", steps=1, random_start=False)]
+    match = re.fullmatch(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise ValueError(f"unknown attack {text!r}: expected fgsm, pgd-STEPS or pgd-STEPSxRESTARTS, such as pgd-50x3")
+    steps, restarts = int(match[1]), int(match[2] or 1)
+    if match[2] is None:
+        return [AttackSpec(text, steps=steps)]
+    return [AttackSpec(f"{text}-{loss}", loss, steps, restarts) for loss in ("ce", "margin")]
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What `evaluate` found: per-sample tensors [N], and what was spent. Rates are properties.
+
+    Attributes:
+        index, y: sample numbers and labels.
+        pred_clean, pred_adv: predicted classes; pred_adv equals pred_clean where no stage attacked the sample.
+        broken_by: number of the stage that fooled it, -1 robust, -2 wrong when clean.
+        linf: largest |x_adv - x| of the sample, in float64.
+        margin: largest other logit minus the label's, on x_adv.
+        x_adv: adversarial images [N, 3, H, W] if they were asked for (clean ones where no stage attacked).
+        checks: list of {"id", "ok", "detail"}.
+    """
+
+    attack: str
+    stages: list[AttackSpec]
+    eps: Eps
+    norm: str
+    target: str
+    seed: int
+    index: Tensor
+    y: Tensor
+    pred_clean: Tensor
+    pred_adv: Tensor
+    broken_by: Tensor
+    linf: Tensor
+    margin: Tensor
+    x_adv: Tensor | None
+    checks: list[dict]
+    forwards: int
+    backwards: int
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def clean(self) -> float:
+        return (self.broken_by != -2).float().mean().item()
+
+    @property
+    def robust(self) -> float:
+        return (self.broken_by == -1).float().mean().item()
+
+    @property
+    def clean_ci(self) -> tuple[float, float]:
+        return wilson(int((self.broken_by != -2).sum()), len(self))
+
+    @property
+    def robust_ci(self) -> tuple[float, float]:
+        return wilson(int((self.broken_by == -1).sum()), len(self))
+
+
+def evaluate(
+    classifier: Callable[[Tensor], Tensor],
+    data: Data,
+    *,
+    attack: str = "pgd-10",
+    eps: str | float = "8/255",
+    norm: str = "linf",
+    source: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    keep_images: bool = False,
+    quantize: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluates a classifier under an attack.
+
+    Args:
+        classifier: pixels [B, 3, H, W] in [0, 1] -> logits [B, C].
+        data: what to evaluate on.
+        attack: see `parse_attack`.
+        eps: radius in pixel units, "8/255" or 0.031.
+        norm: "linf" or "l2".
+        source: craft the images on this classifier instead (transfer).
+        batch_size: images per forward. Verdicts of borderline samples may depend on it in fp32.
+        seed: of the random starts, which are keyed by sample number.
+        keep_images: keep x_adv in memory and return it.
+        quantize: 255 makes every adversarial image valid uint8.
+        progress: show a bar.
+
+    Raises:
+        ValueError: empty data, bad attack or eps, or a classifier with fewer outputs than classes.
+    """
+    if not len(data):
+        raise ValueError(f"{data.name} has no samples to evaluate")
+    stages, eps = parse_attack(attack), Eps(eps).check(norm)
+    began, n = time.perf_counter(), len(data)
+    result = Evaluation(
+        attack, stages, eps, norm, "white-box" if source is None else "transfer", seed, data.index, data.y,
+        *(torch.full((n,), -1) for _ in range(3)), torch.zeros(n, dtype=torch.float64), torch.zeros(n), None, [], 0, 0, 0.0,
+    )  # fmt: skip
+    nonfinite, over, outside, disagreements, images = 0, 0.0, 0.0, 0, []
+    with _bar(progress, n * (1 + sum(s.steps * s.restarts for s in stages)), attack) as bar:
+        for rows in torch.arange(n).split(batch_size):
+            x, y, _ = data.batch(rows)
+            if keep_images:
+                images.append(x)
+            logits = _logits(classifier, x.to(device), len(data.class_names))
+            result.forwards += len(rows)
+            nonfinite += int((~logits.isfinite().all(1)).sum())
+            result.pred_clean[rows] = logits.argmax(1)
+            result.margin[rows] = _margin(logits, y)
+            result.broken_by[rows] = torch.where(logits.argmax(1) == y, -1, -2)
+            bar.update(len(rows))
+        result.pred_adv = result.pred_clean.clone()
+        if keep_images:
+            result.x_adv = torch.cat(images)
+        for number, stage in enumerate(stages):
+            survivors = (result.broken_by == -1).nonzero().flatten()
+            bar.total -= (n - len(survivors)) * stage.steps * stage.restarts
+            for rows in survivors.split(batch_size):
+                x, y, index = data.batch(rows)
+                found = pgd(
+                    source or classifier,
+                    x.to(device),
+                    y.to(device),
+                    eps=float(eps),
+                    alpha=float(eps) if stage.name == "fgsm" else stage.alpha,
+                    steps=stage.steps,
+                    restarts=stage.restarts,
+                    norm=norm,
+                    loss=stage.loss,
+                    random_start=stage.random_start,
+                    # In transfer the source's verdict decides nothing: its last iterate is what travels.
+                    best="adv" if source is None else "last",
+                    early_stop="freeze" if source is None else None,
+                    generator=torch.Generator().manual_seed(seed),
+                    sample_ids=index,
+                    quantize=quantize,
+                    return_info=True,
+                )
+                x_adv = found.x_adv.cpu()
+                logits = _logits(classifier, found.x_adv, len(data.class_names))
+                result.forwards += (found.forwards + 1) * len(rows)
+                result.backwards += found.backwards * len(rows)
+                delta = (x_adv.double() - x.double()).flatten(1)
+                length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+                over = max(over, (length - float(eps)).max().item())
+                outside = max(outside, -x_adv.min().item(), x_adv.max().item() - 1)
+                nonfinite += int((~logits.isfinite().all(1)).sum())
+                fooled = logits.argmax(1) != y
+                if source is None:
+                    disagreements += int((fooled != found.success.cpu()).sum())
+                result.pred_adv[rows] = logits.argmax(1)
+                result.margin[rows] = _margin(logits, y)
+                result.linf[rows] = delta.abs().amax(1)
+                result.broken_by[rows] = torch.where(fooled, number, -1)
+                if keep_images:
+                    result.x_adv[rows] = x_adv
+                bar.update(len(rows) * stage.steps * stage.restarts)
+            bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
+    slack = 1e-6 if norm == "linf" else 1e-5
+    result.checks = [
+        {"id": "eps_respected", "ok": over <= slack, "detail": f"largest excess over eps {over:.2e}"},
+        {"id": "box_respected", "ok": outside <= 0, "detail": f"largest distance outside [0, 1] {max(outside, 0.0):.2e}"},
+        {"id": "logits_finite", "ok": nonfinite == 0, "detail": f"{nonfinite} images with NaN or infinite logits"},
+        {"id": "verdict_rescored", "ok": disagreements == 0, "detail": f"{disagreements} verdicts changed when re-scored"},
+    ]
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> Tensor:
+    with scoring(classifier):
+        logits = classifier(x)
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < classes:
+        raise ValueError(f"the classifier must return logits [{len(x)}, {classes}], got {list(logits.shape)}")
+    return logits.float().cpu()
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - own
+
+
+def _bar(shown: bool, total: int, title: str):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, disable=not shown, unit="img-step", unit_scale=True, mininterval=0.5)

@@ -1,0 +1,167 @@
+"""What a training method is to the trainer.
+
+A method says which parameters learn, what the inner attack raises, and what is minimised. It never runs a loop, moves
+data or saves files: `rvlm.training` does that for all of them.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from rvlm.attacks.units import Eps
+from rvlm.data import Data
+from rvlm.models import Clip
+
+__all__ = ["Batch", "Method", "MethodConfig", "Stage", "build_method", "list_methods", "method_class", "warmup_cosine"]
+
+
+@dataclasses.dataclass
+class Batch:
+    """One batch: clean pixels x [B, 3, H, W] in [0, 1], labels y [B], sample numbers index [B]."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stretch of training with its own parameters and schedule.
+
+    Attributes:
+        length: epochs.
+        param_groups: as torch optimisers take them.
+        schedule: (step, steps in the stage) -> factor on the learning rate, set before the step (0-based).
+    """
+
+    length: int
+    param_groups: list[dict[str, Any]]
+    schedule: Callable[[int, int], float]
+
+
+@dataclasses.dataclass(kw_only=True)
+class MethodConfig:
+    """Settings that every method has; the sources of the presets are in the method's file."""
+
+    epochs: int = 10
+    """Passes over the training data."""
+    batch_size: int = 128
+    """Images a step."""
+    optimizer: str = "adamw"
+    """adamw or sgd (momentum 0.9)."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw."""
+    warmup_steps: int = 0
+    """Linear warm-up; a cosine to 0 follows."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient, or None."""
+    eps: Eps = Eps("4/255")
+    """Radius of the inner attack in pixel units (Linf)."""
+    alpha: float | None = None
+    """Its step size; None is the attack's default."""
+    steps: int = 2
+    """Its number of steps."""
+    random_start: bool = True
+    """Whether it starts from noise."""
+    templates: str = "auto"
+    """Id of the prompt templates for the training classes; auto takes the data set's own."""
+
+    def __post_init__(self) -> None:
+        self.eps = Eps(self.eps)
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")
+        self.eps.check("linf")
+        for name in ("epochs", "batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Method:
+    """Base of all methods. The order of calls: setup, stages, then per batch attack and loss."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"rvlm": {}}
+    inputs: ClassVar[str] = "adv"
+    """Which images go through the student: "adv", "clean", or "both" (one forward on their concatenation)."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    def setup(self, student: Clip, data: Data) -> None:
+        """Freezes what does not learn and computes what stays fixed. Called once, before `stages`."""
+        raise NotImplementedError
+
+    def stages(self) -> list[Stage]:
+        raise NotImplementedError
+
+    def attack(self, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """The loss that the inner PGD raises: embeddings [B, D] -> [B]. None if the method takes no adversarial images."""
+        return None
+
+    def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        """From unit-norm embeddings [B, D] to {"total": scalar to minimise, anything else worth a log}.
+
+        "clean_acc" and "robust_acc" are shown in the progress bar.
+        """
+        raise NotImplementedError
+
+    def training_templates(self, data: Data) -> list[str]:
+        from rvlm.data import templates
+
+        return templates(data.template if self.config.templates == "auto" else self.config.templates)
+
+
+def warmup_cosine(warmup_steps: int) -> Callable[[int, int], float]:
+    """(t + 1) / T_w during warm-up, then 0.5 (1 + cos(pi (t - T_w) / (T - T_w)))."""
+
+    def factor(step: int, total: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
+
+    return factor
+
+
+_methods: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    _methods[cls.name] = cls
+    return cls
+
+
+def list_methods() -> list[str]:
+    return sorted(_methods)
+
+
+def method_class(name: str) -> type[Method]:
+    if name not in _methods:
+        near = difflib.get_close_matches(name, _methods)
+        hint = f": did you mean {near[0]!r}?" if near else f": expected one of {', '.join(list_methods())}"
+        raise ValueError(f"unknown method {name!r}{hint}")
+    return _methods[name]
+
+
+def build_method(name: str, preset: str = "rvlm", **overrides: Any) -> Method:
+    """The method `name` with a preset's settings and your own on top.
+
+    Presets name their source: "paper", "code" (the authors' defaults where they differ), "rvlm" (ours, measured on the
+    bundled data).
+    """
+    cls = method_class(name)
+    if preset not in cls.presets:
+        raise ValueError(f"{name} has no preset {preset!r}: expected one of {', '.join(cls.presets)}")
+    fields = {field.name for field in dataclasses.fields(cls.Config)}
+    for key in overrides:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields)
+            hint = f": did you mean {near[0]!r}?" if near else f": expected one of {', '.join(sorted(fields))}"
+            raise ValueError(f"{name} has no setting {key!r}{hint}")
+    return cls(cls.Config(**(cls.presets[preset] | overrides)))

@@ -1,0 +1,11 @@
+"""CLIP models as modules from pixels in [0, 1] to embeddings, and zero-shot classifiers on top of them.
+
+    clip = load_clip("ViT-B-32:openai")
+    classifier = ZeroShotClassifier(clip, ["cat", "dog"], templates="openai")
+    logits = classifier(x)
+"""
+
+from rvlm.models.clip import Clip, load_clip
+from rvlm.models.zero_shot import ZeroShotClassifier
+
+__all__ = ["Clip", "ZeroShotClassifier", "load_clip"]
