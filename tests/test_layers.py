@@ -14,13 +14,14 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "ops": {"ops", "kernels", "_C", "_C_cuda"},
     "profiling": {"profiling", "_host"},
-    "attacks": {"attacks", "ops", "profiling"},
-    "data": {"data", "profiling"},
-    "models": {"models", "ops", "profiling"},
-    "methods": {"methods", "attacks", "models", "data", "ops", "profiling"},
-    "training": {"training", "methods", "attacks", "models", "data", "ops", "profiling", "evaluation"},
-    "evaluation": {"evaluation", "attacks", "models", "data", "profiling"},
-    "report": {"report", "evaluation", "attacks", "models", "data", "profiling"},
+    "units": {"units"},
+    "attacks": {"attacks", "ops"},
+    "data": {"data"},
+    "models": {"models", "data", "ops"},
+    "methods": {"methods", "attacks", "models", "data", "ops"},
+    "training": {"training", "methods", "attacks", "models", "data", "ops"},
+    "evaluation": {"evaluation", "attacks", "models", "data"},
+    "report": {"report", "evaluation", "attacks", "models", "data"},
 }
 
 
@@ -36,7 +37,8 @@ def _imports(path: Path) -> set[str]:
 
 
 def _layers(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in _imports(path) if name.startswith("rvlm.")} - {"__version__"}
+    leaves = {"profiling", "units", "__version__"}  # leaves that all may use
+    return {name.split(".")[1] for name in _imports(path) if name.startswith("rvlm.")} - leaves
 
 
 def _files(layer: str) -> list[Path]:

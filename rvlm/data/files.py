@@ -58,7 +58,9 @@ def load_folder(path: str, split: str, size: int | None = None) -> Data:
         names = [str(PurePosixPath(p.relative_to(root))) for p in root.rglob("*") if p.is_file()]
         open_bytes = lambda name: (root / name).read_bytes()  # noqa: E731
     else:
-        raise FileNotFoundError(f"no folder or zip {root}: expected {root}/<class>/<image> or {root}/{split}/<class>/<image>")
+        raise FileNotFoundError(
+            f"no folder or zip {root}: expected {root}/<class>/<image> or {root}/{split}/<class>/<image>"
+        )
     files = sorted(name for name in names if PurePosixPath(name).suffix.lower() in IMAGES)
     prefix = _split_prefix(files, split, root)
     files = [name for name in files if name.startswith(prefix)]

@@ -11,7 +11,7 @@ _OF_OPEN_CLIP = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGEN
 
 
 def templates(name: str) -> list[str]:
-    """The templates called `name`: "plain", "tecoa", "digits", "openai" (CLIP's 80 for ImageNet), "simple" (7 of them)."""
+    """The templates called `name`: "plain", "tecoa", "digits", "openai" (CLIP's 80 for ImageNet), "simple" (7)."""
     if name in _OF_OPEN_CLIP:
         import open_clip
 

@@ -55,7 +55,9 @@ def _eval_mode(model: Callable) -> Finding:
     if not isinstance(model, nn.Module):
         return Finding("eval_mode", True, "not a module, so its mode cannot be seen; `determinism` would show dropout")
     if training:
-        return Finding("eval_mode", False, f"{training[0]} and {len(training) - 1} others are in train mode: call model.eval()")
+        return Finding(
+            "eval_mode", False, f"{training[0]} and {len(training) - 1} others are in train mode: call model.eval()"
+        )
     return Finding("eval_mode", True, "no dropout or batch norm in train mode")
 
 
@@ -64,9 +66,13 @@ def _shape(output, x: Tensor, y: Tensor) -> Finding:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         return Finding("output", False, f"expected logits [{len(x)}, C], got {got}: return one row of logits per image")
     if not output.isfinite().all():
-        return Finding("output", False, "the logits contain NaN or infinity on clean images: look for log(0) or overflow")
+        return Finding(
+            "output", False, "the logits contain NaN or infinity on clean images: look for log(0) or overflow"
+        )
     if output.shape[1] <= y.max():
-        return Finding("output", False, f"{output.shape[1]} classes, but labels go up to {int(y.max())}: check the data")
+        return Finding(
+            "output", False, f"{output.shape[1]} classes, but labels go up to {int(y.max())}: check the data"
+        )
     return Finding("output", True, f"finite logits [{len(x)}, {output.shape[1]}]")
 
 
@@ -89,16 +95,16 @@ def _batch(logits: Tensor, alone: Tensor) -> Finding:
 def _probabilities(logits: Tensor) -> Finding:
     rows = (logits.sum(1) - 1).abs() < 1e-3
     if logits.shape[1] > 1 and (logits >= 0).all() and rows.all():
-        return Finding("logits", False, "outputs are probabilities (they sum to 1): return logits, a softmax inside the "
-                       "model hides gradients from the attack")  # fmt: skip
+        return Finding("logits", False, "outputs are probabilities (they sum to 1): return logits, a softmax inside "
+                       "the model hides gradients from the attack")  # fmt: skip
     return Finding("logits", True, "outputs are not probabilities")
 
 
 def _saturation(logits: Tensor, y: Tensor) -> Finding:
     certain = (F.cross_entropy(logits, y, reduction="none") == 0).float().mean().item()
     if certain > 0.1:
-        return Finding("saturation", False, f"cross-entropy is exactly 0 for {certain:.0%} of the images, so its gradient "
-                       "is too: attack with loss='margin'")  # fmt: skip
+        return Finding("saturation", False, f"cross-entropy is exactly 0 for {certain:.0%} of the images, so its "
+                       "gradient is too: attack with loss='margin'")  # fmt: skip
     return Finding("saturation", True, f"cross-entropy is exactly 0 for {certain:.0%} of the images")
 
 
@@ -111,8 +117,8 @@ def _value_range(model: Callable, x: Tensor, y: Tensor, logits: Tensor) -> Findi
     for name, moved in others.items():
         there = (model(moved).float().argmax(1) == y).float().mean().item()
         if there > here + 0.2:
-            return Finding("value_range", False, f"accuracy is {here:.0%} on pixels in [0, 1] but {there:.0%} on pixels "
-                           f"{name}: put that conversion inside the model")  # fmt: skip
+            return Finding("value_range", False, f"accuracy is {here:.0%} on pixels in [0, 1] but {there:.0%} on "
+                           f"pixels {name}: put that conversion inside the model")  # fmt: skip
     return Finding("value_range", True, f"accuracy {here:.0%} on pixels in [0, 1], no better in other ranges")
 
 
@@ -121,7 +127,9 @@ def _gradient(model: Callable, x: Tensor, y: Tensor) -> Finding:
     with torch.enable_grad():
         output = model(leaf)
         if not output.requires_grad:
-            return Finding("gradient", False, "the output carries no gradient: remove detach(), no_grad(), .data or numpy")
+            return Finding(
+                "gradient", False, "the output carries no gradient: remove detach(), no_grad(), .data or numpy"
+            )
         rest = output.float().scatter(1, y[:, None], -torch.inf).logsumexp(1)
         margin = rest - output.float().gather(1, y[:, None]).squeeze(1)
         (grad,) = torch.autograd.grad(margin.sum(), leaf, allow_unused=True)
@@ -132,5 +140,5 @@ def _gradient(model: Callable, x: Tensor, y: Tensor) -> Finding:
     dead = (grad.flatten(1) == 0).all(1).float().mean().item()
     if dead > 0.1:
         return Finding("gradient", False, f"the gradient is exactly zero for {dead:.0%} of the images: rounding, "
-                       "thresholds or saturation hide it (attack through it with BPDA or a black-box attack)")  # fmt: skip
+                       "thresholds or saturation hide it (use BPDA or a black-box attack)")  # fmt: skip
     return Finding("gradient", True, f"non-zero for {1 - dead:.0%} of the images")

@@ -13,30 +13,29 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks import pgd, scoring
-from rvlm.attacks.units import Eps
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
+from rvlm.units import Eps
 
 __all__ = ["AttackSpec", "Evaluation", "evaluate", "parse_attack"]
 
 
 @dataclasses.dataclass(frozen=True)
 class AttackSpec:
-    """One stage of an evaluation: PGD with these settings."""
+    """One stage of an evaluation: one run of PGD with these settings. `restart` numbers its random start."""
 
     name: str
     loss: str = "ce"
     steps: int = 10
-    restarts: int = 1
     random_start: bool = True
-    alpha: float | None = None
+    restart: int = 0
 
 
 def parse_attack(text: str) -> list[AttackSpec]:
     """Stages of an attack by name.
 
-    "fgsm"; "pgd-10": PGD, 10 steps, cross-entropy; "pgd-50x3": PGD, 50 steps and 3 restarts, on cross-entropy and then,
-    on what survives, on the margin loss. Step size is 2.5 eps / steps.
+    "fgsm"; "pgd-10": PGD, 10 steps, cross-entropy; "pgd-50x3": PGD, 50 steps, 3 random starts on cross-entropy and then
+    3 on the margin loss, each on what the ones before left. Step size is 2.5 eps / steps.
     """
     if text == "fgsm":
         return [AttackSpec("fgsm", steps=1, random_start=False)]
@@ -46,7 +45,8 @@ def parse_attack(text: str) -> list[AttackSpec]:
     steps, restarts = int(match[1]), int(match[2] or 1)
     if match[2] is None:
         return [AttackSpec(text, steps=steps)]
-    return [AttackSpec(f"{text}-{loss}", loss, steps, restarts) for loss in ("ce", "margin")]
+    starts = [(loss, k) for loss in ("ce", "margin") for k in range(restarts)]
+    return [AttackSpec(f"pgd-{steps}-{loss}-{k + 1}", loss, steps, restart=k) for loss, k in starts]
 
 
 @dataclasses.dataclass
@@ -139,12 +139,14 @@ def evaluate(
         raise ValueError(f"{data.name} has no samples to evaluate")
     stages, eps = parse_attack(attack), Eps(eps).check(norm)
     began, n = time.perf_counter(), len(data)
+    none, target = torch.full((n,), -1), "white-box" if source is None else "transfer"
     result = Evaluation(
-        attack, stages, eps, norm, "white-box" if source is None else "transfer", seed, data.index, data.y,
-        *(torch.full((n,), -1) for _ in range(3)), torch.zeros(n, dtype=torch.float64), torch.zeros(n), None, [], 0, 0, 0.0,
+        attack, stages, eps, norm, target, seed, data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(),
+        broken_by=none.clone(), linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
+        forwards=0, backwards=0, seconds=0.0,
     )  # fmt: skip
     nonfinite, over, outside, disagreements, images = 0, 0.0, 0.0, 0, []
-    with _bar(progress, n * (1 + sum(s.steps * s.restarts for s in stages)), attack) as bar:
+    with _bar(progress, n * (1 + sum(stage.steps for stage in stages)), attack) as bar:
         for rows in torch.arange(n).split(batch_size):
             x, y, _ = data.batch(rows)
             if keep_images:
@@ -161,7 +163,7 @@ def evaluate(
             result.x_adv = torch.cat(images)
         for number, stage in enumerate(stages):
             survivors = (result.broken_by == -1).nonzero().flatten()
-            bar.total -= (n - len(survivors)) * stage.steps * stage.restarts
+            bar.total -= (n - len(survivors)) * stage.steps
             for rows in survivors.split(batch_size):
                 x, y, index = data.batch(rows)
                 found = pgd(
@@ -169,16 +171,15 @@ def evaluate(
                     x.to(device),
                     y.to(device),
                     eps=float(eps),
-                    alpha=float(eps) if stage.name == "fgsm" else stage.alpha,
+                    alpha=float(eps) if stage.name == "fgsm" else None,
                     steps=stage.steps,
-                    restarts=stage.restarts,
                     norm=norm,
                     loss=stage.loss,
                     random_start=stage.random_start,
                     # In transfer the source's verdict decides nothing: its last iterate is what travels.
                     best="adv" if source is None else "last",
                     early_stop="freeze" if source is None else None,
-                    generator=torch.Generator().manual_seed(seed),
+                    generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
                     sample_ids=index,
                     quantize=quantize,
                     return_info=True,
@@ -201,14 +202,22 @@ def evaluate(
                 result.broken_by[rows] = torch.where(fooled, number, -1)
                 if keep_images:
                     result.x_adv[rows] = x_adv
-                bar.update(len(rows) * stage.steps * stage.restarts)
+                bar.update(len(rows) * stage.steps)
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
     slack = 1e-6 if norm == "linf" else 1e-5
     result.checks = [
         {"id": "eps_respected", "ok": over <= slack, "detail": f"largest excess over eps {over:.2e}"},
-        {"id": "box_respected", "ok": outside <= 0, "detail": f"largest distance outside [0, 1] {max(outside, 0.0):.2e}"},
+        {
+            "id": "box_respected",
+            "ok": outside <= 0,
+            "detail": f"largest distance outside [0, 1] {max(outside, 0.0):.2e}",
+        },
         {"id": "logits_finite", "ok": nonfinite == 0, "detail": f"{nonfinite} images with NaN or infinite logits"},
-        {"id": "verdict_rescored", "ok": disagreements == 0, "detail": f"{disagreements} verdicts changed when re-scored"},
+        {
+            "id": "verdict_rescored",
+            "ok": disagreements == 0,
+            "detail": f"{disagreements} verdicts changed when re-scored",
+        },
     ]
     result.seconds = time.perf_counter() - began
     return result

@@ -21,7 +21,12 @@ def save_images(path: str | Path, evaluation: Evaluation) -> Path:
 
     tensors = {"x_adv": evaluation.x_adv.contiguous(), "y": evaluation.y, "index": evaluation.index}
     tensors["broken_by"] = evaluation.broken_by
-    facts = {"attack": evaluation.attack, "eps": str(evaluation.eps), "norm": evaluation.norm, "target": evaluation.target}
+    facts = {
+        "attack": evaluation.attack,
+        "eps": str(evaluation.eps),
+        "norm": evaluation.norm,
+        "target": evaluation.target,
+    }
     return write_bytes(path, save(tensors, metadata=facts))
 
 

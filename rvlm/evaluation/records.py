@@ -41,7 +41,8 @@ def write_evaluation(
     folder = Path(folder)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{evaluation.target}-{evaluation.attack}-{evaluation.eps}")
     samples = {
-        key: getattr(evaluation, key).numpy() for key in ("index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin")
+        key: getattr(evaluation, key).numpy()
+        for key in ("index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin")
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **samples)

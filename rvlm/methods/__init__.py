@@ -1,6 +1,6 @@
 """Training methods: one file per paper, whose docstring holds the formulas.
 
-    method = build_method("tecoa", preset="rvlm", eps=4 / 255)
+method = build_method("tecoa", preset="rvlm", eps=4 / 255)
 """
 
 from rvlm.methods import clip, tecoa  # noqa: F401  (registers them)

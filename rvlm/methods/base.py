@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rvlm.attacks.units import Eps
 from rvlm.data import Data
 from rvlm.models import Clip
+from rvlm.units import Eps
 
 __all__ = ["Batch", "Method", "MethodConfig", "Stage", "build_method", "list_methods", "method_class", "warmup_cosine"]
 
@@ -102,7 +102,7 @@ class Method:
         raise NotImplementedError
 
     def attack(self, batch: Batch) -> Callable[[Tensor], Tensor] | None:
-        """The loss that the inner PGD raises: embeddings [B, D] -> [B]. None if the method takes no adversarial images."""
+        """The loss that the inner PGD raises, embeddings [B, D] -> [B]; None without adversarial images."""
         return None
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ _STEP = (
 _START = "(Tensor x, Tensor eps, Tensor sample_ids, int seed, float lo, float hi, int stream) -> Tensor"
 
 
-
 def _per_row(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.dim() - 1))
 
@@ -114,7 +113,6 @@ def _mul_words(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-
 _linf_op_ = Op(
     "linf_step_",
     _STEP.format("(a!)") + " -> ()",
@@ -143,7 +141,6 @@ _start_op = Op(
     reference=_uniform_start,
     triton="rvlm.ops._triton:uniform_start",
 )
-
 
 
 def linf_step_(
@@ -265,9 +262,7 @@ def uniform_start(
     if sample_ids is None:
         sample_ids = torch.arange(len(x), device=x.device)
     if sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x),):
-        raise ValueError(
-            f"sample_ids must be int64 [{len(x)}], one stable number per sample, got {_kind(sample_ids)}"
-        )
+        raise ValueError(f"sample_ids must be int64 [{len(x)}], one stable number per sample, got {_kind(sample_ids)}")
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream must fit in 32 bits, got {stream}")
     if not -(2**63) <= seed < 2**64:
@@ -278,8 +273,6 @@ def uniform_start(
         radius = _strictly_inside(radius, x, lo, hi, pixels=1)
     out = _start_op(x.contiguous(), radius, sample_ids.to(x.device), seed, float(lo), float(hi), stream)
     return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
-
-
 
 
 def _step_(op, x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize):

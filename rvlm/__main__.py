@@ -1,0 +1,5 @@
+import sys
+
+from rvlm.cli import main
+
+sys.exit(main())

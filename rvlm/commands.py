@@ -1,0 +1,266 @@
+"""What the commands of `rvlm.cli` do. Each takes its arguments and returns an exit code."""
+
+import dataclasses
+import importlib.util
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rvlm.cli import (
+    CHECK_FAILED,
+    AttackArgs,
+    CheckArgs,
+    DataArgs,
+    DemoArgs,
+    EvalArgs,
+    InfoArgs,
+    LsArgs,
+    TrainArgs,
+    recipes,
+)
+from rvlm.units import Eps
+
+__all__ = ["attack", "check", "demo", "eval", "info", "ls", "train"]
+
+
+def demo(args: DemoArgs) -> int:
+    from rvlm.demo import run
+
+    run(Path(args.out), seed=args.seed, quick=args.quick)
+    return 0
+
+
+def info(args: InfoArgs) -> int:
+    from rvlm import info as page
+
+    found = page.collect()
+    print(json.dumps(found, indent=1) if args.json else page.text(found))
+    return 0
+
+
+def ls(args: LsArgs) -> int:
+    from rvlm.data import TEMPLATES
+    from rvlm.methods import list_methods, method_class
+    from rvlm.models import tiny, zoo
+
+    lists = {
+        "models": [*zoo.NAMES, *tiny.ARCHITECTURES, "ARCH[:PRETRAINED] of open_clip", "hf-hub:ORG/NAME", "FOLDER"],
+        "methods": [f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()],
+        "attacks": ["fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS"],
+        "datasets": ["digits", "npz:PATH", "folder:PATH"],
+        "templates": [*TEMPLATES, "openai", "simple"],
+        "recipes": recipes(),
+    }
+    if args.what not in ("all", *lists):
+        raise ValueError(f"cannot list {args.what!r}: expected all, {', '.join(lists)}")
+    for title, names in lists.items():
+        if args.what in ("all", title):
+            print(title, *(f"  {name}" for name in names), sep="\n")
+    return 0
+
+
+def eval(args: EvalArgs) -> int:
+    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+    from rvlm.report import accuracy_over_eps
+
+    radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
+    parse_attack(args.attack)
+    data, model, source = _load(args)
+    run = _Run("eval", args)
+    rows, curve = [], []
+    for eps in radii:
+        found = evaluate(
+            model.classifier, data, attack=args.attack, eps=eps, norm=args.norm, source=source and source.classifier,
+            batch_size=args.batch_size, seed=args.seed, device=model.device,
+        )  # fmt: skip
+        rows.append(write_evaluation(run.out, args.model, found, data, model.facts, partial=args.limit is not None))
+        curve.append((str(eps), found.robust, *found.robust_ci))
+        _warn(found)
+    if len(radii) > 1:
+        zero = [("0", found.clean, *found.clean_ci)]
+        accuracy_over_eps(run.out / "accuracy.png", {f"{args.model}, {args.attack}": zero + curve})
+    return run.finish(rows)
+
+
+def attack(args: AttackArgs) -> int:
+    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+    from rvlm.evaluation.images import save_images, save_pngs
+    from rvlm.report.plots import image_grid, pick_rows
+
+    args.eps.check(args.norm)
+    parse_attack(args.attack)
+    data, model, source = _load(args)
+    run = _Run("attack", args)
+    found = evaluate(
+        model.classifier, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source and source.classifier,
+        batch_size=args.batch_size, seed=args.seed, device=model.device, keep_images=True,
+        quantize=255 if args.save_png else None,
+    )  # fmt: skip
+    row = write_evaluation(run.out, args.model, found, data, model.facts, partial=args.limit is not None)
+    _warn(found)
+    save_images(run.out / "adversarial.safetensors", found)
+    if args.save_png:
+        pngs = save_pngs(run.out / "png", found, model.classifier)
+        print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
+        row["png"] = pngs
+    names = data.class_names
+    some = pick_rows(found.broken_by, found.y)
+    words = [
+        [names[c] if c < len(names) else str(c) for c in t[some].tolist()]
+        for t in (found.y, found.pred_clean, found.pred_adv)
+    ]
+    image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
+    return run.finish([row])
+
+
+def check(args: CheckArgs) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from rvlm.evaluation import check as run_checks
+
+    data, model, _ = _load(args)
+    x, y, _ = data.batch(slice(None))
+    findings = run_checks(model.classifier, x.to(model.device), y.to(model.device))
+    console = Console()
+    for finding in findings:
+        mark = Text("ok  ", "green") if finding.ok else Text("FAIL", "bold red")
+        console.print(mark, Text(f"{finding.id:<13}{finding.message}"))
+    return 0 if all(finding.ok for finding in findings) else CHECK_FAILED
+
+
+def train(args: tuple[TrainArgs, Any]) -> int:
+    from rvlm.data import load_data
+    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+    from rvlm.methods import method_class
+    from rvlm.models import ZeroShotClassifier, load_clip
+    from rvlm.training import train as run_training
+
+    args, settings = args
+    parse_attack(args.eval_attack)
+    data = load_data(args.data, args.split, size=args.size, limit=args.limit)
+    test = load_data(args.eval_data or args.data, "test", size=args.size, limit=args.eval_limit)
+    student = load_clip(args.student, _device(args.device), seed=args.seed)
+    method = method_class(args.method)(settings)
+    run = _Run("train", args)
+    rows = []
+
+    def measure(name: str) -> None:
+        classifier = ZeroShotClassifier(student, test.class_names, method.training_templates(test))
+        found = evaluate(
+            classifier, test, attack=args.eval_attack, eps=settings.eps, seed=args.seed, device=student.device
+        )
+        facts = {"source": args.student, "method": None if name == "before" else args.method}
+        rows.append(write_evaluation(run.out, name, found, test, facts, partial=args.eval_limit is not None))
+        _warn(found)
+
+    measure("before")
+    result = run_training(student, data, method, seed=args.seed, out=run.out)
+    print(
+        f"trained on {result.images} images in {result.seconds:.1f} s ({result.images / result.seconds:.0f} images/s)"
+    )
+    measure("after")
+    return run.finish(rows)
+
+
+@dataclasses.dataclass
+class _Model:
+    classifier: Callable[[Tensor], Tensor]
+    device: torch.device
+    facts: dict[str, Any]
+
+
+def _load(args: DataArgs):
+    """The data, the model and, for transfer, the source model of a command."""
+    from rvlm.data import load_data
+
+    data = load_data(args.data, args.split, size=args.size, limit=args.limit)
+    source = getattr(args, "source", None)
+    return data, _load_model(args.model, args, data), None if source is None else _load_model(source, args, data)
+
+
+def _load_model(spec: str, args: DataArgs, data) -> _Model:
+    from rvlm.models import ZeroShotClassifier, load_clip
+
+    device = _device(args.device)
+    if ".py:" in spec:
+        model = _from_file(spec)
+        if isinstance(model, torch.nn.Module):
+            model = model.to(device)
+        return _Model(model, device, {"source": "file", "name": spec})
+    clip = load_clip(spec, device)
+    template = data.template if args.templates == "auto" else args.templates
+    classifier = ZeroShotClassifier(clip, data.class_names, template).eval()
+    facts = {
+        "source": "open_clip",
+        "name": spec,
+        "input_size": clip.size,
+        "mean": clip.mean.flatten().tolist(),
+        "std": clip.std.flatten().tolist(),
+        "quick_gelu": bool(((clip.config or {}).get("model_cfg") or {}).get("quick_gelu", False)),
+        "templates": classifier.templates,
+        "logit_scale": round(clip.logit_scale.item(), 4),
+    }
+    return _Model(classifier, device, facts)
+
+
+def _from_file(spec: str) -> Callable[[Tensor], Tensor]:
+    path, _, name = spec.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}: expected FILE.py:NAME, a callable from pixels to logits")
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(file.parent))  # the file may import its neighbours
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    if not callable(getattr(module, name, None)):
+        have = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n)))
+        raise ValueError(f"{file} has no callable {name!r}; it has {have or 'none'}")
+    return getattr(module, name)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _warn(found) -> None:
+    for item in found.checks:
+        if not item["ok"]:
+            print(f"WARNING {item['id']}: {item['detail']}", file=sys.stderr)
+
+
+class _Run:
+    """A run folder: config and manifest at the start, summary at the end."""
+
+    def __init__(self, command: str, args: Any) -> None:
+        from rvlm.evaluation.records import environment, write_bytes, write_json
+
+        self.began, self.write_json = time.time(), write_json
+        self.out = Path(args.out or f"runs/{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+        write_bytes(self.out / "config.yaml", args.config_text.encode())
+        self.manifest = {"command": shlex.join(["rvlm", *sys.argv[1:]]), "env": environment(), "status": "running"}
+        write_json(self.out / "manifest.json", self.manifest)
+
+    def finish(self, rows: list[dict[str, Any]]) -> int:
+        from rich.console import Console
+
+        from rvlm.report import rich_table
+
+        self.write_json(self.out / "summary.json", {"schema": "rvlm.summary/1", "rows": rows})
+        self.manifest |= {"status": "complete", "seconds": round(time.time() - self.began, 1)}
+        self.write_json(self.out / "manifest.json", self.manifest)
+        Console().print(rich_table(rows))
+        print(f"written to {self.out}")
+        return 0

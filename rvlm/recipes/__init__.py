@@ -1,0 +1,1 @@
+"""Bundled recipes: `rvlm train --config digits/tecoa`."""

@@ -1,0 +1,106 @@
+"""Figures. Each writes its numbers as CSV beside the PNG. Colours are Okabe and Ito's, safe for the colour-blind."""
+
+import csv
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rvlm.units import Eps
+
+__all__ = ["accuracy_over_eps", "image_grid"]
+
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+RIGHT, WRONG = "#00704F", "#B34700"
+MARKERS = "osD^vPX"
+
+
+def accuracy_over_eps(
+    path: str | Path, curves: dict[str, list[tuple[str, float, float, float]]], title: str = "Accuracy under attack"
+) -> Path:
+    """Robust accuracy over the radius, with intervals.
+
+    Args:
+        path: PNG to write.
+        curves: name -> points (eps as text, accuracy, lower, upper), fractions.
+        title: heading.
+    """
+    path = Path(path)
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    ticks = sorted({point[0] for points in curves.values() for point in points}, key=Eps)
+    for k, (name, points) in enumerate(curves.items()):
+        points = sorted(points, key=lambda point: Eps(point[0]))
+        x = [float(Eps(point[0])) for point in points]
+        mean, low, high = ([100 * point[j] for point in points] for j in (1, 2, 3))
+        colour = PALETTE[k % len(PALETTE)]
+        axes.plot(x, mean, color=colour, marker=MARKERS[k % len(MARKERS)], label=name, linewidth=2)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xticks([float(Eps(tick)) for tick in ticks], ticks)
+    axes.set(xlabel="eps (pixel range [0, 1])", ylabel="accuracy, %", ylim=(-3, 103))
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    rows = [[name, *point] for name, points in curves.items() for point in points]
+    _write_csv(path, ["name", "eps", "accuracy", "ci_low", "ci_high"], rows)
+    return path
+
+
+def image_grid(
+    path: str | Path,
+    clean: Tensor,
+    adversarial: Tensor,
+    labels: list[str],
+    words_clean: list[str],
+    words_adversarial: list[str],
+    magnify: float | None = None,
+) -> Path:
+    """Rows of clean image, magnified perturbation and adversarial image, with what the model says to each.
+
+    Args:
+        path: PNG to write.
+        clean, adversarial: pixels [N, 3, H, W] in [0, 1].
+        labels: N true classes.
+        words_clean, words_adversarial: N answers of the model; a word that equals the label counts as right.
+        magnify: factor on the perturbation, shown around grey; None fills the range.
+    """
+    path = Path(path)
+    n = len(clean)
+    delta = adversarial - clean
+    if magnify is None:
+        magnify = 0.5 / max(delta.abs().max().item(), 1e-6)
+    columns = [clean, 0.5 + magnify * delta, adversarial]
+    titles = ["clean", f"perturbation × {magnify:.0f}", "adversarial"]
+    figure = Figure(figsize=(1.35 * n + 0.6, 5.0), dpi=150, layout="constrained")
+    grid = figure.subplots(3, n, squeeze=False)
+    for row, (pixels, title) in enumerate(zip(columns, titles, strict=True)):
+        for k in range(n):
+            axes = grid[row][k]
+            axes.imshow(pixels[k].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if k == 0:
+                axes.set_ylabel(title, fontsize=10)
+            if row != 1:
+                word = (words_clean if row == 0 else words_adversarial)[k]
+                right = word == labels[k]
+                axes.set_xlabel(f"{'✓' if right else '✗'} {word}", fontsize=10, color=RIGHT if right else WRONG)
+    figure.savefig(path)
+    _write_csv(path, ["label", "clean", "adversarial"], list(zip(labels, words_clean, words_adversarial, strict=True)))
+    return path
+
+
+def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:
+    """Up to `most` rows for a picture: fooled ones first, of different classes as far as there are."""
+    order = torch.cat([(broken_by >= 0).nonzero().flatten(), (broken_by == -1).nonzero().flatten()]).tolist()
+    seen: set[int] = set()
+    first = [row for row in order if not (int(y[row]) in seen or seen.add(int(y[row])))]
+    return torch.tensor((first + [row for row in order if row not in set(first)])[:most], dtype=torch.int64)
+
+
+def _write_csv(png: Path, header: list[str], rows: list) -> None:
+    with png.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])

@@ -1,0 +1,49 @@
+"""Tables of summary rows (see `rvlm.evaluation.summary_row`)."""
+
+from typing import Any
+
+__all__ = ["COLUMNS", "cell", "markdown", "rich_table"]
+
+COLUMNS = {
+    "name": "model",
+    "clean": "clean %",
+    "robust": "robust %",
+    "eps": "eps",
+    "attack": "attack",
+    "target": "target",
+    "samples": "samples",
+}
+
+
+def cell(row: dict[str, Any], column: str) -> str:
+    """Text of one cell; accuracies in per cent, with their 95 % interval if the row has one."""
+    value = row.get(column, "")
+    if column not in ("clean", "robust"):
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
+    text = f"{100 * value:.1f}"
+    if interval := row.get(f"{column}_ci"):
+        text += f" ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
+    return text
+
+
+def markdown(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
+    """A Markdown table; columns maps keys of the rows to headings."""
+    columns = columns or COLUMNS
+    lines = [list(columns.values()), ["---"] * len(columns)]
+    lines += [[cell(row, column).replace("|", "\\|") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, str] | None = None):
+    """A table for the terminal (rich.table.Table)."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = columns or COLUMNS
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    for key, heading in columns.items():
+        table.add_column(heading, justify="left" if key in ("name", "attack", "target") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell(row, column)) for column in columns))
+    return table
