@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from triton import cdiv, next_power_of_2
 
-STEP_BLOCK = 4096  # elements per program: 8 warps, 16 elements a thread, four 16-byte fp32 loads in flight per tensor
-SUMS_BLOCK = 2048  # 8 warps, 8 elements a thread: each carries three float64 sums in registers
+STEP_BLOCK = 2048  # elements per program: 8 warps, 8 elements a thread, two 16-byte fp32 loads in flight per tensor
+SUMS_BLOCK = 1024  # 8 warps, 4 elements a thread, each with three float64 sums in registers
 MIN_BLOCK = 128  # one warp, 16 bytes of fp32 a thread
 MAX_ROW = 2**31 - 2**20  # offsets inside a row are 32 bits wide, and a program may reach beyond its end
 
@@ -36,13 +36,13 @@ def step_sizes(n: int) -> Sizes:
     if n > MAX_ROW:
         raise ValueError(f"a sample has {n} elements, kernels take at most {MAX_ROW}: split it into smaller samples")
     block = _block(n, STEP_BLOCK)
-    return Sizes(block, cdiv(n, block), _warps(block, 16))
+    return Sizes(block, cdiv(n, block), _warps(block, 8))
 
 
 def sums_sizes(n: int, max_programs: int) -> Sizes:
     """Sizes for a kernel that sums over rows of n elements; beyond max_programs a program walks over several blocks."""
     block = _block(n, SUMS_BLOCK)
-    return Sizes(block, min(cdiv(n, block), max_programs), _warps(block, 8))
+    return Sizes(block, min(cdiv(n, block), max_programs), _warps(block, 4))
 
 
 def _block(n: int, largest: int) -> int:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from rvlm.kernels._launch import launch, step_sizes, sums_sizes
 
-MAX_PARTS = 128  # most programs that share the sums of one row, a power of two
+MAX_PARTS = 256  # most programs that share the sums of one row, a power of two
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def kernel_words(words, device):
     """Philox words of the device function for rows (c0, c1, c2, c3, k0, k1)."""
     given = torch.tensor(words, dtype=torch.int64, device=device)
     out = torch.full((len(words), 4), -1, dtype=torch.int64, device=device)
-    _philox_kernel[(1,)](out, given, len(words), BLOCK=triton.next_power_of_2(len(words)))
+    _philox_kernel[(1,)](out, given, len(words), BLOCK=triton.next_power_of_2(len(words)), enable_fp_fusion=False)
     return out.tolist()
 
 

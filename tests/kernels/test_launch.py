@@ -1,0 +1,189 @@
+"""Launch sizes, compiler options, the current device, and 64-bit addresses."""
+
+import contextlib
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from rvlm.kernels import _launch, steps
+from triton.runtime import interpreter
+
+
+@pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 3072, 4096, 4097, 150528, 3 * 1024 * 1024, _launch.MAX_ROW])
+def test_sizes_cover_the_row(n):
+    for block, programs, num_warps in (_launch.step_sizes(n), _launch.sums_sizes(n, 128)):
+        assert block & (block - 1) == 0 and num_warps & (num_warps - 1) == 0
+        assert 32 * num_warps * 4 <= block, "a thread has less than 16 bytes to load"
+        assert (programs - 1) * block < n, "a program has nothing to do"
+    assert _launch.step_sizes(n).programs * _launch.step_sizes(n).block >= n
+    assert _launch.sums_sizes(n, 128).programs <= 128
+
+
+def test_rows_beyond_32_bit_offsets_are_refused():
+    with pytest.raises(ValueError, match=str(_launch.MAX_ROW + 1)):
+        _launch.step_sizes(_launch.MAX_ROW + 1)
+
+
+def test_forced_block_ends_with_its_block():
+    usual = _launch.step_sizes(10**6)
+    with pytest.raises(RuntimeError), _launch.forced_block(64):
+        assert _launch.step_sizes(10**6).block == _launch.sums_sizes(10**6, 128).block == 64
+        raise RuntimeError
+    assert _launch.step_sizes(10**6) == usual
+
+
+class FakeKernel:
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *args, **options: setattr(self, "options", options)
+
+
+def test_products_and_sums_are_never_fused():
+    kernel = FakeKernel()
+    _launch.launch(kernel, 7, torch.device("cpu"), num_warps=4, BLOCK=64)
+    assert kernel.grid == (7,)
+    assert kernel.options == {"BLOCK": 64, "num_warps": 4, "enable_fp_fusion": False}
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext())
+    _launch.launch(FakeKernel(), 1, torch.device("cpu"), num_warps=1)
+    assert entered == []
+    _launch.launch(FakeKernel(), 1, torch.device("cuda", 3), num_warps=1)
+    assert entered == [torch.device("cuda", 3)]
+
+
+ROW, N, BLOCK = 9, 2**30, 1024  # row 9 begins at element 9 * 2^30, past what 32 bits can count
+BLOCKS = N // BLOCK
+
+
+@pytest.fixture
+def offsets(monkeypatch):
+    """Runs the first program of rows 0 and ROW of a batch too large to exist; returns how far apart each access is.
+
+    The interpreter computes addresses as the GPU does, in 32 or 64 bits; only its loads and stores are replaced.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("looks inside Triton's interpreter: needs TRITON_INTERPRET=1")
+    addresses = []
+
+    def load(pointers, mask, other, dtype):
+        addresses.append(int(pointers.min()))
+        return np.ones(pointers.shape, dtype)
+
+    def store(pointers, values, mask):
+        addresses.append(int(pointers.min()))
+
+    def run(kernel, *args, **constexprs):
+        seen = []
+        for row in (0, ROW):
+            program = interpreter.TensorHandle(np.array([row * BLOCKS], np.int32), tl.int32)
+            monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda axis, p=program: p)
+            addresses.clear()
+            kernel[(1,)](*args, **constexprs)
+            seen.append(list(addresses))
+        return [far - near for near, far in zip(*seen, strict=True)]
+
+    monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(load=load, store=store))
+    return run
+
+
+def one(dtype):
+    return torch.ones(1, dtype=dtype)
+
+
+IMAGE, HALF, ACTIVE, SUMS = one(torch.float32), one(torch.bfloat16), one(torch.bool), one(torch.float64)
+STEP = {"ALPHA_STRIDE": 1, "EPS_STRIDE": 1, "LO": 0.0, "HI": 1.0, "LEVELS": 0.0, "IN_PLACE": True, "BLOCK": BLOCK}
+
+
+def test_far_rows_of_the_linf_step(offsets):
+    got = offsets(
+        steps._linf_step_kernel,
+        *(IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, N),
+        **STEP,
+        FIRST_LEVEL=0,
+        LAST_LEVEL=0,
+    )
+    assert sorted(got) == sorted([ROW, ROW * 4, ROW * 4, ROW * N * 2, ROW * N * 4, ROW * N * 4, ROW * N * 4])
+
+
+def test_far_rows_of_the_l2_sums(offsets):
+    got = offsets(steps._l2_sums_kernel, SUMS, IMAGE, HALF, IMAGE, ACTIVE, N, BLOCKS, BLOCK=BLOCK)
+    sums = [ROW * 3 * BLOCKS * 8] * 3
+    assert sorted(got) == sorted([ROW, ROW * N * 2, ROW * N * 4, ROW * N * 4, *sums])
+
+
+def test_far_rows_of_the_l2_step(offsets):
+    got = offsets(
+        steps._l2_apply_kernel, *(IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, SUMS, N, 64), **STEP, MAX_PARTS=64
+    )
+    sums = [ROW * 3 * 64 * 8] * 3
+    assert sorted(got) == sorted([ROW, ROW * 4, ROW * 4, ROW * N * 2, ROW * N * 4, ROW * N * 4, ROW * N * 4, *sums])
+
+
+def test_far_rows_of_the_start(offsets):
+    ids = one(torch.int64)
+    got = offsets(
+        steps._uniform_start_kernel, *(IMAGE, IMAGE, IMAGE, ids, N, 7, 0, 0), EPS_STRIDE=1, LO=0.0, HI=1.0, BLOCK=BLOCK
+    )
+    assert sorted(got) == sorted([ROW * 4, ROW * 8, ROW * N * 4, ROW * N * 4])
+
+
+def test_32_bit_row_offsets_are_noticed(offsets, mutant):
+    wrong = mutant("row.to(tl.int64) * n", "row * n")
+    for test in (test_far_rows_of_the_linf_step, test_far_rows_of_the_l2_step, test_far_rows_of_the_start):
+        with pytest.raises(AssertionError):
+            test(lambda kernel, *args, **more: offsets(getattr(wrong, kernel.__name__), *args, **more))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step, size", [(steps.linf_step, 0.03), (steps.l2_step, 0.5)])
+def test_graph_replay_equals_a_call(make_case, device, step, size):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    case = make_case((4, 3, 32, 32), active=torch.tensor([True, True, False, True], device=device))
+    case = case.changed(alpha=torch.full_like(case.alpha, size), eps=torch.full_like(case.eps, size))
+    out = torch.empty_like(case.x)
+
+    def call():
+        step(out, case.x_adv, case.grad, case.x, case.alpha, case.eps, 0.0, 1.0, case.active, 0.0)
+
+    call()  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    case.grad.neg_()
+    case.alpha.mul_(0.5)
+    case.active.logical_not_()
+    graph.replay()
+    replayed = out.clone()
+    assert torch.equal(replayed, case.launch(step))
+
+
+@pytest.mark.gpu
+def test_batch_of_more_than_2_31_pixels(device):
+    if device.type != "cuda" or torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs a GPU with 30 GiB of free memory")
+    n, rows = 2**20, 2**11 + 1
+    x_adv, x = torch.empty((2, rows, n), device=device)
+    grad = torch.empty((rows, n), dtype=torch.bfloat16, device=device)
+    active = torch.zeros(rows, dtype=torch.bool, device=device)
+    active[-1] = True
+    x[-1].uniform_()
+    x_adv[-1].copy_(x[-1]).add_(0.01)
+    grad[-1].normal_()
+    alpha, eps = torch.full((2, 1), 0.03, device=device)
+    for step in (steps.linf_step, steps.l2_step):
+        alone = x_adv[-1:].clone()
+        step(alone, alone, grad[-1:], x[-1:], alpha, eps, 0.0, 1.0, None, 0.0)
+        step(x_adv, x_adv, grad, x, alpha, eps, 0.0, 1.0, active, 0.0)
+        assert torch.equal(x_adv[-1:], alone)
+    ids = torch.arange(rows, device=device)
+    steps.uniform_start(x_adv, x, eps, ids, 5, 0.0, 1.0, 0)
+    alone = torch.empty_like(x[-1:])
+    steps.uniform_start(alone, x[-1:], eps, ids[-1:], 5, 0.0, 1.0, 0)
+    assert torch.equal(x_adv[-1:], alone)
