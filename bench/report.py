@@ -1,0 +1,86 @@
+"""Turns pytest-benchmark's JSON files into one small JSON and a Markdown page.
+
+    python bench/report.py --out bench/results/2026-11-21-cpu steps.json pgd.json [--note TEXT] [--parts parts.json]
+
+writes OUT.json (schema rvlm.bench/1: machine, versions, rows with medians and quartiles) and OUT.md, and prints the
+tables. Missing input files are named and left out.
+"""
+
+import argparse
+import json
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+COLUMNS = {
+    "linf_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
+    "l2_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
+    "uniform_start": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
+    "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
+}
+LOSING = 0.98  # below this the implementation is slower than what it is compared with
+
+
+def read(paths: list[Path]) -> tuple[dict, list[dict], list[str]]:
+    """Machine, rows and the names of the files that could not be read."""
+    machine, rows, unread = {}, [], []
+    for path in paths:
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError):
+            unread.append(path.name)
+            continue
+        machine |= data["machine_info"].get("rvlm", {})
+        machine.setdefault("commit", (data.get("commit_info") or {}).get("id"))
+        machine.setdefault("uncommitted_changes", (data.get("commit_info") or {}).get("dirty"))
+        for bench in data["benchmarks"]:
+            rows.append({"group": bench["group"], "rounds": bench["stats"]["rounds"], **bench["extra_info"]})
+    return machine, rows, unread
+
+
+def tables(rows: list[dict]) -> str:
+    """One Markdown table per group."""
+    out = []
+    for group in sorted({row["group"] for row in rows}, key=list(COLUMNS).index):
+        mine = [row for row in rows if row["group"] == group]
+        extra = [name for name in COLUMNS[group] if any(name in row for row in mine)]
+        peers = "/".join(sorted({row["peer"] for row in mine}))
+        out += [f"\n## {group}: speed against {peers}\n"]
+        heads = ["case", "implementation", "median us", "IQR us", f"{peers} us", "speedup [quartiles]", *extra]
+        out += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        for row in mine:
+            low, median, high = row["speedup"]
+            slower = " **slower**" if median < LOSING and row["impl"] != row["peer"] else ""
+            cells = [row["case"], row["impl"], f"{row['us_per_call']:.1f}", f"{row['us_per_call_iqr']:.1f}"]
+            cells += [f"{row['peer_us_per_call']:.1f}", f"{median:.2f} [{low:.2f}, {high:.2f}]{slower}"]
+            cells += [f"{row[name]:.3g}" if name in row else "" for name in extra]
+            out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="pytest-benchmark JSON files")
+    parser.add_argument("--out", required=True, type=Path, help="path without suffix")
+    parser.add_argument("--note", default="", help="a sentence on the conditions of the run")
+    parser.add_argument("--parts", type=Path, help="JSON of the other parts of a run, kept as it is")
+    args = parser.parse_args()
+    machine, rows, unread = read(args.files)
+    record = {"schema": "rvlm.bench/1", "date": datetime.now(timezone.utc).date().isoformat(), "note": args.note}
+    record |= {"machine": machine, "not_measured": unread, "rows": rows}
+    if args.parts:
+        record["parts"] = json.loads(args.parts.read_text())
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+    page = f"# Benchmarks, {record['date']}\n\n{facts}\n\n{args.note}\n"
+    if unread:
+        page += f"\nNot measured: {', '.join(unread)}\n"
+    page += tables(rows) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_name(args.out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    args.out.with_name(args.out.name + ".md").write_text(page)
+    print(page)
+    return 0 if rows and not unread else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

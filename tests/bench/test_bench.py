@@ -1,0 +1,115 @@
+"""The benchmarks run, and what they compare with is what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import peers.pgd
+    import peers.steps
+
+    return peers
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)).eval()
+    x = torch.rand(4, 3, 8, 8, generator=generator)
+    y = torch.randint(5, (4,), generator=generator)
+    return model, x, y
+
+
+def quick(command: list[str], **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"RVLM_BENCH_QUICK": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    return subprocess.run(command, cwd=BENCH.parent, env=clean, capture_output=True, text=True, timeout=300)
+
+
+def test_twin_of_the_peer_gives_the_peers_images(peers, problem):
+    torchattacks = pytest.importorskip("torchattacks", reason="extra [oracles] is not installed")
+    model, x, y = problem
+    settings = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 7}
+    for random_start in (False, True):
+        torch.manual_seed(5)
+        twin = peers.pgd.PGD(model, random_start=random_start, **settings)(x, y)
+        torch.manual_seed(5)
+        package = torchattacks.PGD(model, random_start=random_start, **settings)(x, y)
+        assert torch.equal(twin, package)
+
+
+def test_twin_of_the_l2_step_gives_the_peers_images(peers, problem):
+    torchattacks = pytest.importorskip("torchattacks", reason="extra [oracles] is not installed")
+    model, x, y = problem
+    x_adv = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x_adv), y), x_adv)
+    # The package divides 0 by 0 in a first step that does not move; alpha > eps makes it project.
+    package = torchattacks.PGDL2(model, eps=0.3, alpha=0.5, steps=1, random_start=False)(x, y)
+    twin = peers.steps.l2_step(x, grad, x, 0.5, 0.3)
+    assert torch.equal(twin, package)
+    assert (twin - x).flatten(1).norm(dim=1).max() <= 0.3 + 1e-6
+
+
+def test_gpu_script_parses():
+    assert subprocess.run(["bash", "-n", str(BENCH / "run_gpu.sh")]).returncode == 0
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_dry(tmp_path):
+    done = quick(["bash", str(BENCH / "run_gpu.sh"), str(tmp_path)], RVLM_BENCH_CPU="1", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {part["name"] for part in result["parts"]["parts"]} == {"info", "tests", "steps", "pgd", "memcheck"}
+    assert {row["group"] for row in result["rows"]} == {"linf_step_", "l2_step_", "uniform_start", "pgd-10"}
+    assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
+    assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()
+
+
+@pytest.mark.slow
+def test_gate_stops_a_wrong_step(tmp_path):
+    """A benchmark of something that computes something else must fail before it is timed."""
+    plugin = tmp_path / "wrong_step.py"
+    plugin.write_text(
+        "import rvlm.ops.steps as s\n"
+        "right = s._linf_op_._call_cpp\n"
+        "s._linf_op_._call_cpp = lambda x_adv, g, x, a, *rest: right(x_adv, g, x, -a, *rest)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_steps.py", "-k", "linf and cpp", "-p", "wrong_step"]
+    done = quick(command, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "AssertionError: Tensor-likes are not close" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_budget_skips_what_has_not_begun():
+    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_steps.py", "-k", "eager", "-rs"]
+    done = quick(command, RVLM_BENCH_SECONDS="0")
+    assert done.returncode == 0 and "time budget of 0 s is spent" in done.stdout, done.stdout[-2000:]
+
+
+def test_report_keeps_losing_cells_and_names_missing_files(tmp_path):
+    row = {"peer": "eager", "impl": "cpp", "case": "[1]", "us_per_call": 2.0, "us_per_call_iqr": 0.1}
+    row |= {"peer_us_per_call": 1.0, "speedup": [0.4, 0.5, 0.6]}
+    bench = {"group": "linf_step_", "stats": {"rounds": 30}, "extra_info": row}
+    (tmp_path / "a.json").write_text(json.dumps({"machine_info": {"rvlm": {"device": "x"}}, "benchmarks": [bench]}))
+    command = [
+        sys.executable,
+        str(BENCH / "report.py"),
+        "--out",
+        str(tmp_path / "r"),
+        str(tmp_path / "a.json"),
+        "b.json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Not measured: b.json" in done.stdout
+    assert "0.50 [0.40, 0.60] **slower**" in (tmp_path / "r.md").read_text()
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["speedup"] == [0.4, 0.5, 0.6]
