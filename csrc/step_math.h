@@ -34,7 +34,7 @@ struct Box {
 // rounding alone (1e-6 of the range) counts as reaching it: 8/255 in fp32 holds eight levels.
 template <typename T>
 RVLM_INLINE T quantize_linf(T y, T x, T eps, Box<T> box) {
-  const T levels = box.levels, slack = levels * T(1e-6);
+  const T levels = box.levels, slack = T(double(levels) * 1e-6);
   T q = std::floor(levels * y + T(0.5));
   const T lowest = std::ceil(levels * (x - eps) - slack), highest = std::floor(levels * (x + eps) + slack);
   q = q < lowest ? lowest : q;
@@ -45,7 +45,7 @@ RVLM_INLINE T quantize_linf(T y, T x, T eps, Box<T> box) {
 // y rounded toward x, level by level, so that no coordinate of y - x grows; x is on the grid.
 template <typename T>
 RVLM_INLINE T quantize_toward(T y, T x, Box<T> box) {
-  const T levels = box.levels, slack = levels * T(1e-6);
+  const T levels = box.levels, slack = T(double(levels) * 1e-6);
   const T moved = levels * (y - x);
   const T whole = std::floor(std::fabs(moved) + slack);
   return (std::floor(levels * x + T(0.5)) + (moved < T(0) ? -whole : whole)) / levels;
@@ -72,7 +72,7 @@ RVLM_INLINE T l2_pixel(T x_adv, T g, T x, T scale, T shrink, Box<T> box) {
 template <typename T>
 RVLM_INLINE void l2_factors(double gg, double dg, double dd, T alpha, T eps, T& scale, T& shrink) {
   const double norm = std::sqrt(gg);
-  const bool directed = norm > 0.0 && norm < HUGE_VAL;
+  const bool directed = norm > 0.0 && norm < HUGE_VAL && std::isfinite(T(double(alpha) / norm));
   const double s = directed ? double(alpha) / norm : 0.0;
   const double length2 = dd + (directed ? 2.0 * s * dg + double(alpha) * double(alpha) : 0.0);
   const double ratio = double(eps) / std::sqrt(length2);

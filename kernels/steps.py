@@ -20,6 +20,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from rvlm.kernels._launch import launch, step_sizes, sums_sizes
 
 MAX_PARTS = 256  # most programs that share the sums of one row, a power of two
@@ -173,8 +174,10 @@ def _l2_apply_kernel(
     dd = tl.sum(tl.load(slot + 2 * parts, mask=part < parts, other=0.0), axis=0)
 
     norm = tl.sqrt(gg)
-    directed = (norm > 0) & (norm < float("inf"))  # a row without a direction keeps its place
-    scale = tl.where(directed, alpha / norm, 0.0)
+    scale = alpha / tl.where(norm > 0, norm, 1.0)
+    # A row without a direction keeps its place; so does one whose scale overflows the image type.
+    directed = (norm > 0) & (norm < float("inf")) & (tl.abs(scale.to(x.dtype)) < float("inf"))
+    scale = tl.where(directed, scale, 0.0)
     length = tl.sqrt(dd + tl.where(directed, 2.0 * scale * dg + alpha * alpha, 0.0))
     shrink = tl.where(length > eps, eps / length, 1.0)  # not for a NaN length: rounding took its square below zero
     scale = scale.to(x.dtype)

@@ -108,8 +108,8 @@ def _report(out, test, broken, defended, rows, curves, seed, quick, seconds) -> 
         intro=(
             "A small CLIP was trained on 1,297 scans of handwritten digits to match an image with the words of its "
             f"digit. An attack that moves no pixel by more than {EPS} of its range breaks it. TeCoA, adversarial "
-            "training of the image tower, defends it. The last row shows the first model's adversarial images to a ResNet CLIP "
-            "of its own training."
+            "training of the image tower, defends it. The last row shows the first model's adversarial images to a "
+            "ResNet CLIP that was trained on its own."
         ),
         rows=rows,
         figures=figures,

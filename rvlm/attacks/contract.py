@@ -128,7 +128,9 @@ def _restore(buffers: list[tuple[nn.Module, str, Tensor, int, Tensor]]) -> None:
     with torch.no_grad():
         for m, name, buffer, version, saved in buffers:
             m._buffers[name] = buffer
-            if buffer._version != version:
+            # Batch norm writes its statistics without raising the version; an unneeded copy would raise it, and break
+            # a backward pass of the caller's that has saved the buffer.
+            if buffer._version != version or not torch.equal(buffer, saved):
                 buffer.copy_(saved)
 
 

@@ -47,15 +47,21 @@ def _quantize_linf(y, x, eps, lo, hi, levels):
     q = torch.floor(levels * y + 0.5)
     q = torch.maximum(q, torch.ceil(levels * (x - eps) - slack))
     q = torch.minimum(q, torch.floor(levels * (x + eps) + slack))
-    return torch.clamp(q, math.ceil(levels * lo), math.floor(levels * hi)) / levels
+    return torch.clamp(q, math.ceil(levels * lo), math.floor(levels * hi)) / _levels_like(q, levels)
+
+
+def _levels_like(q, levels):
+    # A tensor, since torch on CUDA divides by a Python number through its reciprocal, an ulp off.
+    return torch.full((), levels, dtype=q.dtype, device=q.device)
 
 
 def _l2_step_(x_adv, grad, x, alpha, eps, lo, hi, active, levels):
     alpha, eps = _per_row(alpha, x).double(), _per_row(eps, x).double()
     grad, delta = grad.to(x.dtype), x_adv - x
     norm = _row_norm(grad)
-    directed = (norm > 0) & norm.isfinite()  # a row without a direction keeps its place
-    scale = torch.where(directed, alpha / norm, 0.0)
+    scale = alpha / norm
+    directed = (norm > 0) & norm.isfinite() & scale.to(x.dtype).isfinite()  # a row without a direction keeps its place
+    scale = torch.where(directed, scale, 0.0)
     moved = delta.double() + torch.where(directed, scale * grad.double(), 0.0)
     shrink = torch.clamp(eps / _row_norm(moved), max=1.0).nan_to_num(1.0)  # 0/0: eps = 0 and nothing moved
     scale, shrink = scale.to(x.dtype), shrink.to(x.dtype)
@@ -72,7 +78,7 @@ def _row_norm(t):
 def _quantize_toward(y, x, levels):
     moved = levels * (y - x)
     whole = torch.floor(moved.abs() + levels * 1e-6)
-    return (torch.floor(levels * x + 0.5) + torch.where(moved < 0, -whole, whole)) / levels
+    return (torch.floor(levels * x + 0.5) + torch.where(moved < 0, -whole, whole)) / _levels_like(y, levels)
 
 
 def _uniform_start(x, eps, sample_ids, seed, lo, hi, stream):

@@ -19,11 +19,12 @@ import tempfile
 from collections import Counter
 
 import torch
-from rvlm.kernels import steps
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from rvlm.kernels import steps
 
 IMAGENET = 3 * 224 * 224
 ODD = 3 * 17 * 53  # divisible by neither 16 nor 4

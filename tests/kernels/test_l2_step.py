@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from rvlm.kernels import _launch, steps
 
 import rvlm.ops as ops
+from rvlm.kernels import _launch, steps
 
 TOLERANCE = {torch.float32: 2.5e-7, torch.float64: 5e-15}  # pixels in [-1, 1]: four roundings of the image type
 
@@ -162,7 +162,7 @@ def test_repeats_to_the_bit_and_ignores_the_batch(make_case):
 
 
 MUTATIONS = {
-    "direction": ("scale = tl.where(directed, alpha / norm", "scale = tl.where(directed, -alpha / norm"),
+    "direction": ("scale = alpha / tl.where", "scale = -alpha / tl.where"),
     "cross term": ("2.0 * scale * dg", "scale * dg"),
     "length of the step": ("+ alpha * alpha", "+ alpha"),
     "radius": ("tl.where(length > eps, eps / length, 1.0)", "tl.where(length > eps, length / eps, 1.0)"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from rvlm.kernels import _launch, steps
 from triton.runtime import interpreter
+
+from rvlm.kernels import _launch, steps
 
 
 @pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 3072, 4096, 4097, 150528, 3 * 1024 * 1024, _launch.MAX_ROW])

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from rvlm.kernels import _launch, steps
 
 import rvlm.ops as ops
+from rvlm.kernels import _launch, steps
 
 DTYPES = [
     (torch.float32, torch.float32),

@@ -5,10 +5,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from rvlm.kernels import _launch, steps
-from rvlm.kernels.steps import _philox
 
 import rvlm.ops as ops
+from rvlm.kernels import _launch, steps
+from rvlm.kernels.steps import _philox
 
 WORD = 0xFFFFFFFF
 

@@ -104,6 +104,14 @@ def test_a_nan_pixel_stays_nan_and_a_nan_gradient_moves_nothing(backend, batch):
     torch.testing.assert_close(l2[1], x_adv[1], rtol=0, atol=1e-7)
 
 
+def test_a_vanishing_gradient_gives_no_direction(backend, batch):
+    """alpha / ||g|| can overflow fp32 where the norm does not vanish; the row then stays, without NaN."""
+    x, x_adv, _ = batch((2, 3, 4, 4))
+    grad = torch.full_like(x, 1e-42)
+    result = ops.l2_step_(x_adv.clone(), grad, x, 10.0, 50.0)
+    torch.testing.assert_close(result, x_adv, rtol=0, atol=1e-6)
+
+
 def test_an_empty_batch_gives_empty_outputs(backend, device):
     empty = torch.zeros(0, 3, 4, 4, device=device)
     assert ops.linf_step(empty, empty.clone(), empty.clone(), 0.1, 0.1).shape == empty.shape

@@ -1,0 +1,319 @@
+"""What the options of pgd mean."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from rvlm.attacks import FGSM, PGD, fgsm, losses, pgd, scoring
+from rvlm.ops import steps as step_ops
+
+EPS = 8 / 255
+
+
+def fixed(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def per_sample_loss(model, x, y):
+    with torch.no_grad():
+        return F.cross_entropy(model(x), y, reduction="none")
+
+
+def test_a_linear_model_is_attacked_optimally(build, batch):
+    """The worst case of a linear model is known: x - eps * sign(w_y - w_c), and in L2 along the same direction."""
+    model, (x, y) = build("linear"), batch()
+    weight = model[1].weight.detach()
+    two = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double()
+    two[1].weight.data.copy_(weight[:2])
+    y = y % 2
+    direction = (two[1].weight[1 - y] - two[1].weight[y]).detach().view(x.shape)
+    assert torch.allclose(
+        pgd(two, x, y, eps=EPS, alpha=EPS / 4, steps=8, generator=fixed()), x + EPS * direction.sign()
+    )
+    assert torch.allclose(fgsm(two, x, y, eps=EPS), x + EPS * direction.sign())
+    unit = direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert torch.allclose(pgd(two, x, y, eps=0.3, alpha=0.3, steps=40, norm="l2", generator=fixed()), x + 0.3 * unit)
+
+
+def test_mutated_steps_are_caught(build, batch, monkeypatch):
+    """The check above is worth something: with the sign of alpha turned, or without the ball, it fails."""
+    step = step_ops.linf_step_
+    mutants = {
+        "sign": lambda x_adv, g, x, alpha, eps, *rest, **kw: step(x_adv, g, x, -alpha, eps, *rest, **kw),
+        "ball": lambda x_adv, g, x, alpha, eps, *rest, **kw: step(x_adv, g, x, alpha, 10 * eps, *rest, **kw),
+    }
+    model, (x, y) = build(), batch()
+    clean = per_sample_loss(model, x, y)
+    good = pgd(model, x, y, eps=EPS, generator=fixed())
+    assert (per_sample_loss(model, good, y) > clean).all() and (good - x).abs().max() <= EPS + 1e-12
+    for name, mutant in mutants.items():
+        monkeypatch.setitem(pgd.__globals__["_STEPS"], "linf", mutant)
+        bad = pgd(model, x, y, eps=EPS, generator=fixed())
+        if name == "sign":
+            assert not (per_sample_loss(model, bad, y) > clean).all()
+        else:
+            assert (bad - x).abs().max() > EPS + 1e-3
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.4)])
+def test_ball_and_box(model, batch, norm, eps):
+    x, y = batch()
+    x[0] = 0.0
+    x[1] = 1.0
+    result = pgd(model, x, y, eps=eps, norm=norm, generator=fixed(), return_info=True)
+    delta = (result.x_adv - x).flatten(1)
+    length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert (length <= eps + 1e-9).all() and result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    assert (result.loss > per_sample_loss(model, x, y)).all()
+    assert torch.equal(result.success, result.pred != y)
+    assert torch.equal(result.pred, model(result.x_adv).argmax(1))
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.5)])
+def test_strict_eps_holds_in_float64(build, batch, norm, eps):
+    model, (x, y) = build("conv", torch.float32), batch(torch.float32)
+    x_adv = pgd(model, x, y, eps=eps, norm=norm, strict_eps=True, generator=fixed())
+    delta = (x_adv.double() - x.double()).flatten(1)
+    assert (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)).max() <= eps
+
+
+@pytest.mark.parametrize("norm, eps, alpha", [("linf", EPS, None), ("linf", 2 / 255, 0.2 / 255), ("l2", 0.5, None)])
+def test_quantized_images_survive_uint8(build, batch, norm, eps, alpha):
+    model, (x, y) = build("conv", torch.float32), batch(torch.float32)
+    settings = dict(eps=eps, alpha=alpha, steps=20, norm=norm, quantize=255, best="adv", return_info=True)
+    result = pgd(model, x, y, generator=fixed(), **settings)
+    stored = (result.x_adv * 255).round().to(torch.uint8)
+    assert torch.equal(stored.float() / 255, result.x_adv)
+    assert torch.equal(model(stored.float() / 255).argmax(1), result.pred)
+    if norm == "linf":
+        levels = stored.int() - (x * 255).round().int()
+        assert levels.abs().max() == round(255 * eps), "the attack reaches the edge of the ball, also with small steps"
+    assert (per_sample_loss(model, result.x_adv, y) > per_sample_loss(model, x, y)).all()
+
+
+def test_per_sample_eps_equals_scalar_runs(build, batch):
+    model, (x, y) = build(), batch()
+    eps = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64) / 255
+    together = pgd(model, x, y, eps=eps, generator=fixed(), sample_ids=torch.arange(6))
+    for k in range(6):
+        alone = pgd(
+            model, x[k : k + 1], y[k : k + 1], eps=eps[k].item(), generator=fixed(), sample_ids=torch.tensor([k])
+        )
+        assert (together[k] - alone[0]).abs().max() < 1e-12
+    assert torch.equal(together[0], x[0])
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.4)])
+def test_results_do_not_depend_on_the_batch(model, batch, norm, eps):
+    x, y = batch()
+    ids = torch.tensor([5, 3, 2**40, 1, 0, 9])
+    run = lambda rows: pgd(  # noqa: E731
+        model, x[rows], y[rows], eps=eps, norm=norm, generator=fixed(), sample_ids=ids[rows], restarts=2
+    )
+    whole = run(torch.arange(6))
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    assert (run(order) - whole[order]).abs().max() < 1e-12
+    for k in range(6):
+        assert (run(torch.tensor([k])) - whole[k : k + 1]).abs().max() < 1e-12
+
+
+def test_restarts_take_the_best_run(model, batch):
+    x, y = batch()
+    runs = [pgd(model, x, y, eps=2 / 255, steps=3, generator=fixed(1), restarts=r, return_info=True) for r in (1, 2, 6)]
+    for fewer, more in zip(runs, runs[1:], strict=False):
+        assert (more.success | ~fewer.success).all(), "a sample that was fooled stays fooled"
+        same = more.success == fewer.success
+        assert (more.loss[same] >= fewer.loss[same] - 1e-12).all()
+    assert runs[2].backwards == 18 and runs[2].forwards == 24
+
+
+def test_best_loss_never_falls_with_steps(model, batch):
+    x, y = batch()
+    losses_at = [
+        pgd(model, x, y, eps=EPS, alpha=3 / 255, steps=n, best="loss", generator=fixed(), return_info=True).loss
+        for n in (0, 1, 2, 5, 10)
+    ]
+    for before, after in zip(losses_at, losses_at[1:], strict=False):
+        assert (after >= before - 1e-12).all()
+    last = pgd(model, x, y, eps=EPS, alpha=3 / 255, steps=10, generator=fixed(), return_info=True).loss
+    assert (losses_at[-1] >= last - 1e-12).all()
+
+
+def test_best_adv_returns_a_fooling_iterate_where_there_was_one(build, batch):
+    model, (x, y) = build(), batch()
+    y = model(x).argmax(1)
+    fooled = torch.zeros(6, dtype=torch.bool)
+
+    def watch(step, x_adv, loss):
+        fooled.logical_or_(model(x_adv).argmax(1) != y)
+
+    result = pgd(
+        model, x, y, eps=0.3, alpha=0.25, steps=6, best="adv", random_start=False, callback=watch, return_info=True
+    )
+    assert fooled.any() and torch.equal(result.success, fooled | (result.pred != y))
+
+
+def test_freeze_keeps_the_first_fooling_iterate_and_ends_early(build, batch):
+    model, (x, _) = build(), batch()
+    y = model(x).argmax(1)
+    seen = []
+    settings = dict(eps=0.2, alpha=0.01, steps=60, random_start=False)
+    result = pgd(
+        model, x, y, early_stop="freeze", return_info=True, callback=lambda k, v, _: seen.append(v.clone()), **settings
+    )  # fmt: skip
+    assert result.success.all() and result.backwards < 60
+    full = pgd(model, x, y, return_info=True, **settings)
+    assert (result.steps_used <= full.steps_used).all() and result.steps_used.max() < 60
+    for k, used in enumerate(result.steps_used.tolist()):
+        before = seen[used - 1][k : k + 1]
+        assert model(before).argmax(1) == y[k], "one step less did not fool the model"
+        assert torch.equal(seen[-1][k], result.x_adv[k])
+
+
+def test_freeze_skips_restarts_of_what_is_fooled(build, batch):
+    model, (x, _) = build(), batch()
+    y = (model(x).argmax(1) + 1) % 5  # wrong from the start
+    result = pgd(model, x, y, restarts=5, early_stop="freeze", generator=fixed(), return_info=True, eps=1e-4)
+    assert result.success.all() and result.steps_used.sum() == 0 and result.backwards == 1
+
+
+@pytest.mark.parametrize("best", ["last", "loss", "adv"])
+def test_cycle_is_exact_and_cheaper(model, batch, best):
+    x, y = batch()
+    settings = dict(eps=EPS, alpha=2 / 255, steps=100, best=best, generator=fixed(), return_info=True)
+    full = pgd(model, x, y, **(settings | {"generator": fixed()}))
+    short = pgd(model, x, y, early_stop="cycle", **settings)
+    assert torch.equal(short.x_adv, full.x_adv) and torch.equal(short.loss, full.loss)
+    assert short.backwards < full.backwards and (short.steps_used < 100).all()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.integers(0, 70),
+    k=st.sampled_from([1, 2, 3, 5]),
+    best=st.sampled_from(["last", "loss"]),
+)
+def test_cycle_is_exact_on_random_models(seed, steps, k, best):
+    generator = fixed(seed)
+    first, second = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    model = lambda x: (x.flatten(1) @ first.T).sin() @ second[:, :4].T  # noqa: E731
+    x = torch.rand(3, 1, 2, 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 4, (3,), generator=generator)
+    settings = dict(eps=0.1, alpha=0.1 / k, steps=steps, best=best, random_start=False)
+    assert torch.equal(pgd(model, x, y, early_stop="cycle", **settings), pgd(model, x, y, **settings))
+
+
+def test_targeted_lowers_the_loss_of_the_target(model, batch):
+    x, y = batch()
+    result = pgd(model, x, y, targeted=True, eps=0.2, steps=30, generator=fixed(), best="loss", return_info=True)
+    assert (result.loss < per_sample_loss(model, x, y)).all()
+    assert torch.equal(result.success, result.pred == y) and result.success.float().mean() > 0.5
+
+
+def test_no_labels_means_the_models_own(build, batch):
+    model, (x, _) = build(), batch()
+    own = model(x).argmax(1)
+    assert torch.equal(pgd(model, x, generator=fixed()), pgd(model, x, own, generator=fixed()))
+
+
+def test_starts(build, batch):
+    model, (x, y) = build(), batch()
+    near = (x + 0.3 * EPS).clamp(0, 1)
+    assert torch.equal(pgd(model, x, y, x_init=near, steps=0), near), "a start inside keeps its bits"
+    far = pgd(model, x, y, x_init=(x + 0.2).clamp(0, 1), steps=0)
+    assert torch.allclose((far - x).abs(), torch.full_like(x, EPS))
+    linf = pgd(model, x, y, steps=0, generator=fixed())
+    assert 0.9 * EPS < (linf - x).abs().max() <= EPS and (linf != x).all()
+    l2 = (pgd(model, x, y, steps=0, norm="l2", eps=0.3, generator=fixed()) - x).flatten(1).norm(dim=1)
+    assert (l2 <= 0.3 + 1e-9).all() and l2.std() > 0.02
+    assert torch.equal(pgd(model, x, y, steps=0, random_start=False), x)
+    assert torch.equal(pgd(model, x, y, eps=0.0, steps=3, generator=fixed()), x), "eps = 0 gives x, bit for bit"
+
+
+def test_callable_losses_see_whatever_the_model_returns(build, batch):
+    model, (x, _) = build(), batch()
+    reference = torch.randn(6, 5, dtype=torch.float64, generator=fixed())
+    distance = lambda out, ref: ((out["embedding"] - ref) ** 2).sum(1)  # noqa: E731
+    result = pgd(lambda v: {"embedding": model(v)}, x, reference, loss=distance, generator=fixed(), return_info=True)
+    assert result.success is None and result.pred is None
+    assert (result.loss > distance({"embedding": model(x)}, reference)).all()
+
+
+def test_losses():
+    logits, y = torch.tensor([[2.0, 1.0, -torch.inf], [0.0, 3.0, 1.0]]), torch.tensor([0, 2])
+    assert torch.allclose(losses.margin(logits, y), torch.tensor([-1.0, 2.0]))
+    assert torch.allclose(losses.ce(logits, y), F.cross_entropy(logits, y, reduction="none"))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        losses.margin(logits[:, :1], y)
+
+
+def test_margin_attacks_where_cross_entropy_is_saturated(build, batch):
+    model, (x, _) = build("mlp", torch.float32), batch(torch.float32)
+    y = model(x).argmax(1)
+    saturated = lambda v: 1e5 * model(v)  # noqa: E731
+    settings = dict(eps=0.1, steps=20, random_start=False, return_info=True)
+    by_ce = pgd(saturated, x, y, **settings).success.float().mean()
+    by_margin = pgd(saturated, x, y, loss="margin", **settings).success.float().mean()
+    assert by_margin > by_ce
+
+
+@pytest.mark.parametrize(
+    "shape, bounds", [((4, 10), (0.0, 1.0)), ((2, 1, 3, 4, 4), (0.0, 1.0)), ((3, 3, 4, 4), (-1.0, 1.0))]
+)
+def test_other_shapes_and_bounds(shape, bounds):
+    lo, hi = bounds
+    x = torch.rand(shape, generator=fixed(), dtype=torch.float64) * (hi - lo) + lo
+    weight = torch.randn(x[0].numel(), 3, generator=fixed(), dtype=torch.float64)
+    x_adv = pgd(lambda v: v.flatten(1) @ weight, x, bounds=bounds, eps=0.1, generator=fixed())
+    assert x_adv.shape == x.shape and x_adv.min() >= lo and x_adv.max() <= hi
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-12
+
+
+def test_precision_and_reference_verdict(build, batch):
+    model, (x, y) = build("vit", torch.float32), batch(torch.float32)
+    dtypes = set()
+    model.blocks[0].mlp[0].register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+    result = pgd(model, x, y, precision="bf16", generator=fixed(), return_info=True)
+    assert dtypes == {torch.bfloat16, torch.float32}, "searched in bf16, verdict in the model's own precision"
+    with scoring(model):
+        assert torch.equal(result.loss, F.cross_entropy(model(result.x_adv), y, reduction="none"))
+    dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        pgd(model, x, y, precision="fp32", generator=fixed())
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.slow
+def test_compiled_engine_equals_eager(build, batch):
+    model, (x, y) = build("conv"), batch()
+    eager = pgd(model, x, y, generator=fixed())
+    assert (pgd(model, x, y, generator=fixed(), engine="compile") - eager).abs().max() < 1e-9
+
+
+def test_counts_and_callback(build, batch):
+    model, (x, y) = build(), batch()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    steps_seen = []
+    pgd(model, x, y, steps=7, callback=lambda k, x_adv, loss: steps_seen.append((k, tuple(loss.shape))))
+    assert len(calls) == 7, "without info there is no forward beyond the steps"
+    assert steps_seen == [(k, (6,)) for k in range(7)]
+    calls.clear()
+    result = pgd(model, x, y, steps=7, return_info=True)
+    assert (len(calls), result.forwards, result.backwards) == (8, 8, 7)
+    assert result.steps_used.tolist() == [7] * 6
+
+
+def test_classes_equal_functions(build, batch):
+    model, (x, y) = build(), batch()
+    attack = PGD(model, eps=0.1, steps=3)
+    assert torch.equal(attack(x, y, generator=fixed()), pgd(model, x, y, eps=0.1, steps=3, generator=fixed()))
+    attack.eps = 0.05
+    assert torch.equal(attack(x, y, generator=fixed()), pgd(model, x, y, eps=0.05, steps=3, generator=fixed()))
+    assert repr(attack) == "PGD(Sequential, eps=0.05, steps=3)"
+    assert torch.equal(FGSM(model, eps=0.1)(x, y), fgsm(model, x, y, eps=0.1))
+    assert torch.equal(FGSM(model)(x, y, eps=0.1), fgsm(model, x, y, eps=0.1))
