@@ -27,7 +27,7 @@ if QUICK:
 elif ON_GPU:
     SHAPES = [(batch, 3, 224, 224) for batch in (128, 1, 8, 64, 512)]
 else:
-    SHAPES = [(16, 3, 224, 224), (128, 3, 32, 32), (1, 3, 224, 224)]
+    SHAPES = [(16, 3, 224, 224), (128, 3, 32, 32), (1, 3, 224, 224), (1, 3, 32, 32)]
 BACKENDS = ["triton", "cpp", "reference"] if ON_GPU else ["cpp", "reference"]
 EPS, ALPHA = {"linf": 8 / 255, "l2": 1.0}, {"linf": 2 / 255, "l2": 0.25}
 ROTATE = 2**20 if QUICK else 128 * 2**20  # bytes; cold inputs go round in at least this much
