@@ -25,7 +25,10 @@ elif ON_GPU:
     CASES = [("ViT-B-32", 128, 100, 224), ("ViT-B-32", 8, 100, 224), ("tiny-vit", 128, 10, 32)]
 else:
     CASES = [("tiny-vit", 1, 10, 32), ("tiny-vit", 8, 10, 32), ("tiny-vit", 128, 10, 32), ("ViT-B-32", 4, 100, 224)]
-IMPLS = ["rvlm", "torchattacks", *(["rvlm-compile"] if ON_GPU and not QUICK else [])]
+PRECISIONS = ["fp32", "bf16"] if ON_GPU else ["fp32"]
+CELLS = [(impl, precision, case) for impl in ("rvlm", "torchattacks") for case in CASES for precision in PRECISIONS]
+if ON_GPU and not QUICK:
+    CELLS.append(("rvlm-compile", "bf16", CASES[0]))  # one, and last: compiling takes longer than all the rest
 
 
 def torchattacks_pgd(model: nn.Module):
@@ -81,9 +84,9 @@ def shares(attack, x: Tensor, y: Tensor) -> dict:
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-B{case[1]}")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"] if ON_GPU else ["fp32"])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "impl, precision, case", CELLS, ids=[f"{impl}-{precision}-{case[0]}-B{case[1]}" for impl, precision, case in CELLS]
+)
 @pytest.mark.benchmark(group="pgd-10")
 def test_pgd(impl, precision, case, classifier, device, compare, benchmark):
     name, batch, classes, size = case

@@ -83,7 +83,7 @@ fi
 part info 40 bash -c info
 part tests 130 bash -c unit_tests
 RVLM_BENCH_SECONDS=90 part steps 130 bash -c "bench steps"
-RVLM_BENCH_SECONDS=60 part pgd 100 bash -c "bench pgd"
+RVLM_BENCH_SECONDS=75 part pgd 140 bash -c "bench pgd"
 if [[ "$dry" == 1 ]] || command -v compute-sanitizer > /dev/null; then
   part memcheck 60 bash -c memory_check
 else
