@@ -291,8 +291,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
     """A parser's message, with the nearest names for what it did not know."""
     for pattern in (
         r"unrecognized arguments?: (\S+)",
-        r"[Kk]ey ['\"]([\w.]+)['\"] is not expected",
-        r"Unexpected key[^:]*: (\w+)",
+        r"[Oo]ption ['\"]([\w.]+)['\"] is not accepted",
     ):
         if match := re.search(pattern, message, flags=re.IGNORECASE):
             word = "--" + match[1].lstrip("-").partition("=")[0]

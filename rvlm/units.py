@@ -42,4 +42,4 @@ class Eps(float):
 def _as_fraction(number: float) -> str:
     """k/255 where that is what was meant, else the number."""
     k = number * 255
-    return f"{round(k)}/255" if number and abs(k - round(k)) < 1e-9 * 255 else f"{number:g}"
+    return f"{round(k)}/255" if 0 < number < 1 and abs(k - round(k)) < 1e-9 * 255 else f"{number:g}"

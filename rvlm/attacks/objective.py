@@ -146,8 +146,9 @@ class Objective:
             low, high = (v.item() for v in torch.aminmax(self.labels))
             if low < 0 or high >= classes:
                 raise ValueError(f"labels must lie in 0 .. {classes - 1}, the model's classes, got {low} .. {high}")
-        if not logits.isfinite().all():
-            bad = (~logits.isfinite().all(1)).sum().item()
+        broken = (logits.isnan() | (logits == torch.inf)).any(1)  # -inf is a masked class, and fine
+        if broken.any():
+            bad = broken.sum().item()
             warnings.warn(
                 f"the model returns NaN or infinite logits for {bad} of {self.batch} images; they cannot be attacked "
                 "and their verdict means nothing",

@@ -47,7 +47,7 @@ def load_folder(path: str, split: str, size: int | None = None) -> Data:
     """A tree ROOT/<class>/<image> or ROOT/<split>/<class>/<image>, or a .zip of one. Images are decoded when read.
 
     Classes are the sorted folder names; a `classes.json` in ROOT or beside the zip may hold their names (a list in that
-    order, or a mapping from folder name to words).
+    order, a mapping from folder name to words, or ImageNet's list of {"wnid", "words"}).
     """
     root = Path(path)
     if root.is_file() and zipfile.is_zipfile(root):
@@ -171,6 +171,8 @@ def _names_beside(path: Path, folders: list[str] | None) -> list[str] | None:
     if not file.is_file():
         return None
     names = json.loads(file.read_text())
+    if isinstance(names, list) and names and isinstance(names[0], dict):  # ImageNet's lists: [{"wnid", "words"}, ...]
+        names = {entry["wnid"]: entry["words"] for entry in names}
     if isinstance(names, dict):
         if folders is None or not set(folders) <= set(names):
             return None

@@ -55,7 +55,7 @@ class Evaluation:
 
     Attributes:
         index, y: sample numbers and labels.
-        pred_clean, pred_adv: predicted classes; pred_adv equals pred_clean where no stage attacked the sample.
+        pred_clean, pred_adv: predicted classes, -1 where the logits are NaN; pred_adv equals pred_clean where no stage attacked the sample.
         broken_by: number of the stage that fooled it, -1 robust, -2 wrong when clean.
         linf: largest |x_adv - x| of the sample, in float64.
         margin: largest other logit minus the label's, on x_adv.
@@ -153,10 +153,11 @@ def evaluate(
                 images.append(x)
             logits = _logits(classifier, x.to(device), len(data.class_names))
             result.forwards += len(rows)
-            nonfinite += int((~logits.isfinite().all(1)).sum())
-            result.pred_clean[rows] = logits.argmax(1)
+            pred, broken = _predictions(logits)
+            nonfinite += broken
+            result.pred_clean[rows] = pred
             result.margin[rows] = _margin(logits, y)
-            result.broken_by[rows] = torch.where(logits.argmax(1) == y, -1, -2)
+            result.broken_by[rows] = torch.where(pred == y, -1, -2)
             bar.update(len(rows))
         result.pred_adv = result.pred_clean.clone()
         if keep_images:
@@ -192,11 +193,12 @@ def evaluate(
                 length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
                 over = max(over, (length - float(eps)).max().item())
                 outside = max(outside, -x_adv.min().item(), x_adv.max().item() - 1)
-                nonfinite += int((~logits.isfinite().all(1)).sum())
-                fooled = logits.argmax(1) != y
+                pred, broken = _predictions(logits)
+                nonfinite += broken
+                fooled = pred != y
                 if source is None:
                     disagreements += int((fooled != found.success.cpu()).sum())
-                result.pred_adv[rows] = logits.argmax(1)
+                result.pred_adv[rows] = pred
                 result.margin[rows] = _margin(logits, y)
                 result.linf[rows] = delta.abs().amax(1)
                 result.broken_by[rows] = torch.where(fooled, number, -1)
@@ -212,7 +214,11 @@ def evaluate(
             "ok": outside <= 0,
             "detail": f"largest distance outside [0, 1] {max(outside, 0.0):.2e}",
         },
-        {"id": "logits_finite", "ok": nonfinite == 0, "detail": f"{nonfinite} images with NaN or infinite logits"},
+        {
+            "id": "logits_finite",
+            "ok": nonfinite == 0,
+            "detail": f"{nonfinite} images with NaN logits, counted as wrong",
+        },
         {
             "id": "verdict_rescored",
             "ok": disagreements == 0,
@@ -229,6 +235,12 @@ def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> 
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < classes:
         raise ValueError(f"the classifier must return logits [{len(x)}, {classes}], got {list(logits.shape)}")
     return logits.float().cpu()
+
+
+def _predictions(logits: Tensor) -> tuple[Tensor, int]:
+    """Classes [B], -1 (so never right) where a logit is NaN, and how many of those; -inf is a masked class, and fine."""
+    broken = logits.isnan().any(1)
+    return torch.where(broken, -1, logits.argmax(1)), int(broken.sum())
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:

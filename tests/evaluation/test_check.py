@@ -1,0 +1,95 @@
+"""The report card: each mistake has a toy model that makes it, and only its line fails."""
+
+import pytest
+import torch
+from torch import nn
+
+from rvlm.evaluation import check
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(32, 3, 8, 8, generator=generator)
+    return x, (x[:, 0].mean((1, 2)) > x[:, 1].mean((1, 2))).long()
+
+
+class Good(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x):
+        z = self.scale * (x[:, 0].mean((1, 2)) - x[:, 1].mean((1, 2)))
+        return torch.stack([-z, z], 1)
+
+
+class WrongRange(Good):
+    """Expects normalised pixels: on [0, 1] it always answers the same."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out if x.min() < -0.5 else out * 0 + torch.tensor([1.0, 0.0]) + 1e-6 * out
+
+
+class Train(Good):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.0)
+        self.train()
+
+
+class Random(Good):
+    def forward(self, x):
+        return super().forward(x) + 0.1 * torch.randn(len(x), 2)
+
+
+class BatchDependent(Good):
+    def forward(self, x):
+        return super().forward(x) - super().forward(x).mean(0)
+
+
+def card(model, batch):
+    return {finding.id: finding for finding in check(model, *batch)}
+
+
+MISTAKES = {
+    "value_range": WrongRange().eval(),
+    "eval_mode": Train(),
+    "determinism": Random().eval(),
+    "per_sample": BatchDependent().eval(),
+    "logits": lambda x: Good()(x).softmax(1),
+    "saturation": lambda x: 1e5 * Good()(x),
+    "gradient": lambda x: Good()(x.detach()) + 0 * Good().scale,
+    "output": lambda x: Good()(x)[:, 0],
+}
+
+
+def test_a_good_model_passes_everything(batch):
+    findings = card(Good().eval(), batch)
+    assert all(f.ok for f in findings.values()), findings
+    assert set(findings) == set(MISTAKES)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_is_found(batch, mistake):
+    findings = card(MISTAKES[mistake], batch)
+    assert not findings[mistake].ok
+    others = {id for id, f in findings.items() if not f.ok} - {mistake}
+    assert others <= ({"per_sample"} if mistake == "determinism" else set()), others
+
+
+@pytest.mark.parametrize("model, word", [
+    (lambda x: Good()(x).detach(), "carries no gradient"),
+    (lambda x: Good()((x * 4).round() / 4), "exactly zero"),
+    (lambda x: Good()(x) + 0 * (x - x).pow(0.5).sum((1, 2, 3))[:, None], "NaN"),
+])  # fmt: skip
+def test_gradients(batch, model, word):
+    finding = card(model, batch)["gradient"]
+    assert not finding.ok and word in finding.message
+
+
+def test_the_model_is_left_alone(batch):
+    model = Train()
+    check(model, *batch)
+    assert model.training and model.drop.training and model.scale.requires_grad and model.scale.grad is None

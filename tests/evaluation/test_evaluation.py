@@ -1,0 +1,176 @@
+"""Evaluation: verdicts, intervals, records and files, on models whose robustness is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rvlm.data.base import Data
+from rvlm.evaluation import evaluate, parse_attack, wilson, write_evaluation, write_json
+from rvlm.evaluation.images import read_png, save_images, save_pngs
+
+
+class Threshold(nn.Module):
+    """Two classes by mean brightness: robust at eps exactly where |mean - 0.5| > eps."""
+
+    def forward(self, x):
+        z = 20 * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-z, z], 1)
+
+
+GAPS = torch.tensor([-40, -20, -9, -7, -3, 3, 7, 9, 20, 40])
+
+
+@pytest.fixture
+def data():
+    pixels = (128 + GAPS).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    y = (GAPS > 0).long()
+    y[0] = 1  # wrong when clean
+    return Data("toy", "test", ["dark", "bright"], y, torch.arange(10), lambda i: pixels[i], n_total=10)
+
+
+def run(data, **settings):
+    return evaluate(Threshold(), data, progress=False, **({"attack": "pgd-10", "eps": "8/255"} | settings))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_verdicts_are_the_known_ones(data, batch_size):
+    found = run(data, batch_size=batch_size)
+    # Gaps are to 128/255, the threshold is at 127.5/255: |gap + 0.5| > 8 is robust.
+    assert found.broken_by.tolist() == [-2, -1, -1, 0, 0, 0, 0, -1, -1, -1]
+    assert found.clean == pytest.approx(0.9) and found.robust == pytest.approx(0.5)
+    assert all(item["ok"] for item in found.checks), found.checks
+    assert (found.linf <= 8 / 255 + 1e-6).all() and found.pred_adv[3] == 1
+    assert (found.margin[3:7] > 0).all() and (found.margin[7:] < 0).all()
+    assert found.clean_ci == wilson(9, 10)
+
+
+@pytest.mark.parametrize("eps, robust", [("0", 0.9), ("2/255", 0.9), ("4/255", 0.7), ("30/255", 0.1), ("64/255", 0.0)])
+def test_accuracy_falls_with_eps(data, eps, robust):
+    assert run(data, eps=eps).robust == pytest.approx(robust)
+
+
+def test_stages_see_survivors_only(data):
+    sizes = []
+
+    class Spy(Threshold):
+        def forward(self, x):
+            if x.requires_grad:
+                sizes.append(len(x))
+            return super().forward(x)
+
+    found = evaluate(Spy(), data, attack="pgd-3x2", eps="8/255", progress=False)
+    assert [s.name for s in found.stages] == ["pgd-3-ce-1", "pgd-3-ce-2", "pgd-3-margin-1", "pgd-3-margin-2"]
+    assert sizes[0] == 9 and sizes[-1] == 5 and found.robust == 0.5
+    assert sum(int((found.broken_by == k).sum()) for k in range(4)) == 4
+
+
+def test_transfer_is_crafted_on_the_source(data):
+    class Blind(Threshold):
+        """The same decision, but pulled the other way: its images push brightness in the wrong direction."""
+
+        def forward(self, x):
+            return -super().forward(x)
+
+    harmless = evaluate(Threshold(), data, source=Blind(), attack="pgd-10", eps="8/255", progress=False)
+    assert harmless.target == "transfer" and harmless.robust == pytest.approx(0.9)
+    same = evaluate(Threshold(), data, source=Threshold(), attack="pgd-10", eps="8/255", progress=False)
+    assert same.robust == pytest.approx(0.5)
+
+
+def test_l2(data):
+    # Moving the mean of 48 pixels by d costs an L2 norm of d * sqrt(48).
+    found = run(data, norm="l2", eps=str(8 / 255 * math.sqrt(48)), attack="pgd-50")
+    assert found.robust == pytest.approx(0.5)
+
+
+def test_attack_names():
+    assert [(s.loss, s.steps, s.restart) for s in parse_attack("pgd-50x2")] == [
+        ("ce", 50, 0), ("ce", 50, 1), ("margin", 50, 0), ("margin", 50, 1)]  # fmt: skip
+    assert parse_attack("fgsm")[0].random_start is False
+    for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattack", ""):
+        with pytest.raises(ValueError, match="expected fgsm, pgd-STEPS"):
+            parse_attack(bad)
+
+
+def test_bad_evaluations(data):
+    with pytest.raises(ValueError, match="did you mean 8/255"):
+        run(data, eps="8")
+    with pytest.raises(ValueError, match=r"logits \[10, 2\], got \[10, 1\]"):
+        evaluate(lambda x: x.flatten(1)[:, :1], data, progress=False)
+    with pytest.raises(ValueError, match="no samples"):
+        run(data.subset(torch.arange(0), "none"))
+
+
+def test_nan_logits_are_reported_not_hidden(data):
+    class Broken(Threshold):
+        def forward(self, x):
+            return torch.where((x.flatten(1).mean(1) > 0.6)[:, None], torch.nan, super().forward(x))
+
+    data.y[9] = 0  # argmax over NaN is 0, which must not count as right
+    found = evaluate(Broken(), data, attack="pgd-2", progress=False)
+    assert found.broken_by[9] == -2 and found.pred_clean[9] == -1
+    assert not next(item for item in found.checks if item["id"] == "logits_finite")["ok"]
+
+
+def test_records(data, tmp_path):
+    found = run(data)
+    row = write_evaluation(tmp_path, "a model: x/y", found, data, {"arch": "toy"}, partial=True)
+    assert row["clean"] == found.clean and row["robust"] == found.robust and row["eps"] == "8/255"
+    record = json.loads((tmp_path / row["record"]).read_text())
+    assert record["schema"] == "rvlm.result/1" and record["status"] == "partial"
+    assert record["threat"] == {
+        "norm": "linf",
+        "eps": 8 / 255,
+        "eps_str": "8/255",
+        "space": "pixel[0,1]",
+        "target": "white-box",
+    }
+    assert record["attack"]["stages"][0] == {
+        "name": "pgd-10",
+        "loss": "ce",
+        "steps": 10,
+        "random_start": True,
+        "restart": 0,
+    }
+    assert record["metrics"]["per_stage"] == {"pgd-10": 4} and record["data"]["fingerprint"] == data.fingerprint
+    assert record["perf"]["backward_images"] > 0
+    samples = np.load(tmp_path / record["samples"])
+    assert samples["broken_by"].tolist() == found.broken_by.tolist() and set(samples.files) == {
+        "index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin"}  # fmt: skip
+
+
+def test_files_are_whole_or_old(tmp_path):
+    path = write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_json(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_images_on_disk(data, tmp_path):
+    from safetensors.torch import load_file
+
+    found = run(data, keep_images=True, quantize=255, eps="9/255")
+    tensors = load_file(save_images(tmp_path / "adv.safetensors", found))
+    assert torch.equal(tensors["x_adv"], found.x_adv) and tensors["broken_by"].tolist() == found.broken_by.tolist()
+    report = save_pngs(tmp_path / "png", found, Threshold())
+    assert report["written"] == report["still_fool"] == int((found.broken_by >= 0).sum()) > 0
+    first = sorted((tmp_path / "png").iterdir())[0]
+    row = int((found.broken_by >= 0).nonzero()[0])
+    assert torch.equal(read_png(first), found.x_adv[row])
+
+
+def test_wilson():
+    low, high = wilson(8, 10)
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)  # published example
+    assert wilson(0, 100)[0] == 0 and wilson(100, 100)[1] == 1 and wilson(0, 0) == (0, 1)
+    assert 0.03 < wilson(0, 100)[1] < 0.04
+    with pytest.raises(ValueError, match="0 .. n"):
+        wilson(5, 4)

@@ -1,0 +1,180 @@
+"""The command line: help without torch, errors that say what to do, runs that leave complete folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rvlm.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A checkpoint of a tiny CLIP with random weights, so that no test waits for training."""
+    from rvlm.models import load_clip
+
+    folder = tmp_path_factory.mktemp("tiny")
+    load_clip("tiny-vit").save(folder)
+    return str(folder)
+
+
+def run(*argv):
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], *[[name, "--help"] for name in COMMANDS]])
+def test_help_needs_no_torch(argv):
+    code = "import sys; from rvlm.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(c)"
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rvlm" in done.stdout or argv == ["--version"]
+    if argv[:1] == ["eval"]:
+        assert "Radii in pixel units" in done.stdout, "every setting is explained"
+
+
+@pytest.mark.parametrize("argv, code, message", [
+    (["evall"], 2, "unknown command 'evall': did you mean eval?"),
+    (["eval", "--epz", "3"], 2, "unknown setting --epz: did you mean --eps?"),
+    (["eval", "--eps", "4"], 2, "did you mean 4/255?"),
+    (["attack", "--eps", "4"], 2, "did you mean 4/255?"),
+    (["attack", "--eps", "x"], 2, "fraction such as 4/255"),
+    (["eval", "--attack", "apgd"], 2, "expected fgsm, pgd-STEPS"),
+    (["eval", "--limit", "many"], 2, "limit"),
+    (["eval", "--data", "npz:/nope.npz"], 3, "no file /nope.npz"),
+    (["eval", "--data", "cifar"], 2, "expected digits, npz:PATH"),
+    (["eval", "--model", "/no/such/folder"], 3, "lacks open_clip_model.safetensors"),
+    (["eval", "--model", "ViT-B-31"], 2, "unknown model 'ViT-B-31'"),
+    (["eval", "--config", "nope.yaml"], 3, "no config nope.yaml"),
+    (["check", "/no/file.py:model"], 3, "no file /no/file.py"),
+    (["train"], 2, "which method?"),
+    (["train", "tecoaa"], 2, "did you mean 'tecoa'"),
+    (["train", "tecoa", "--epochz", "3"], 2, "unknown setting --epochz: did you mean --epochs?"),
+    (["train", "tecoa", "--preset", "best"], 2, "no preset 'best'"),
+    (["train", "tecoa", "--eps", "4"], 2, "did you mean 4/255?"),
+    (["ls", "cats"], 2, "cannot list 'cats'"),
+])  # fmt: skip
+def test_mistakes_are_explained(argv, code, message, capsys):
+    assert run(*argv) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_unknown_keys_in_a_config_are_named(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("method: tecoa\nepoch: 3\n")
+    assert run("train", "--config", tmp_path / "c.yaml") == 2
+    assert "unknown setting --epoch: did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_ls(capsys):
+    assert run("ls") == 0
+    text = capsys.readouterr().out
+    assert "tecoa (presets: paper, code, rvlm)" in text and "digits/tecoa" in text
+    assert run("ls", "recipes") == 0 and "tecoa (presets" not in capsys.readouterr().out
+
+
+def test_eval_leaves_a_complete_run(cache, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["eval", "--model", cache, "--eps", "2/255,0.03", "--attack", "pgd-2", "--limit", "30", "--out", out]
+    assert run(*argv) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["eps"] for row in summary["rows"]] == ["2/255", "0.03"]
+    for row in summary["rows"]:
+        record = json.loads((out / row["record"]).read_text())
+        assert record["metrics"]["clean_acc"]["v"] == row["clean"] and record["status"] == "partial"
+        assert (out / record["samples"]).is_file()
+    assert (out / "accuracy.png").is_file() and json.loads((out / "manifest.json").read_text())["status"] == "complete"
+    assert yaml.safe_load((out / "config.yaml").read_text())["eps"] == "2/255,0.03"
+    # The saved config is itself a valid --config, and gives the same numbers.
+    assert run("eval", "--config", out / "config.yaml", "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())["rows"]
+    assert [(r["clean"], r["robust"]) for r in again] == [(r["clean"], r["robust"]) for r in summary["rows"]]
+    assert "robust %" in capsys.readouterr().out
+
+
+def test_attack_writes_images_that_fool_the_model_from_disk(cache, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [
+        "attack",
+        "--model",
+        cache,
+        "--eps",
+        "8/255",
+        "--attack",
+        "pgd-3",
+        "--limit",
+        "24",
+        "--save-png",
+        "--out",
+        out,
+    ]
+    assert run(*argv) == 0
+    row = json.loads((out / "summary.json").read_text())["rows"][0]
+    assert row["png"]["written"] == row["png"]["still_fool"] == len(list((out / "png").iterdir()))
+    assert (out / "adversarial.safetensors").is_file() and (out / "images.png").is_file()
+    assert yaml.safe_load((out / "config.yaml").read_text())["eps"] == "8/255", "as it was written"
+    assert "PNGs still fool the model" in capsys.readouterr().out
+
+
+def test_transfer(cache, tmp_path):
+    argv = ["eval", "--model", cache, "--source", "tiny-rn", "--attack", "fgsm", "--limit", "20", "--out", tmp_path]
+    assert run(*argv) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"][0]["target"] == "transfer"
+
+
+def test_check_of_a_users_file(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nweight = torch.randn(3072, 10, generator=torch.Generator().manual_seed(0))\n"
+        "def model(x):\n    return x.flatten(1) @ weight\n"
+        "def soft(x):\n    return model(x).softmax(1)\n"
+    )
+    assert run("check", f"{tmp_path}/mine.py:model") == 0
+    assert "ok" in capsys.readouterr().out
+    assert run("check", f"{tmp_path}/mine.py:soft") == 4
+    text = capsys.readouterr().out
+    assert "FAIL" in text and "probabilities" in text
+    assert run("check", f"{tmp_path}/mine.py:modell") == 2
+    assert "has no callable 'modell'; it has model, soft" in capsys.readouterr().err
+
+
+def test_train_by_recipe_and_flags(tmp_path, capsys):
+    argv = [
+        "train",
+        "--config",
+        "digits/tecoa",
+        "--student",
+        "tiny-vit",
+        "--epochs",
+        "1",
+        "--limit",
+        "64",
+        "--eps",
+        "4/255",
+    ]
+    assert run(*argv, "--eval_attack", "pgd-2", "--eval_limit", "20", "--out", tmp_path) == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["before", "after"] and {row["target"] for row in rows} == {"white-box"}
+    assert rows[0]["eps"] == "4/255"
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["method"] == "tecoa" and config["epochs"] == 1 and config["lr"] == 1e-3
+    assert run("eval", "--model", tmp_path, "--attack", "fgsm", "--limit", "10", "--out", tmp_path / "eval") == 0
+    assert run("train", "--config", tmp_path / "config.yaml", "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())["rows"]
+    assert [(r["clean"], r["robust"]) for r in again] == [(r["clean"], r["robust"]) for r in rows]
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "rvlm", "ls", "attacks"], capture_output=True, text=True)
+    assert done.returncode == 0 and "pgd-STEPS" in done.stdout
+
+
+def test_recipes_are_valid_configs(capsys):
+    for path in (Path(__file__).parents[1] / "rvlm" / "recipes").rglob("*.yaml"):
+        name = f"{path.parent.name}/{path.stem}"
+        assert run("train", "--config", name, "--print_config") == 0
+        assert "method: " in capsys.readouterr().out
