@@ -55,7 +55,8 @@ class Evaluation:
 
     Attributes:
         index, y: sample numbers and labels.
-        pred_clean, pred_adv: predicted classes, -1 where the logits are NaN; pred_adv equals pred_clean where no stage attacked the sample.
+        pred_clean, pred_adv: predicted classes, -1 where the logits are NaN; pred_adv equals pred_clean where no stage
+            attacked the sample.
         broken_by: number of the stage that fooled it, -1 robust, -2 wrong when clean.
         linf: largest |x_adv - x| of the sample, in float64.
         margin: largest other logit minus the label's, on x_adv.
@@ -238,7 +239,7 @@ def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> 
 
 
 def _predictions(logits: Tensor) -> tuple[Tensor, int]:
-    """Classes [B], -1 (so never right) where a logit is NaN, and how many of those; -inf is a masked class, and fine."""
+    """Classes [B], -1 (so never right) where a logit is NaN, and how many of those. -inf is a masked class."""
     broken = logits.isnan().any(1)
     return torch.where(broken, -1, logits.argmax(1)), int(broken.sum())
 
