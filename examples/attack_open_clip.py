@@ -1,7 +1,7 @@
 """Attack an open_clip model with your own class names, and keep images that survive being saved as PNG.
 
-    python examples/attack_open_clip.py                       # random weights: shows the calls, needs no download
-    python examples/attack_open_clip.py ViT-B-32:openai       # OpenAI's weights, downloaded by open_clip
+python examples/attack_open_clip.py                       # random weights: shows the calls, needs no download
+python examples/attack_open_clip.py ViT-B-32:openai       # OpenAI's weights, downloaded by open_clip
 """
 
 import sys

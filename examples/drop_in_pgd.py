@@ -1,6 +1,6 @@
 """Replace torchattacks' PGD by rvlm's: one import, the same images from the same start.
 
-    python examples/drop_in_pgd.py
+python examples/drop_in_pgd.py
 """
 
 import torch
@@ -16,7 +16,8 @@ attack = PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)
 adversarial = attack(images, labels)
 
 changed = (model(adversarial).argmax(1) != model(images).argmax(1)).sum().item()
-print(f"{changed} of 16 predictions changed; largest change of a pixel {(adversarial - images).abs().max() * 255:.2f}/255")
+largest = (adversarial - images).abs().max().item() * 255
+print(f"{changed} of 16 predictions changed; largest change of a pixel {largest:.2f}/255")
 
 try:
     import torchattacks

@@ -1,6 +1,6 @@
 """Make a CLIP robust with TeCoA from Python, and measure it before and after. About ten seconds with these settings.
 
-    python examples/train_tecoa.py
+python examples/train_tecoa.py
 """
 
 from rvlm.data import load_data
@@ -17,7 +17,7 @@ train(clip, training, build_method("clip", epochs=4))
 def report(name: str) -> None:
     classifier = ZeroShotClassifier(clip, test.class_names, test.template)
     found = evaluate(classifier, test, attack="pgd-10", eps="8/255", progress=False)
-    print(f"{name}: clean {found.clean:.1%}, under PGD-10 at 8/255 (white-box, {len(found)} samples) {found.robust:.1%}")
+    print(f"{name}: clean {found.clean:.1%}, PGD-10 at 8/255 {found.robust:.1%} (white-box, {len(found)} samples)")
 
 
 report("before")

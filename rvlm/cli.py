@@ -6,6 +6,7 @@ that. So a misspelt flag or key is named as what it is, and `--help` needs neith
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 import sys
@@ -193,7 +194,8 @@ def _parse(command: str, argv: list[str]):
             print(f"{self.prog}: {_explain(message, known)}", file=sys.stderr)
             sys.exit(USAGE)
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if importlib.util.find_spec("docstring_parser"):  # explains the settings in --help; nothing else needs it
+        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     register_type(Eps, serializer=str, deserializer=Eps, fail_already_registered=False)
     cls = COMMANDS[command]
     argv = _positional(command, argv)
