@@ -31,8 +31,10 @@ def read(paths: list[Path]) -> tuple[dict, list[dict], list[str]]:
             unread.append(path.name)
             continue
         machine |= data["machine_info"].get("rvlm", {})
-        machine.setdefault("commit", (data.get("commit_info") or {}).get("id"))
-        machine.setdefault("uncommitted_changes", (data.get("commit_info") or {}).get("dirty"))
+        ceilings = [b["extra_info"].get("copy_ceiling_gb_per_s") for b in data["benchmarks"]]
+        if any(ceilings):
+            machine["copy_ceiling_gb_per_s"] = round(next(filter(None, ceilings)), 1)
+        machine["commit"] = (data.get("commit_info") or {}).get("id", "")[:12]
         for bench in data["benchmarks"]:
             rows.append({"group": bench["group"], "rounds": bench["stats"]["rounds"], **bench["extra_info"]})
     return machine, rows, unread
@@ -71,7 +73,8 @@ def main() -> int:
     if args.parts:
         record["parts"] = json.loads(args.parts.read_text())
     facts = ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
-    page = f"# Benchmarks, {record['date']}\n\n{facts}\n\n{args.note}\n"
+    quick = "Tiny sizes, to show that the files run: these numbers mean nothing.\n\n" if machine.get("quick") else ""
+    page = f"# Benchmarks, {record['date']}\n\n{facts}\n\n{quick}{args.note}\n"
     if unread:
         page += f"\nNot measured: {', '.join(unread)}\n"
     page += tables(rows) + "\n"
