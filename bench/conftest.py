@@ -62,7 +62,7 @@ def versions() -> dict:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load_at_start": [round(load, 2) for load in os.getloadavg()],
+        "load": [round(load, 2) for load in os.getloadavg()],
         "quick": QUICK,
         **{package: version(package) for package in packages},
     }
