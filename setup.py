@@ -20,7 +20,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 
 
@@ -76,7 +76,7 @@ def _host_extension():
         "rvlm._host",
         ["csrc/host.cpp"],
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden"],
+        extra_compile_args=["-O2", "-g0", "-std=c++17", "-fvisibility=hidden"],
         language="c++",
     )
 
@@ -85,9 +85,9 @@ class BuildExt(build_ext):
     """Builds level by level. torch is imported here and not at the top: metadata hooks run without it."""
 
     def run(self) -> None:
-        self.built = []
+        self.built, declared = [], self.distribution.ext_modules
         self._run_levels()
-        self.extensions = self.distribution.ext_modules = self.built
+        self.extensions, self.distribution.ext_modules = self.built, declared
 
     def _run_levels(self) -> None:
         wanted = os.environ.get("RVLM_BUILD_EXT")

@@ -1,14 +1,14 @@
 """The contract of every attack: it leaves no trace on the model, and it checks its input before it touches anything.
 
-During an attack the parameters are frozen (no weight gradients are computed or stored), every module is in the mode
-that was asked for, and the native multi-head-attention fast path is off, since it runs without gradients only and
-would show the scorer other logits than the attack. Afterwards, also after an exception, everything is as it was:
-parameters, `.grad`, `requires_grad`, training flags per module, buffers, grad mode, autocast.
+During an attack the parameters are frozen (no weight gradients are computed; `_freezes` has the one exception), every
+module is in the mode that was asked for, and the native multi-head-attention fast path is off, since it runs without
+gradients only and would show the scorer other logits than the attack. Afterwards, also after an exception, everything
+is as it was: parameters, `.grad`, `requires_grad`, training flags per module, buffers, grad mode, autocast.
 """
 
 import functools
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -24,34 +24,53 @@ class AttackWarning(UserWarning):
 
 
 @contextmanager
-def untouched(model: Callable, mode: str = "eval") -> Iterator[None]:
+def untouched(model: Callable, mode: str = "eval", *, compiled: bool = False) -> Iterator[None]:
     """Freezes a model for the block and restores all of it afterwards.
 
     Args:
         model: a module, a bound method of one, or a functools.partial of either. The parameters of any other callable
             cannot be seen and are left alone.
         mode: "eval", "train", or "keep" for the flags as they are.
+        compiled: the model runs under torch.compile, whose backward pass computes what any trainable weight could ask
+            for: then every parameter is frozen, without the exception that eager mode makes for speed.
     """
     module = _module_of(model)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    flags = [(m, m.training) for m in module.modules()] if module is not None else []
-    trained = [p for p in module.parameters() if p.requires_grad] if module is not None else []
-    buffers = _snapshot(module) if module is not None else []
+    modules = list(module.modules()) if module is not None else []
+    flags = [(m, m.training) for m in modules]
+    trained = [p for m in modules for name, p in m._parameters.items() if _freezes(m, name, p, compiled)]
+    buffers = _snapshot(modules)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for parameter in trained:
             parameter.requires_grad_(False)
         if mode != "keep":
-            for m, _ in flags:
-                m.training = mode == "train"
+            _set_training((m, mode == "train") for m in modules)
         yield
     finally:
-        for m, training in flags:
-            m.training = training
+        _set_training(flags)
         for parameter in trained:
             parameter.requires_grad_(True)
         _restore(buffers)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _set_training(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    for m, training in flags:
+        if m.training != training:  # setting an attribute of a module is slow, and there are hundreds
+            m.training = training
+
+
+def _freezes(m: nn.Module, name: str, parameter: nn.Parameter | None, compiled: bool) -> bool:
+    """Every trainable parameter but, in eager mode, one kind, whose gradient autograd.grad skips all the same.
+
+    A batch-first nn.MultiheadAttention multiplies a transposed view of its input by in_proj_weight. torch folds that
+    into one matrix product only if the weight is trainable; frozen, it runs one small product per token, which makes a
+    ViT-B/32 attack a quarter slower on a CPU (pytorch/pytorch#126973, #161564).
+    """
+    if parameter is None or not parameter.requires_grad:
+        return False
+    return compiled or not (isinstance(m, nn.MultiheadAttention) and name == "in_proj_weight" and m.batch_first)
 
 
 @contextmanager
@@ -115,10 +134,10 @@ def _module_of(model: Callable) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _snapshot(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, int, Tensor]]:
+def _snapshot(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int, Tensor]]:
     return [
         (m, name, buffer, buffer._version, buffer.detach().clone())
-        for m in module.modules()
+        for m in modules
         for name, buffer in m._buffers.items()
         if buffer is not None and not buffer.is_inference()
     ]

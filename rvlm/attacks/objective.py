@@ -89,13 +89,13 @@ class Objective:
                 "no_grad(), .data, numpy or argmax from the model's forward pass."
             )
         with profiling.phase("backward"):
-            (grad,) = torch.autograd.grad(scores.loss.sum(), leaf, allow_unused=True)
+            (grad,) = torch.autograd.grad(scores.loss, leaf, torch.ones_like(scores.loss), allow_unused=True)
         if grad is None:
             raise ValueError(
                 "the gradient does not reach the images: the model computes its output from a detached copy of them."
             )
         self.backwards += 1
-        return dataclasses.replace(scores, loss=scores.loss.detach()), grad
+        return Scores(scores.loss.detach(), scores.fooled, scores.pred), grad
 
     def better(self, new: Tensor, old: Tensor) -> Tensor:
         """Where a loss is better for the attacker; a NaN never is, and gives way to any number."""

@@ -129,7 +129,7 @@ def pgd(
         warnings.warn("pgd got an empty batch and returns it unchanged", AttackWarning, stacklevel=2)
         return _empty_result(x) if return_info else x.detach().clone()
 
-    with untouched(model, model_mode), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model, model_mode, compiled=engine == "compile"), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
         call = torch.compile(model, dynamic=False) if engine == "compile" else model
         signed = -alpha if targeted else alpha

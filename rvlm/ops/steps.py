@@ -327,7 +327,8 @@ def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize,
         radius = _strictly_inside(radius, x_adv, lo, hi, pixels=1 if linf else x_adv[:1].numel())
     like = _rows_dense(x_adv)
     grad_dtype = grad.dtype if x_adv.dtype == torch.float32 and grad.dtype != torch.float64 else x_adv.dtype
-    grad, x = _as_layout(grad.to(grad_dtype), like), _as_layout(x, like)
+    grad = grad if grad.dtype == grad_dtype else grad.to(grad_dtype)
+    grad, x = _as_layout(grad, like), _as_layout(x, like)
     return grad, x, _per_sample(alpha, x_adv, "alpha"), radius, float(lo), float(hi), active, float(quantize or 0)
 
 
@@ -342,8 +343,10 @@ def _per_sample(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     """A float or [B] tensor as a tensor of 1 or B elements in the dtype and on the device of x."""
     if not isinstance(value, Tensor):
         return torch.full((1,), float(value), dtype=x.dtype, device=x.device)
-    if value.dim() > 1 or value.numel() not in (1, len(x)):
+    if value.dim() > 1 or value.numel() not in (1, x.shape[0]):
         raise ValueError(f"{name} must be a float or a tensor [{len(x)}], one value per sample; got {_kind(value)}")
+    if value.dim() == 1 and value.dtype == x.dtype and value.device == x.device:
+        return value  # what an attack passes at every step
     return value.to(x.device, x.dtype).reshape(-1)
 
 

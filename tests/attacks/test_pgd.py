@@ -288,7 +288,8 @@ def test_precision_and_reference_verdict(build, batch):
 
 
 @pytest.mark.slow
-def test_compiled_engine_equals_eager(build, batch):
+def test_compiled_engine_equals_eager(build, batch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not shared with another process that compiles
     model, (x, y) = build("conv"), batch()
     eager = pgd(model, x, y, generator=fixed())
     assert (pgd(model, x, y, generator=fixed(), engine="compile") - eager).abs().max() < 1e-9
