@@ -245,7 +245,8 @@ class _Run:
     """A run folder: config and manifest at the start, summary at the end."""
 
     def __init__(self, command: str, args: Any) -> None:
-        from rvlm.evaluation.records import environment, write_bytes, write_json
+        from rvlm.evaluation.records import environment, write_json
+        from rvlm.files import write_bytes
 
         self.began, self.write_json = time.time(), write_json
         self.out = Path(args.out or f"runs/{command}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "ops": {"ops", "kernels", "_C", "_C_cuda"},
     "profiling": {"profiling", "_host"},
-    "units": {"units"},
+    "units": set(),
+    "files": set(),
     "attacks": {"attacks", "ops"},
     "data": {"data"},
     "models": {"models", "data", "ops"},
@@ -37,7 +38,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _layers(path: Path) -> set[str]:
-    leaves = {"profiling", "units", "__version__"}  # leaves that all may use
+    leaves = {"files", "profiling", "units", "__version__"}  # leaves that all may use
     return {name.split(".")[1] for name in _imports(path) if name.startswith("rvlm.")} - leaves
 
 

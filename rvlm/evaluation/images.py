@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rvlm.attacks import scoring
 from rvlm.evaluation.evaluate import Evaluation
-from rvlm.evaluation.records import write_bytes
+from rvlm.files import write_bytes
 
 __all__ = ["read_png", "save_images", "save_pngs"]
 

@@ -3,10 +3,8 @@
 import hashlib
 import io
 import json
-import os
 import platform
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ import torch
 import rvlm
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import Evaluation
+from rvlm.files import write_bytes
 
-__all__ = ["environment", "summary_row", "write_bytes", "write_evaluation", "write_json"]
+__all__ = ["environment", "summary_row", "write_evaluation", "write_json"]
 
 SCHEMA = "rvlm.result/1"
 
@@ -129,18 +128,3 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: str | Path, content: Any) -> Path:
     return write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Writes a whole file or leaves the old one: a kill, an error or a full disk never leaves half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path

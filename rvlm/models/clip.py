@@ -5,12 +5,13 @@ Normalisation outside the model is the commonest way to attack with the wrong ep
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rvlm.files import write_bytes
 
 __all__ = ["Clip", "load_clip"]
 
@@ -79,8 +80,8 @@ class Clip(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        _write_atomically(folder / WEIGHTS, save(state))
-        _write_atomically(folder / CONFIG, json.dumps(self.config, indent=1).encode())
+        write_bytes(folder / WEIGHTS, save(state))
+        write_bytes(folder / CONFIG, json.dumps(self.config, indent=1).encode())
         return folder
 
 
@@ -195,14 +196,3 @@ def _tokenizer(config: dict, source: str):
     if "hf_tokenizer_name" in text:
         return open_clip.get_tokenizer(source)
     return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

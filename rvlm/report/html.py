@@ -1,11 +1,10 @@
 """A report as one HTML file: nothing is fetched, pictures are inside, it reads on a phone and in the dark."""
 
 import base64
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from rvlm.files import write_bytes
 from rvlm.report.tables import COLUMNS, cell
 
 __all__ = ["write_html"]
@@ -40,9 +39,4 @@ def write_html(
         figures=[(caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in figures],
         facts=facts,
     )
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(page)
-    os.replace(temporary, path)
-    return path
+    return write_bytes(path, page.encode())
