@@ -166,7 +166,7 @@ def evaluate(
         for number, stage in enumerate(stages):
             survivors = (result.broken_by == -1).nonzero().flatten()
             bar.total -= (n - len(survivors)) * stage.steps
-            for rows in survivors.split(batch_size):
+            for rows in survivors.split(batch_size) if len(survivors) else ():  # split gives one empty chunk of none
                 x, y, index = data.batch(rows)
                 found = pgd(
                     source or classifier,

@@ -68,6 +68,11 @@ def test_stages_see_survivors_only(data):
     assert sum(int((found.broken_by == k).sum()) for k in range(4)) == 4
 
 
+def test_no_survivors_end_the_evaluation(data):
+    found = run(data, attack="pgd-5x2", eps="64/255")
+    assert found.robust == 0 and set(found.broken_by.tolist()) == {-2, 0}
+
+
 def test_transfer_is_crafted_on_the_source(data):
     class Blind(Threshold):
         """The same decision, but pulled the other way: its images push brightness in the wrong direction."""
