@@ -1,12 +1,16 @@
 """Figures. Each writes its numbers as CSV beside the PNG. Colours are Okabe and Ito's, safe for the colour-blind."""
 
 import csv
+import io
+import textwrap
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rvlm.files import write_bytes
 from rvlm.units import Eps
 
 __all__ = ["accuracy_over_eps", "image_grid"]
@@ -14,8 +18,10 @@ __all__ = ["accuracy_over_eps", "image_grid"]
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 RIGHT, WRONG = "#00704F", "#B34700"
 MARKERS = "osD^vPX"
+PLAIN_TEXT = {"text.parse_math": False}  # a "$" in a class or model name is a dollar sign, not a formula
 
 
+@rc_context(PLAIN_TEXT)
 def accuracy_over_eps(
     path: str | Path, curves: dict[str, list[tuple[str, float, float, float]]], title: str = "Accuracy under attack"
 ) -> Path:
@@ -26,7 +32,6 @@ def accuracy_over_eps(
         curves: name -> points (eps as text, accuracy, lower, upper), fractions.
         title: heading.
     """
-    path = Path(path)
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     ticks = sorted({point[0] for points in curves.values() for point in points}, key=Eps)
@@ -43,12 +48,11 @@ def accuracy_over_eps(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
     rows = [[name, *point] for name, points in curves.items() for point in points]
-    _write_csv(path, ["name", "eps", "accuracy", "ci_low", "ci_high"], rows)
-    return path
+    return _write(path, figure, ["name", "eps", "accuracy", "ci_low", "ci_high"], rows)
 
 
+@rc_context(PLAIN_TEXT)
 def image_grid(
     path: str | Path,
     clean: Tensor,
@@ -67,13 +71,18 @@ def image_grid(
         words_clean, words_adversarial: N answers of the model; a word that equals the label counts as right.
         magnify: factor on the perturbation, shown around grey; None fills the range.
     """
-    path = Path(path)
     n = len(clean)
+    if clean.shape != adversarial.shape or not 0 < n == len(labels) == len(words_clean) == len(words_adversarial):
+        raise ValueError(
+            f"image_grid needs as many adversarial images, labels and words as clean images, and at least one: got "
+            f"clean {list(clean.shape)}, adversarial {list(adversarial.shape)}, {len(labels)} labels, "
+            f"{len(words_clean)} and {len(words_adversarial)} words"
+        )
     delta = adversarial - clean
     if magnify is None:
-        magnify = 0.5 / max(delta.abs().max().item(), 1e-6)
+        magnify = 0.5 / (delta.abs().max().item() or 0.5)
     columns = [clean, 0.5 + magnify * delta, adversarial]
-    titles = ["clean", f"perturbation × {magnify:.0f}", "adversarial"]
+    titles = ["clean", f"perturbation × {round(magnify, 0 if magnify >= 10 else 1):g}", "adversarial"]
     figure = Figure(figsize=(1.35 * n + 0.6, 5.0), dpi=150, layout="constrained")
     grid = figure.subplots(3, n, squeeze=False)
     for row, (pixels, title) in enumerate(zip(columns, titles, strict=True)):
@@ -87,10 +96,9 @@ def image_grid(
             if row != 1:
                 word = (words_clean if row == 0 else words_adversarial)[k]
                 right = word == labels[k]
-                axes.set_xlabel(f"{'✓' if right else '✗'} {word}", fontsize=10, color=RIGHT if right else WRONG)
-    figure.savefig(path)
-    _write_csv(path, ["label", "clean", "adversarial"], list(zip(labels, words_clean, words_adversarial, strict=True)))
-    return path
+                axes.set_xlabel(_answer(word, right), fontsize=10, color=RIGHT if right else WRONG)
+    rows = list(zip(labels, words_clean, words_adversarial, strict=True))
+    return _write(path, figure, ["label", "clean", "adversarial"], rows)
 
 
 def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:
@@ -101,6 +109,15 @@ def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:
     return torch.tensor((first + [row for row in order if row not in set(first)])[:most], dtype=torch.int64)
 
 
-def _write_csv(png: Path, header: list[str], rows: list) -> None:
-    with png.with_suffix(".csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+def _answer(word: str, right: bool) -> str:
+    """A word with its sign, in at most two lines that are as narrow as an image; the CSV has it in full."""
+    return textwrap.fill(f"{'✓' if right else '✗'} {word}", width=17, max_lines=2, placeholder="…")
+
+
+def _write(png: str | Path, figure: Figure, header: list[str], rows: list) -> Path:
+    """Writes the figure and, beside it, its numbers."""
+    picture, table = io.BytesIO(), io.StringIO(newline="")
+    figure.savefig(picture, format="png")
+    csv.writer(table).writerows([header, *rows])
+    write_bytes(Path(png).with_suffix(".csv"), table.getvalue().encode())
+    return write_bytes(png, picture.getvalue())

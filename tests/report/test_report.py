@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -46,6 +47,57 @@ def test_image_grid(tmp_path):
     path = image_grid(tmp_path / "g.png", x, (x + 0.03).clamp(0, 1), list("abcd"), list("abcd"), list("abxx"))
     assert Image.open(path).size[0] > 600
     assert (tmp_path / "g.csv").read_text().splitlines()[3] == "c,c,x"
+
+
+def test_awkward_class_names_are_drawn_and_kept_whole_in_the_csv(tmp_path, monkeypatch):
+    drawn = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *args, **options: (
+            drawn.extend(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes),
+            savefig(figure, *args, **options),
+        ),
+    )
+    x, words = torch.rand(2, 3, 8, 8), ["$\\undefined{$", "Staffordshire bullterrier, Staffordshire bull terrier"]
+    image_grid(tmp_path / "g.png", x, x, words, words, ["x", words[1]])
+    assert drawn[0] == "✓ $\\undefined{$" and drawn[4] == "✗ x"
+    assert drawn[2] == "perturbation × 1", "no perturbation is not magnified"
+    assert drawn[1].startswith("✓ ") and drawn[1].endswith("…")
+    assert len(drawn[1].splitlines()) == 2 and max(map(len, drawn[1].splitlines())) <= 17
+    assert list(csv.reader((tmp_path / "g.csv").open(newline="")))[2] == [words[1]] * 3
+
+
+def test_the_perturbation_is_magnified_around_grey(tmp_path):
+    x = torch.full((1, 3, 8, 8), 0.5)
+    adversarial = x.clone()
+    adversarial[:, 0] += 0.1  # red is brighter: the middle picture is (0.9, 0.5, 0.5)
+    path = image_grid(tmp_path / "g.png", x, adversarial, ["a"], ["a"], ["a"], magnify=4.0)
+    colours = {colour[:3] for _, colour in Image.open(path).convert("RGB").getcolors(1 << 24)}
+    assert any(abs(r - 229) <= 1 and abs(g - 127) <= 1 and g == b for r, g, b in colours)
+
+
+@pytest.mark.parametrize("words, images", [(["a"], 2), (["a", "b"], 1), ([], 0)])
+def test_image_grid_wants_a_word_for_each_image(tmp_path, words, images):
+    x = torch.rand(images, 3, 8, 8)
+    with pytest.raises(ValueError, match="as many"):
+        image_grid(tmp_path / "g.png", x, x, words, words, words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_figure_leaves_the_old_one(tmp_path, monkeypatch):
+    path = accuracy_over_eps(tmp_path / "new" / "a.png", {"m": [("0", 1.0, 1.0, 1.0)]})
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+    def fail(figure, file, **options):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        accuracy_over_eps(path, {"m": [("0", 0.5, 0.4, 0.6)]})
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
 def test_pick_rows_prefers_fooled_samples_of_different_classes():
