@@ -71,6 +71,8 @@ class Objective:
             if y is None and targeted:
                 raise ValueError("a targeted attack needs target labels y, got None")
             y = self._own_prediction(x) if y is None else check_labels(y, self.batch).to(x.device)
+        if isinstance(y, Tensor) and y.is_inference():
+            y = y.clone()  # autograd cannot save a tensor that was made in inference mode
         self.y = y
         self.labels = y if isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (self.batch,) else None
 

@@ -95,6 +95,16 @@ def test_no_trace(caller, mode, fail_at, batch):
         assert torch.equal(x, kept[0]) and torch.equal(y, kept[1])
 
 
+def test_tensors_made_in_inference_mode(build, batch):
+    model = build()
+    expected = pgd(model, *batch(), random_start=False)
+    with torch.inference_mode():
+        x, y = batch()
+        inside = pgd(model, x, y, random_start=False)
+    assert torch.equal(inside, expected) and not inside.is_inference()
+    assert torch.equal(pgd(model, x, y, random_start=False), expected)
+
+
 def test_one_draw_from_the_global_generator_and_none_after_an_error(build, batch):
     (x, y), model = batch(), build()
     torch.manual_seed(5)
