@@ -14,147 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rvlm import __version__
+from rvlm.arguments import COMMANDS, DATA_MISSING, USAGE, recipes
 from rvlm.units import Eps
 
 __all__ = ["main"]
-
-USAGE, DATA_MISSING, CHECK_FAILED = 2, 3, 4
-
-
-@dataclasses.dataclass(kw_only=True)
-class DemoArgs:
-    """Train a small CLIP, break it, defend it, and write a report. Offline, about two minutes on two cores."""
-
-    out: str = "rvlm-demo"
-    """Folder for the report, records and images."""
-    seed: int = 0
-    """Seed of weights, data order and attack noise."""
-    quick: bool = False
-    """A shorter story (about 30 s): fewer epochs and samples, the same attacks."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class InfoArgs:
-    """Versions, device, what was built, the backend of every op, and the reason for anything missing."""
-
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class LsArgs:
-    """List what can be named: models, methods, attacks, datasets, templates, recipes."""
-
-    what: str = "all"
-    """One of those words, or all."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class DataArgs:
-    model: str = "digits-vit"
-    """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, a checkpoint or run folder, digits-vit, digits-rn,
-    digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
-    data: str = "digits"
-    """digits, npz:PATH or folder:PATH."""
-    split: str = "test"
-    """Split of the data."""
-    size: int | None = None
-    """Resize the shorter side to this and crop the centre."""
-    limit: int | None = None
-    """Use this many samples, drawn with a fixed seed; marks results as partial."""
-    templates: str = "auto"
-    """Id of the prompt templates, or auto for the data set's own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto."""
-    seed: int = 0
-    """Seed of the attack's random starts."""
-    batch_size: int = 100
-    """Images per forward."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class CheckArgs(DataArgs):
-    """A report card on a model: pixel range, eval mode, determinism, probabilities, gradients, saturation."""
-
-    limit: int | None = 64
-    """Samples to look at."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class AttackArgs(DataArgs):
-    """Attack a model and keep the adversarial images."""
-
-    attack: str = "pgd-10"
-    """fgsm, pgd-STEPS, or pgd-STEPSxRESTARTS (cross-entropy, then the margin loss)."""
-    eps: Eps = Eps("8/255")
-    """Radius in pixel units: 8/255 or 0.031."""
-    norm: str = "linf"
-    """linf or l2."""
-    source: str | None = None
-    """Craft the images on this model instead (transfer)."""
-    save_png: bool = False
-    """Also write PNGs of the images that fool the model (valid uint8 by the attack) and score them as read back."""
-    out: str | None = None
-    """Run folder; default runs/attack-DATE."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class EvalArgs(DataArgs):
-    """Clean and robust accuracy, with intervals, a record and a row per sample."""
-
-    attack: str = "pgd-10"
-    """fgsm, pgd-STEPS, or pgd-STEPSxRESTARTS (cross-entropy, then the margin loss)."""
-    eps: str = "8/255"
-    """Radii in pixel units, separated by commas: 4/255,8/255."""
-    norm: str = "linf"
-    """linf or l2."""
-    source: str | None = None
-    """Craft the images on this model instead (transfer)."""
-    out: str | None = None
-    """Run folder; default runs/eval-DATE."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class TrainArgs:
-    """Train a model with a method; `rvlm train METHOD --help` lists the method's own settings too."""
-
-    method: str = ""
-    """Name of the method (rvlm ls methods); also the first word after train."""
-    preset: str = "rvlm"
-    """Settings to start from: paper, code or rvlm."""
-    student: str = "digits-vit"
-    """Model to train: as --model elsewhere, or tiny-vit, tiny-rn (random weights)."""
-    data: str = "digits"
-    """digits, npz:PATH or folder:PATH."""
-    split: str = "train"
-    """Split to train on."""
-    size: int | None = None
-    """Resize the shorter side to this and crop the centre."""
-    limit: int | None = None
-    """Train on this many samples."""
-    eval_data: str | None = None
-    """Data to evaluate on before and after; default the same data, split test."""
-    eval_attack: str = "pgd-10"
-    """Attack of that evaluation (white-box, at the method's eps)."""
-    eval_limit: int | None = None
-    """Samples of that evaluation."""
-    seed: int = 0
-    """Seed of weights, data order and attack noise."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto."""
-    out: str | None = None
-    """Run folder; default runs/train-DATE."""
-
-
-COMMANDS: dict[str, type] = {
-    "demo": DemoArgs,
-    "info": InfoArgs,
-    "ls": LsArgs,
-    "attack": AttackArgs,
-    "eval": EvalArgs,
-    "check": CheckArgs,
-    "train": TrainArgs,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,12 +111,6 @@ def _recipe(before: str, word: str) -> str:
         )
     path = name if Path(name).is_file() else str(bundled)
     return path if name == word else f"--config={path}"
-
-
-def recipes() -> list[str]:
-    """Names of the bundled recipes."""
-    root = Path(__file__).parent / "recipes"
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
 def _peek(argv: list[str], key: str) -> str | None:

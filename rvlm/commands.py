@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rvlm.cli import (
+from rvlm.arguments import (
     CHECK_FAILED,
     AttackArgs,
     CheckArgs,

@@ -6,7 +6,8 @@
 Specs: `digits` (offline, real scans), `npz:PATH`, `folder:PATH` (a tree of class folders, or a .zip of one).
 """
 
-from rvlm.data.base import Data, load_data
+from rvlm.data.base import Data
+from rvlm.data.load import load_data
 from rvlm.data.prompts import TEMPLATES, templates
 
 __all__ = ["TEMPLATES", "Data", "load_data", "templates"]

@@ -5,7 +5,8 @@ classifier = ZeroShotClassifier(clip, ["cat", "dog"], templates="openai")
 logits = classifier(x)
 """
 
-from rvlm.models.clip import Clip, load_clip
+from rvlm.models.clip import Clip
+from rvlm.models.load import load_clip
 from rvlm.models.zero_shot import ZeroShotClassifier
 
 __all__ = ["Clip", "ZeroShotClassifier", "load_clip"]

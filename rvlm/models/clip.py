@@ -4,7 +4,6 @@ Normalisation outside the model is the commonest way to attack with the wrong ep
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from rvlm.files import write_bytes
 
-__all__ = ["Clip", "load_clip"]
+__all__ = ["CONFIG", "WEIGHTS", "Clip"]
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -83,116 +82,3 @@ class Clip(nn.Module):
         write_bytes(folder / WEIGHTS, save(state))
         write_bytes(folder / CONFIG, json.dumps(self.config, indent=1).encode())
         return folder
-
-
-def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -> Clip:
-    """Loads a CLIP in eval mode.
-
-    Args:
-        spec: `ARCH:PRETRAINED` with an open_clip tag or a checkpoint file ("ViT-B-32:openai"), `ARCH` (random weights),
-            `hf-hub:ORG/NAME`, a folder with open_clip_model.safetensors and open_clip_config.json (or a run folder with
-            such a `checkpoint`), `tiny-vit` or `tiny-rn` (random weights, 32 px), or `digits-vit`, `digits-rn`,
-            `digits-vit-tecoa` (trained on first use, then cached).
-        device: where to put it.
-        seed: of random weights.
-
-    Raises:
-        FileNotFoundError: no such folder. ValueError: unknown architecture or tag; QuickGELU in the checkpoint and not
-            in the architecture, or the reverse.
-    """
-    from rvlm.models import tiny, zoo
-
-    if spec in zoo.NAMES:
-        clip = _from_folder(zoo.folder_of(spec), spec)
-    elif spec in tiny.ARCHITECTURES:
-        clip = tiny.build(spec, seed)
-    elif spec.startswith("hf-hub:"):
-        clip = _from_hub(spec)
-    elif os.sep in spec.split(":")[0] or Path(spec).is_dir():
-        clip = _from_folder(Path(spec), spec)
-    else:
-        clip = _from_architecture(spec, seed)
-    return clip.to(device).eval()
-
-
-def _from_folder(folder: Path, name: str) -> Clip:
-    import open_clip
-
-    folder = folder / "checkpoint" if (folder / "checkpoint" / CONFIG).is_file() else folder
-    missing = [file for file in (WEIGHTS, CONFIG) if not (folder / file).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: expected a folder written by Clip.save")
-    model = open_clip.create_model(f"local-dir:{folder}")
-    config = json.loads((folder / CONFIG).read_text())
-    return Clip(model, _tokenizer(config, f"local-dir:{folder}"), name=name, config=config)
-
-
-def _from_hub(spec: str) -> Clip:
-    import open_clip
-    from huggingface_hub import hf_hub_download
-
-    model = open_clip.create_model(spec)
-    config = json.loads(Path(hf_hub_download(spec.removeprefix("hf-hub:"), CONFIG)).read_text())
-    return Clip(model, open_clip.get_tokenizer(spec), name=spec, config=config)
-
-
-def _from_architecture(spec: str, seed: int) -> Clip:
-    import open_clip
-
-    arch, _, pretrained = spec.partition(":")
-    model_cfg = open_clip.get_model_config(arch)
-    if model_cfg is None:
-        raise ValueError(
-            f"unknown model {spec!r}: expected ARCH[:PRETRAINED] of open_clip (such as ViT-B-32:openai), "
-            "hf-hub:ORG/NAME, a checkpoint folder, or one of the names in `rvlm ls models`"
-        )
-    quick_gelu = _quick_gelu(arch, pretrained, model_cfg)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = open_clip.create_model(arch, pretrained=pretrained or None, force_quick_gelu=quick_gelu)
-    if quick_gelu:
-        model_cfg = model_cfg | {"quick_gelu": True}
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    preprocess = {key: value for key, value in model.visual.preprocess_cfg.items() if key in keys}
-    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
-    return Clip(model, open_clip.get_tokenizer(arch), name=spec, config=config)
-
-
-def _quick_gelu(arch: str, pretrained: str, model_cfg: dict) -> bool:
-    """Whether to build with QuickGELU: what the checkpoint was trained with, known from its tag or its config file."""
-    import open_clip
-
-    built = bool(model_cfg.get("quick_gelu", False))
-    if not pretrained:
-        return built
-    if Path(pretrained).is_file():
-        config = Path(pretrained).parent / CONFIG
-        if not config.is_file():
-            return built
-        trained = bool(json.loads(config.read_text())["model_cfg"].get("quick_gelu", False))
-    else:
-        tag = open_clip.get_pretrained_cfg(arch, pretrained)
-        if not tag:
-            known = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
-            raise ValueError(f"{arch} has no pretrained weights {pretrained!r}: a file, or one of {known}")
-        trained = bool(tag.get("quick_gelu", False))
-        if trained and not built:
-            return True  # the plain name with OpenAI's tag means OpenAI's model
-    if trained != built:
-        has, lacks = ("the checkpoint", "the architecture") if trained else ("the architecture", "the checkpoint")
-        other = arch.removesuffix("-quickgelu") if built else f"{arch}-quickgelu"
-        raise ValueError(
-            f"QuickGELU mismatch: {has} uses it, {lacks} does not, which costs accuracy silently. "
-            f"Use {other}:{pretrained}."
-        )
-    return trained
-
-
-def _tokenizer(config: dict, source: str):
-    """The tokenizer that the config names; open_clip's own, with the model's context length, if it names none."""
-    import open_clip
-
-    text = config["model_cfg"].get("text_cfg", {})
-    if "hf_tokenizer_name" in text:
-        return open_clip.get_tokenizer(source)
-    return open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
