@@ -8,8 +8,14 @@ from rvlm.units import Eps
 USAGE, DATA_MISSING, CHECK_FAILED = 2, 3, 4
 
 
+class Arguments:
+    """What the settings of all commands have in common."""
+
+    config_text = ""  # all settings as YAML, for the run folder; set by the parser, not a setting itself
+
+
 @dataclasses.dataclass(kw_only=True)
-class DemoArgs:
+class DemoArgs(Arguments):
     """Train a small CLIP, break it, defend it, and write a report. Offline, about two minutes on two cores."""
 
     out: str = "rvlm-demo"
@@ -21,7 +27,7 @@ class DemoArgs:
 
 
 @dataclasses.dataclass(kw_only=True)
-class InfoArgs:
+class InfoArgs(Arguments):
     """Versions, device, what was built, the backend of every op, and the reason for anything missing."""
 
     json: bool = False
@@ -29,7 +35,7 @@ class InfoArgs:
 
 
 @dataclasses.dataclass(kw_only=True)
-class LsArgs:
+class LsArgs(Arguments):
     """List what can be named: models, methods, attacks, datasets, templates, recipes."""
 
     what: str = "all"
@@ -37,7 +43,7 @@ class LsArgs:
 
 
 @dataclasses.dataclass(kw_only=True)
-class DataArgs:
+class DataArgs(Arguments):
     model: str = "digits-vit"
     """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, a checkpoint or run folder, digits-vit, digits-rn,
     digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
@@ -102,7 +108,7 @@ class EvalArgs(DataArgs):
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainArgs:
+class TrainArgs(Arguments):
     """Train a model with a method; `rvlm train METHOD --help` lists the method's own settings too."""
 
     method: str = ""

@@ -88,8 +88,7 @@ def _parse(command: str, argv: list[str]):
     result = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in classes]
     if command == "train" and len(result) == 1:
         raise ValueError("which method? rvlm train METHOD, or --config FILE with `method:`; see rvlm ls methods")
-    for arguments in result:
-        arguments.config_text = text
+    result[0].config_text = text
     return result if command == "train" else result[0]
 
 

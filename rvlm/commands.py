@@ -1,6 +1,5 @@
 """What the commands of `rvlm.cli` do. Each takes its arguments and returns an exit code."""
 
-import dataclasses
 import importlib.util
 import json
 import shlex
@@ -77,10 +76,10 @@ def eval(args: EvalArgs) -> int:
     rows, curve = [], []
     for eps in radii:
         found = evaluate(
-            model.classifier, data, attack=args.attack, eps=eps, norm=args.norm, source=source and source.classifier,
-            batch_size=args.batch_size, seed=args.seed, device=model.device,
+            model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
+            batch_size=args.batch_size, seed=args.seed, device=_device(args.device),
         )  # fmt: skip
-        rows.append(write_evaluation(run.out, args.model, found, data, model.facts, partial=args.limit is not None))
+        rows.append(write_evaluation(run.out, args.model, found, data, model))
         curve.append((str(eps), found.robust, *found.robust_ci))
         _warn(found)
     if len(radii) > 1:
@@ -92,30 +91,26 @@ def eval(args: EvalArgs) -> int:
 def attack(args: AttackArgs) -> int:
     from rvlm.evaluation import evaluate, parse_attack, write_evaluation
     from rvlm.evaluation.images import save_images, save_pngs
-    from rvlm.report.plots import image_grid, pick_rows
+    from rvlm.report.plots import class_words, image_grid, pick_rows
 
     args.eps.check(args.norm)
     parse_attack(args.attack)
     data, model, source = _load(args)
     run = _Run("attack", args)
     found = evaluate(
-        model.classifier, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source and source.classifier,
-        batch_size=args.batch_size, seed=args.seed, device=model.device, keep_images=True,
+        model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
+        batch_size=args.batch_size, seed=args.seed, device=_device(args.device), keep_images=True,
         quantize=255 if args.save_png else None,
     )  # fmt: skip
-    row = write_evaluation(run.out, args.model, found, data, model.facts, partial=args.limit is not None)
+    row = write_evaluation(run.out, args.model, found, data, model)
     _warn(found)
     save_images(run.out / "adversarial.safetensors", found)
     if args.save_png:
-        pngs = save_pngs(run.out / "png", found, model.classifier)
+        pngs = save_pngs(run.out / "png", found, model)
         print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
         row["png"] = pngs
-    names = data.class_names
     some = pick_rows(found.broken_by, found.y)
-    words = [
-        [names[c] if c < len(names) else str(c) for c in t[some].tolist()]
-        for t in (found.y, found.pred_clean, found.pred_adv)
-    ]
+    words = [class_words(data.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
     image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
     return run.finish([row])
 
@@ -128,7 +123,7 @@ def check(args: CheckArgs) -> int:
 
     data, model, _ = _load(args)
     x, y, _ = data.batch(slice(None))
-    findings = run_checks(model.classifier, x.to(model.device), y.to(model.device))
+    findings = run_checks(model, x.to(_device(args.device)), y.to(_device(args.device)))
     console = Console()
     for finding in findings:
         mark = Text("ok  ", "green") if finding.ok else Text("FAIL", "bold red")
@@ -157,8 +152,8 @@ def train(args: tuple[TrainArgs, Any]) -> int:
         found = evaluate(
             classifier, test, attack=args.eval_attack, eps=settings.eps, seed=args.seed, device=student.device
         )
-        facts = {"source": args.student, "method": None if name == "before" else args.method}
-        rows.append(write_evaluation(run.out, name, found, test, facts, partial=args.eval_limit is not None))
+        trained_by = None if name == "before" else args.method
+        rows.append(write_evaluation(run.out, name, found, test, classifier, method=trained_by))
         _warn(found)
 
     measure("before")
@@ -170,13 +165,6 @@ def train(args: tuple[TrainArgs, Any]) -> int:
     return run.finish(rows)
 
 
-@dataclasses.dataclass
-class _Model:
-    classifier: Callable[[Tensor], Tensor]
-    device: torch.device
-    facts: dict[str, Any]
-
-
 def _load(args: DataArgs):
     """The data, the model and, for transfer, the source model of a command."""
     from rvlm.data import load_data
@@ -186,29 +174,15 @@ def _load(args: DataArgs):
     return data, _load_model(args.model, args, data), None if source is None else _load_model(source, args, data)
 
 
-def _load_model(spec: str, args: DataArgs, data) -> _Model:
+def _load_model(spec: str, args: DataArgs, data) -> Callable[[Tensor], Tensor]:
     from rvlm.models import ZeroShotClassifier, load_clip
 
     device = _device(args.device)
     if ".py:" in spec:
         model = _from_file(spec)
-        if isinstance(model, torch.nn.Module):
-            model = model.to(device)
-        return _Model(model, device, {"source": "file", "name": spec})
-    clip = load_clip(spec, device)
+        return model.to(device) if isinstance(model, torch.nn.Module) else model
     template = data.template if args.templates == "auto" else args.templates
-    classifier = ZeroShotClassifier(clip, data.class_names, template).eval()
-    facts = {
-        "source": "open_clip",
-        "name": spec,
-        "input_size": clip.size,
-        "mean": clip.mean.flatten().tolist(),
-        "std": clip.std.flatten().tolist(),
-        "quick_gelu": bool(((clip.config or {}).get("model_cfg") or {}).get("quick_gelu", False)),
-        "templates": classifier.templates,
-        "logit_scale": round(clip.logit_scale.item(), 4),
-    }
-    return _Model(classifier, device, facts)
+    return ZeroShotClassifier(load_clip(spec, device), data.class_names, template).eval()
 
 
 def _from_file(spec: str) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from rvlm.evaluation.records import environment
 from rvlm.methods import build_method
 from rvlm.models import ZeroShotClassifier, load_clip
 from rvlm.report import accuracy_over_eps, image_grid, rich_table, write_html
-from rvlm.report.plots import pick_rows
+from rvlm.report.plots import class_words, pick_rows
 from rvlm.training import train
 
 __all__ = ["run"]
@@ -37,7 +37,7 @@ def run(out: Path, *, seed: int = 0, quick: bool = False) -> Path:
     """
     from rich.console import Console
 
-    began, console = time.perf_counter(), Console()
+    began, console, robust = time.perf_counter(), Console(), None
     training, test = load_data("digits", "train"), load_data("digits", "test", limit=200 if quick else None)
     rows, curves = [], {"clip": [], "tecoa": []}
 
@@ -45,13 +45,12 @@ def run(out: Path, *, seed: int = 0, quick: bool = False) -> Path:
         return ZeroShotClassifier(clip, test.class_names, test.template).eval()
 
     def measure(name, clip, attack, eps=EPS, source=None, keep_images=False, data=test):
+        scored = classifier(clip)
         found = evaluate(
-            classifier(clip), data, attack=attack, eps=eps, seed=seed, keep_images=keep_images,
+            scored, data, attack=attack, eps=eps, seed=seed, keep_images=keep_images,
             source=None if source is None else classifier(source),
         )  # fmt: skip
-        rows.append(
-            write_evaluation(out, name, found, data, {"name": name, "arch": clip.name}, partial=len(data) < 500)
-        )
+        rows.append(write_evaluation(out, name, found, data, scored, method="tecoa" if clip is robust else "clip"))
         if source is None and attack == "pgd-10":
             curves[name].append((str(eps), found.robust, *found.robust_ci))
         return found
@@ -96,7 +95,7 @@ def _report(out, test, broken, defended, rows, curves, seed, quick, seconds) -> 
         ("images-clip", broken, f"CLIP before: PGD-10 at {EPS}"),
         ("images-tecoa", defended, f"After TeCoA: PGD-10 at {EPS}"),
     ):
-        words = [[test.class_names[c] for c in t[some].tolist()] for t in (found.y, found.pred_clean, found.pred_adv)]
+        words = [class_words(test.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
         path = image_grid(out / f"{name}.png", test.batch(some)[0], found.x_adv[some], *words)
         figures.append((caption, path))
     curve = accuracy_over_eps(out / "accuracy.png", curves, "Accuracy under PGD-10, white-box")

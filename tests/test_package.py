@@ -1,6 +1,7 @@
 """What is shipped: wheel and sdist hold every part, and an installed copy runs without the source tree."""
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 import tarfile
@@ -124,3 +125,19 @@ assert b._torch_requirement() == []
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("forced", [{}, {"RVLM_BUILD_EXT": "1"}, {"FORCE_CUDA": "1"}])
+def test_a_compiler_that_fails_costs_one_level_or_is_an_error(source, tmp_path, forced):
+    broken = {"CC": "/bin/false", "CXX": "/bin/false", **forced}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path],
+        cwd=source, capture_output=True, text=True, env=_environment(**broken),
+    )  # fmt: skip
+    assert (done.returncode != 0) == bool(forced), done.stderr[-2000:]
+    if not forced:
+        (written,) = (tmp_path / "lib").rglob("_build_info.json")
+        info = json.loads(written.read_text())
+        assert info["ext"] == "none" and not info["host"]
+        assert "the C++ part was not built" in info["reason"] and "rvlm._host was not built" in info["reason"]
+        assert "\n" not in info["reason"]

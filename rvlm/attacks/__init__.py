@@ -7,7 +7,8 @@ Every attack is a function and a class of the same name in capitals (`pgd`, `PGD
 promise about the model, the random numbers and the ball, is in `rvlm.attacks.contract`.
 """
 
-from rvlm.attacks.contract import AttackWarning, scoring
+from rvlm.attacks.checks import AttackWarning
+from rvlm.attacks.contract import scoring
 from rvlm.attacks.fgsm import FGSM, fgsm
 from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.objective import AttackResult

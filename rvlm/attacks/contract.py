@@ -1,4 +1,4 @@
-"""The contract of every attack: it leaves no trace on the model, and it checks its input before it touches anything.
+"""The contract of every attack: it leaves no trace on the model.
 
 During an attack the parameters are frozen (no weight gradients are computed; `_freezes` has the one exception), every
 module is in the mode that was asked for, and the native multi-head-attention fast path is off, since it runs without
@@ -7,20 +7,15 @@ is as it was: parameters, `.grad`, `requires_grad`, training flags per module, b
 """
 
 import functools
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AttackWarning", "scoring", "untouched"]
+__all__ = ["scoring", "untouched"]
 
 MODEL_MODES = ("eval", "train", "keep")
-
-
-class AttackWarning(UserWarning):
-    """The attack runs, but its result may not mean what it seems to."""
 
 
 @contextmanager
@@ -66,7 +61,7 @@ def _freezes(m: nn.Module, name: str, parameter: nn.Parameter | None, compiled: 
 
     A batch-first nn.MultiheadAttention multiplies a transposed view of its input by in_proj_weight. torch folds that
     into one matrix product only if the weight is trainable; frozen, it runs one small product per token, which makes a
-    ViT-B/32 attack a quarter slower on a CPU (pytorch/pytorch#126973, #161564).
+    ViT-B/32 attack a quarter slower on a CPU (pytorch/pytorch#161564).
     """
     if parameter is None or not parameter.requires_grad:
         return False
@@ -144,75 +139,17 @@ def _snapshot(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor, in
 
 
 def _restore(buffers: list[tuple[nn.Module, str, Tensor, int, Tensor]]) -> None:
+    """Puts the buffers back, and their old values into those that were written to.
+
+    Batch norm writes its statistics without raising the version, so values are compared; all at once, since every
+    question to a GPU waits for it. An unneeded copy would raise the version, and break a backward pass of the caller's
+    that has saved the buffer.
+    """
+    for m, name, buffer, _, _ in buffers:
+        m._buffers[name] = buffer
     with torch.no_grad():
-        for m, name, buffer, version, saved in buffers:
-            m._buffers[name] = buffer
-            # Batch norm writes its statistics without raising the version; an unneeded copy would raise it, and break
-            # a backward pass of the caller's that has saved the buffer.
-            if buffer._version != version or not torch.equal(buffer, saved):
+        differ = [(buffer != saved).any() for _, _, buffer, _, saved in buffers]
+        written = torch.stack([flag.to(differ[0].device) for flag in differ]).tolist() if differ else []
+        for (_, _, buffer, version, saved), changed in zip(buffers, written, strict=True):
+            if changed or buffer._version != version:
                 buffer.copy_(saved)
-
-
-def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
-    """Raises unless x is a batch of finite float images inside bounds."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor [B, ...] of pixels in {list(bounds)}, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"x must hold floats in {list(bounds)}, got {x.dtype}. For uint8 images pass x.float() / 255, "
-            "and quantize=255 to get valid uint8 images back."
-        )
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"x must be float32 or float64, got {x.dtype}: a ball of radius 1/255 does not survive in 16 bits. "
-            "Pass x.float(); the model may still run in 16 bits (precision='bf16')."
-        )
-    if x.dim() < 2:
-        raise ValueError(f"x must be a batch [B, ...] such as [B, 3, H, W], got shape {list(x.shape)}")
-    lo, hi = bounds
-    if not lo < hi:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}")
-    if not x.numel():
-        return
-    low, high = (v.item() for v in torch.aminmax(x.detach()))
-    if low != low or high != high:
-        bad = x.detach().isnan().flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"x has NaN pixels in sample(s) {_some(bad)}: remove or repair them first")
-    slack = 1e-6 * (hi - lo)
-    if low < lo - slack or high > hi + slack:
-        raise ValueError(
-            f"x must lie in bounds {list(bounds)}, got values in [{low:.4g}, {high:.4g}]. Attacks work on pixels, "
-            "before normalisation: put the normalisation into the model, or pass bounds=(low, high)."
-        )
-
-
-def check_radius(name: str, value: float | Tensor, batch: int, norm: str, bounds: tuple[float, float]) -> None:
-    """Raises unless a radius or step size is a non-negative float or tensor [B]; a Linf eps must not span the box."""
-    if isinstance(value, Tensor):
-        if value.dim() > 1 or value.numel() not in (1, batch):
-            raise ValueError(f"{name} must be a float or a tensor [{batch}], got shape {list(value.shape)}")
-        least, most = (value.min().item(), value.max().item()) if value.numel() else (0.0, 0.0)
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        least = most = float(value)
-    else:
-        raise TypeError(f"{name} must be a float or a tensor [{batch}], got {type(value).__name__}")
-    if not (least >= 0 and most < float("inf")):
-        raise ValueError(f"{name} must be finite and not negative, got {least:g} (to descend, use targeted=True)")
-    if name == "eps" and norm == "linf" and most >= bounds[1] - bounds[0]:
-        hint = f": did you mean {most:g}/255?" if bounds[1] - bounds[0] == 1 else ""
-        raise ValueError(f"Linf eps must be below the pixel range {bounds[1] - bounds[0]:g}, got {most:g}{hint}")
-
-
-def check_labels(y: Tensor, batch: int) -> Tensor:
-    """Integer labels [B] as int64."""
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y must be integer labels [{batch}], got {got}. Other targets need a callable loss.")
-    if y.shape != (batch,):
-        raise ValueError(f"y must have shape [{batch}], one label per image, got {list(y.shape)}")
-    return y.long()
-
-
-def _some(items: list, most: int = 8) -> str:
-    text = ", ".join(map(str, items[:most]))
-    return text if len(items) <= most else f"{text}, ... ({len(items)} in all)"

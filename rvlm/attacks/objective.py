@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rvlm import profiling
-from rvlm.attacks.contract import AttackWarning, check_labels
+from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
 from rvlm.attacks.losses import LOSSES
 
 __all__ = ["AttackResult", "Objective", "Scores"]
@@ -157,7 +157,7 @@ class Objective:
                 AttackWarning,
                 stacklevel=2,
             )
-        elif classes > 1 and (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        elif are_probabilities(logits):
             warnings.warn(
                 "the model seems to return probabilities (every row is non-negative and sums to 1). Attacks need "
                 "logits: a softmax inside saturates and hides the gradient. Remove it, or ignore this if it is meant.",

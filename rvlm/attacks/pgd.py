@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rvlm import ops, profiling
-from rvlm.attacks.contract import MODEL_MODES, AttackWarning, arithmetic, check_images, check_radius, untouched
+from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
+from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 
 __all__ = ["PGD", "pgd"]
@@ -124,7 +125,7 @@ def pgd(
     if x_init is not None and (x_init.shape != x.shape or x_init.dtype != x.dtype):
         raise ValueError(f"x_init must be like x, {list(x.shape)} {x.dtype}, got {list(x_init.shape)} {x_init.dtype}")
     if quantize is not None and len(x):
-        _check_grid(x, quantize, strict_eps)
+        check_grid(x, quantize, strict_eps)
     if len(x) == 0:
         warnings.warn("pgd got an empty batch and returns it unchanged", AttackWarning, stacklevel=2)
         return _empty_result(x) if return_info else x.detach().clone()
@@ -175,7 +176,7 @@ class _Kept:
 
     def take(self, rows: Tensor, x_adv: Tensor, scores: Scores) -> None:
         """Replaces the rows that are True."""
-        self.x_adv = torch.where(rows.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, self.x_adv)
+        self.x_adv = torch.where(_rowwise(rows, x_adv), x_adv, self.x_adv)
         old = self.scores
         self.scores = Scores(
             torch.where(rows, scores.loss, old.loss),
@@ -266,7 +267,7 @@ class _Run:
         inside = step(start.clone(), self.still, self.x, 0.0, self.eps, lo, hi, strict_eps=self.strict_eps)
         moved = (inside - start).abs()
         if self.norm == "l2":
-            moved = moved.flatten(1).amax(1).view(-1, *[1] * (start.dim() - 1))
+            moved = _rowwise(moved.flatten(1).amax(1), start)
         return torch.where(moved > 1e-6 * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
 
     def random_start(self, seed: int, restart: int, sample_ids: Tensor | None) -> Tensor:
@@ -282,7 +283,7 @@ class _Run:
         normal = torch.erfinv(uniform.clamp(-edge, edge))
         radius = ops.uniform_start(zeros.flatten(1)[:, :1], 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * restart + 1)
         length = (radius.squeeze(1) + 1) / 2 * self.eps / normal.flatten(1).norm(dim=1)
-        return self.project(self.x + normal * length.view(-1, *[1] * (self.x.dim() - 1)))
+        return self.project(self.x + normal * _rowwise(length, self.x))
 
     @staticmethod
     def _all_done(active: Tensor, k: int) -> bool:
@@ -348,22 +349,6 @@ def _check_choices(given: dict[str, Any]) -> None:
         raise TypeError(f"model must be callable, got {type(given['model']).__name__}")
 
 
-def _check_grid(x: Tensor, levels: int, strict_eps: bool) -> None:
-    if strict_eps:
-        raise ValueError(
-            "strict_eps and quantize exclude each other: a quantised image is exact in levels, k/levels itself is "
-            "rounded in fp32. Choose one."
-        )
-    if not isinstance(levels, int) or not 1 <= levels <= 65535:
-        raise ValueError(f"quantize must be the number of levels, 1 to 65535 (255 for uint8), got {levels!r}")
-    off = (x * levels - (x * levels).round()).abs().max().item()
-    if off > levels * 1e-6 + 1e-3:
-        raise ValueError(
-            f"quantize={levels} needs clean images on the grid k/{levels}, but a pixel is {off:.3g} levels off it. "
-            f"Round them first: x = (x * {levels}).round() / {levels}."
-        )
-
-
 @contextmanager
 def _seed(generator: torch.Generator | None, draws: bool) -> Iterator[int | None]:
     """One 64-bit seed from the generator, which an error in the block winds back."""
@@ -379,6 +364,11 @@ def _seed(generator: torch.Generator | None, draws: bool) -> Iterator[int | None
 
 def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=x.dtype, device=x.device).reshape(-1)
+
+
+def _rowwise(value: Tensor, x: Tensor) -> Tensor:
+    """value [B] in a shape that broadcasts against x [B, ...]."""
+    return value.view(-1, *[1] * (x.dim() - 1))
 
 
 def _empty_result(x: Tensor) -> AttackResult:

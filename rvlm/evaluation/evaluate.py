@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks import pgd, scoring
+from rvlm.attacks.losses import margin
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
 from rvlm.units import Eps
@@ -54,6 +55,7 @@ class Evaluation:
     """What `evaluate` found: per-sample tensors [N], and what was spent. Rates are properties.
 
     Attributes:
+        resolution: [H, W] of the images that were attacked; the model may resize them in its graph.
         index, y: sample numbers and labels.
         pred_clean, pred_adv: predicted classes, -1 where the logits are NaN; pred_adv equals pred_clean where no stage
             attacked the sample.
@@ -70,6 +72,8 @@ class Evaluation:
     norm: str
     target: str
     seed: int
+    batch_size: int
+    resolution: list[int]
     index: Tensor
     y: Tensor
     pred_clean: Tensor
@@ -87,20 +91,28 @@ class Evaluation:
         return len(self.y)
 
     @property
+    def n_clean(self) -> int:
+        return int((self.broken_by != -2).sum())
+
+    @property
+    def n_robust(self) -> int:
+        return int((self.broken_by == -1).sum())
+
+    @property
     def clean(self) -> float:
-        return (self.broken_by != -2).float().mean().item()
+        return self.n_clean / len(self)
 
     @property
     def robust(self) -> float:
-        return (self.broken_by == -1).float().mean().item()
+        return self.n_robust / len(self)
 
     @property
     def clean_ci(self) -> tuple[float, float]:
-        return wilson(int((self.broken_by != -2).sum()), len(self))
+        return wilson(self.n_clean, len(self))
 
     @property
     def robust_ci(self) -> tuple[float, float]:
-        return wilson(int((self.broken_by == -1).sum()), len(self))
+        return wilson(self.n_robust, len(self))
 
 
 def evaluate(
@@ -142,8 +154,9 @@ def evaluate(
     began, n = time.perf_counter(), len(data)
     none, target = torch.full((n,), -1), "white-box" if source is None else "transfer"
     result = Evaluation(
-        attack, stages, eps, norm, target, seed, data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(),
-        broken_by=none.clone(), linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
+        attack, stages, eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]), data.index,
+        data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
+        linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
         forwards=0, backwards=0, seconds=0.0,
     )  # fmt: skip
     nonfinite, over, outside, disagreements, images = 0, 0.0, 0.0, 0, []
@@ -157,7 +170,7 @@ def evaluate(
             pred, broken = _predictions(logits)
             nonfinite += broken
             result.pred_clean[rows] = pred
-            result.margin[rows] = _margin(logits, y)
+            result.margin[rows] = margin(logits, y)
             result.broken_by[rows] = torch.where(pred == y, -1, -2)
             bar.update(len(rows))
         result.pred_adv = result.pred_clean.clone()
@@ -173,7 +186,6 @@ def evaluate(
                     x.to(device),
                     y.to(device),
                     eps=float(eps),
-                    alpha=float(eps) if stage.name == "fgsm" else None,
                     steps=stage.steps,
                     norm=norm,
                     loss=stage.loss,
@@ -181,6 +193,7 @@ def evaluate(
                     # In transfer the source's verdict decides nothing: its last iterate is what travels.
                     best="adv" if source is None else "last",
                     early_stop="freeze" if source is None else None,
+                    # One seed per restart; stages that differ in the loss alone start from the same points.
                     generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
                     sample_ids=index,
                     quantize=quantize,
@@ -200,7 +213,7 @@ def evaluate(
                 if source is None:
                     disagreements += int((fooled != found.success.cpu()).sum())
                 result.pred_adv[rows] = pred
-                result.margin[rows] = _margin(logits, y)
+                result.margin[rows] = margin(logits, y)
                 result.linf[rows] = delta.abs().amax(1)
                 result.broken_by[rows] = torch.where(fooled, number, -1)
                 if keep_images:
@@ -242,11 +255,6 @@ def _predictions(logits: Tensor) -> tuple[Tensor, int]:
     """Classes [B], -1 (so never right) where a logit is NaN, and how many of those. -inf is a masked class."""
     broken = logits.isnan().any(1)
     return torch.where(broken, -1, logits.argmax(1)), int(broken.sum())
-
-
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    own = logits.gather(1, y[:, None]).squeeze(1)
-    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - own
 
 
 def _bar(shown: bool, total: int, title: str):

@@ -38,18 +38,22 @@ def save_pngs(folder: str | Path, evaluation: Evaluation, classifier: Callable[[
     """
     from PIL import Image
 
-    rows = (evaluation.broken_by >= 0).nonzero().flatten().tolist()
-    still = 0
-    for row in rows:
+    rows = (evaluation.broken_by >= 0).nonzero().flatten()
+    paths = []
+    for row in rows.tolist():
         pixels = (evaluation.x_adv[row] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="png")
-        path = Path(folder) / f"{int(evaluation.index[row]):06d}_label{int(evaluation.y[row])}.png"
-        write_bytes(path, buffer.getvalue())
-        device = next(iter(getattr(classifier, "parameters", list)()), evaluation.x_adv).device
-        with scoring(classifier):
-            still += int(classifier(read_png(path)[None].to(device)).argmax(1).item() != evaluation.y[row].item())
-    return {"written": len(rows), "still_fool": still}
+        name = f"{int(evaluation.index[row]):06d}_label{int(evaluation.y[row])}.png"
+        paths.append(write_bytes(Path(folder) / name, buffer.getvalue()))
+    device = next(iter(getattr(classifier, "parameters", list)()), evaluation.x_adv).device
+    still = 0
+    with scoring(classifier):
+        for first in range(0, len(paths), evaluation.batch_size):
+            chunk = slice(first, first + evaluation.batch_size)
+            pixels = torch.stack([read_png(path) for path in paths[chunk]])
+            still += int((classifier(pixels.to(device)).argmax(1).cpu() != evaluation.y[rows[chunk]]).sum())
+    return {"written": len(paths), "still_fool": still}
 
 
 def read_png(path: str | Path) -> Tensor:

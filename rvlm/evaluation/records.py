@@ -1,64 +1,81 @@
-"""Records: one JSON file per result, one npz file per result with a row per sample, and the summary made from them."""
+"""Records: one JSON file per result, one npz file per result with a row per sample, and the summary made from them.
 
+A record says everything that its numbers depend on, so that two of them can be compared, or seen to be incomparable:
+which weights, which class names and prompts, which samples, which threat, which attack, and where it ran.
+"""
+
+import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import platform
 import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import rvlm
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.files import write_bytes
+from rvlm.models import ZeroShotClassifier
 
 __all__ = ["environment", "summary_row", "write_evaluation", "write_json"]
 
 SCHEMA = "rvlm.result/1"
+SAMPLE_COLUMNS = ("index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin")
 
 
 def write_evaluation(
-    folder: str | Path, name: str, evaluation: Evaluation, data: Data, model: dict[str, Any], *, partial: bool = False
+    folder: str | Path,
+    name: str,
+    evaluation: Evaluation,
+    data: Data,
+    classifier: Callable[[Tensor], Tensor],
+    *,
+    method: str | None = None,
 ) -> dict[str, Any]:
-    """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each atomically.
+    """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each whole or not at all.
 
     Args:
         folder: run folder.
         name: what the row is called in the summary; the file names come from it, the attack and eps.
         evaluation: what was found.
-        data: what it was found on.
-        model: facts about the model for the record.
-        partial: the data were cut by --limit.
+        data: what it was found on; a cut one makes the record "partial".
+        classifier: what was evaluated.
+        method: how it was trained, if that is known.
 
     Returns:
         The summary row: name, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
     """
     folder = Path(folder)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{evaluation.target}-{evaluation.attack}-{evaluation.eps}")
-    samples = {
-        key: getattr(evaluation, key).numpy()
-        for key in ("index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin")
-    }
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **samples)
+    np.savez_compressed(buffer, **{column: getattr(evaluation, column).numpy() for column in SAMPLE_COLUMNS})
     write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
+    n, attacked = len(evaluation), max(evaluation.n_clean, 1)
     record = {
         "schema": SCHEMA,
-        "status": "partial" if partial else "complete",
+        "status": "complete" if data.index_rule == "all" else "partial",
         "name": name,
-        "model": model,
+        "protocol": None,
+        **_describe(classifier, data, evaluation.resolution, method),
         "data": {
             "name": data.name,
             "split": data.split,
             "n_total": data.n_total,
             "n_used": len(data),
             "index_rule": data.index_rule,
+            "index_sha": _sha(data.index.tolist()),
             "fingerprint": data.fingerprint,
-            "classnames_sha": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()[:16],
         },
         "threat": {
             "norm": evaluation.norm,
@@ -71,11 +88,13 @@ def write_evaluation(
             "name": evaluation.attack,
             "stages": [vars(stage) for stage in evaluation.stages],
             "seed": evaluation.seed,
+            "batch": evaluation.batch_size,
             "precision": "fp32",
         },
         "metrics": {
-            "clean_acc": {"v": evaluation.clean, "ci95": evaluation.clean_ci, "n": len(evaluation)},
-            "robust_acc": {"v": evaluation.robust, "ci95": evaluation.robust_ci, "n": len(evaluation)},
+            "clean_acc": {"v": evaluation.clean, "ci95": evaluation.clean_ci, "n": n},
+            "robust_acc": {"v": evaluation.robust, "ci95": evaluation.robust_ci, "n": n},
+            "asr": (evaluation.n_clean - evaluation.n_robust) / attacked,
             "per_stage": {
                 stage.name: int((evaluation.broken_by == k).sum()) for k, stage in enumerate(evaluation.stages)
             },
@@ -83,15 +102,56 @@ def write_evaluation(
         "checks": evaluation.checks,
         "perf": {
             "wall_s": evaluation.seconds,
-            "img_per_s": len(evaluation) / max(evaluation.seconds, 1e-9),
+            "img_per_s": n / max(evaluation.seconds, 1e-9),
             "forward_images": evaluation.forwards,
             "backward_images": evaluation.backwards,
+            "peak_mb": _peak_megabytes(),
         },
         "env": environment(),
         "samples": f"samples/{stem}.npz",
     }
     write_json(folder / "result" / f"{stem}.json", record)
     return summary_row(record, f"result/{stem}.json")
+
+
+def _describe(
+    classifier: Callable[[Tensor], Tensor], data: Data, resolution: list[int], method: str | None
+) -> dict[str, Any]:
+    """The sections model, input and text of a record; what cannot be seen of a foreign callable is None."""
+    names = _sha(data.class_names)
+    if not isinstance(classifier, ZeroShotClassifier):
+        weights = _weights_sha(classifier) if isinstance(classifier, nn.Module) else None
+        name = getattr(classifier, "__qualname__", type(classifier).__name__)
+        model = {"source": "callable", "name": name, "sha256": weights, "method": method}
+        return {"model": model, "input": {"attack_res": resolution}, "text": {"classnames_sha": names}}
+    clip = classifier.clip
+    model_cfg = (clip.config or {}).get("model_cfg", {})
+    return {
+        "model": {
+            "source": "open_clip",
+            "name": clip.name,
+            "sha256": _weights_sha(clip),
+            "method": method,
+            "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+        },
+        "input": {
+            "size": [clip.size, clip.size],
+            "interp": "bicubic",
+            "antialias": True,
+            "mean": clip.mean.flatten().tolist(),
+            "std": clip.std.flatten().tolist(),
+            "norm_in_graph": True,
+            "attack_res": resolution,
+            "resize_in_graph": resolution != [clip.size, clip.size],
+        },
+        "text": {
+            "classnames_sha": names,
+            "templates": classifier.templates,
+            "n_templates": len(classifier.templates),
+            "templates_sha": _sha(classifier.templates),
+            "logit_scale": clip.logit_scale.item(),
+        },
+    }
 
 
 def summary_row(record: dict[str, Any], path: str) -> dict[str, Any]:
@@ -117,13 +177,50 @@ def environment() -> dict[str, Any]:
     """Versions and switches that numbers depend on."""
     return {
         "rvlm": rvlm.__version__,
+        **_git(),
         "torch": torch.__version__,
+        "open_clip": importlib.metadata.version("open_clip_torch"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "mha_fastpath": False,
     }
+
+
+@functools.cache
+def _git() -> dict[str, Any]:
+    """Commit of the checkout that rvlm runs from, and whether it has changes; None where it is installed otherwise."""
+    root = Path(rvlm.__file__).parents[1]
+    if not (root / ".git").exists():
+        return {"git": None, "dirty": None}
+    try:
+        run = functools.partial(subprocess.run, cwd=root, check=True, capture_output=True, text=True)
+        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return {"git": commit, "dirty": bool(run(["git", "status", "--porcelain", "-uno"]).stdout)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git": None, "dirty": None}
+
+
+def _weights_sha(model: nn.Module) -> str:
+    """Hash of names and values of everything in the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _sha(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _peak_megabytes() -> float:
+    """Peak memory so far: of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def write_json(path: str | Path, content: Any) -> Path:

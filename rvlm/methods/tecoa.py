@@ -1,7 +1,7 @@
 """TeCoA: text-guided contrastive adversarial training (Mao et al., ICLR 2023, arXiv 2212.07016).
 
-    x_a  = argmax_{|x_a - x|_inf <= eps} CE(s cos(x_a) , y)          PGD, eq. 4 of the paper
-    loss = CE(s cos(x_a), y)                                         mean over the batch, eq. 5
+    x_a  = argmax_{|x_a - x|_inf <= eps} CE(s cos(x_a) , y)          PGD
+    loss = CE(s cos(x_a), y)                                         mean over the batch
 
 with cos(x) = e(x)^T W, e the unit-norm image embedding, W [D, C] the unit-norm text embeddings of the training classes
 and s the model's logit scale. The vision tower learns; the text tower and s are frozen, so W is computed once.

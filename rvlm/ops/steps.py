@@ -186,7 +186,7 @@ def linf_step_(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices or values that do not fit.
 
-    Source: order of torchattacks.PGD; specs of the clips in Madry et al. 2018 (arXiv 1706.06083), eq. 1.
+    Source: projected gradient descent of Madry et al. 2018 (arXiv 1706.06083), in torchattacks' order of operations.
     """
     return _step_(_linf_op_, x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize)
 
@@ -316,13 +316,7 @@ def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize,
             raise ValueError(f"active must be bool [{len(x_adv)}] on {x_adv.device}, got {_kind(active)}")
     radius = _per_sample(eps, x_adv, "eps")
     if quantize is not None:
-        if strict_eps:
-            raise ValueError(
-                "strict_eps and quantize exclude each other: a quantised result is exact in levels "
-                "(at most floor(levels * eps) of them), while k/levels itself is rounded in fp32. Choose one."
-            )
-        if not isinstance(quantize, int) or not 1 <= quantize <= 65535:
-            raise ValueError(f"quantize must be the number of levels, 1 to 65535 (255 for uint8), got {quantize!r}")
+        check_levels(quantize, strict_eps)
     if strict_eps:
         radius = _strictly_inside(radius, x_adv, lo, hi, pixels=1 if linf else x_adv[:1].numel())
     like = _rows_dense(x_adv)
@@ -330,6 +324,17 @@ def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize,
     grad = grad if grad.dtype == grad_dtype else grad.to(grad_dtype)
     grad, x = _as_layout(grad, like), _as_layout(x, like)
     return grad, x, _per_sample(alpha, x_adv, "alpha"), radius, float(lo), float(hi), active, float(quantize or 0)
+
+
+def check_levels(levels: int, strict_eps: bool) -> None:
+    """Raises unless `levels` is a number of levels that images can be quantised to."""
+    if strict_eps:
+        raise ValueError(
+            "strict_eps and quantize exclude each other: a quantised image is exact in levels (at most "
+            "floor(levels * eps) of them), while k/levels itself is rounded in fp32. Choose one."
+        )
+    if not isinstance(levels, int) or not 1 <= levels <= 65535:
+        raise ValueError(f"quantize must be the number of levels, 1 to 65535 (255 for uint8), got {levels!r}")
 
 
 def _strictly_inside(radius: Tensor, x: Tensor, lo: float, hi: float, pixels: int) -> Tensor:

@@ -109,6 +109,11 @@ def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:
     return torch.tensor((first + [row for row in order if row not in set(first)])[:most], dtype=torch.int64)
 
 
+def class_words(class_names: list[str], classes: Tensor) -> list[str]:
+    """Names of predicted classes; an output beyond the names, or -1 for no answer, is shown as its number."""
+    return [class_names[c] if 0 <= c < len(class_names) else str(c) for c in classes.tolist()]
+
+
 def _answer(word: str, right: bool) -> str:
     """A word with its sign, in at most two lines that are as narrow as an image; the CSV has it in full."""
     return textwrap.fill(f"{'✓' if right else '✗'} {word}", width=17, max_lines=2, placeholder="…")

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from rvlm.data import load_data
 from rvlm.data.base import Data
 from rvlm.evaluation import evaluate, parse_attack, wilson, write_evaluation, write_json
 from rvlm.evaluation.images import read_png, save_images, save_pngs
+from rvlm.models import ZeroShotClassifier, load_clip
 
 
 class Threshold(nn.Module):
@@ -123,10 +125,13 @@ def test_nan_logits_are_reported_not_hidden(data):
 
 def test_records(data, tmp_path):
     found = run(data)
-    row = write_evaluation(tmp_path, "a model: x/y", found, data, {"arch": "toy"}, partial=True)
+    row = write_evaluation(tmp_path, "a model: x/y", found, data, Threshold(), method="by hand")
     assert row["clean"] == found.clean and row["robust"] == found.robust and row["eps"] == "8/255"
     record = json.loads((tmp_path / row["record"]).read_text())
-    assert record["schema"] == "rvlm.result/1" and record["status"] == "partial"
+    assert record["schema"] == "rvlm.result/1" and record["status"] == "complete"
+    assert record["model"]["name"] == "Threshold" and record["model"]["method"] == "by hand"
+    assert record["input"] == {"attack_res": [4, 4]} and record["attack"]["batch"] == 100
+    assert record["metrics"]["asr"] == pytest.approx(4 / 9) and record["data"]["n_used"] == 10
     assert record["threat"] == {
         "norm": "linf",
         "eps": 8 / 255,
@@ -146,6 +151,31 @@ def test_records(data, tmp_path):
     samples = np.load(tmp_path / record["samples"])
     assert samples["broken_by"].tolist() == found.broken_by.tolist() and set(samples.files) == {
         "index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin"}  # fmt: skip
+
+
+def test_a_cut_data_set_makes_a_partial_record(data, tmp_path):
+    some = data.limited(4)
+    row = write_evaluation(tmp_path, "cut", run(some), some, Threshold())
+    record = json.loads((tmp_path / row["record"]).read_text())
+    assert record["status"] == "partial" and (record["data"]["n_used"], record["data"]["n_total"]) == (4, 10)
+    assert record["data"]["index_rule"] == "perm(seed=0)[:4]"
+
+
+def test_a_record_knows_the_weights_and_the_prompts(tmp_path):
+    clip, some = load_clip("tiny-vit"), load_data("digits", "test", limit=2)
+    classifier = ZeroShotClassifier(clip, some.class_names, "plain").eval()
+    found = evaluate(classifier, some, attack="fgsm", progress=False)
+
+    def record():
+        return json.loads((tmp_path / write_evaluation(tmp_path, "m", found, some, classifier)["record"]).read_text())
+
+    before = record()
+    assert before["text"]["n_templates"] == len(classifier.templates) and before["input"]["norm_in_graph"]
+    assert before["input"]["resize_in_graph"] is False and before["text"]["logit_scale"] == clip.logit_scale.item()
+    with torch.no_grad():
+        next(clip.model.visual.parameters()).add_(1e-3)
+    after = record()
+    assert after["model"]["sha256"] != before["model"]["sha256"] and after["text"] == before["text"]
 
 
 def test_files_are_whole_or_old(tmp_path):

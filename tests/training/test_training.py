@@ -11,6 +11,7 @@ from rvlm.data import load_data
 from rvlm.methods import Batch, build_method, list_methods
 from rvlm.methods.base import warmup_cosine
 from rvlm.models import ZeroShotClassifier, load_clip
+from rvlm.models import zoo as model_zoo
 from rvlm.training import train, zoo
 from rvlm.units import Eps
 
@@ -209,3 +210,7 @@ def test_the_story_of_the_demo_holds(tmp_path, monkeypatch):
     assert accuracy(vit, images) < 0.1
     assert accuracy(resnet, images) > 0.9
     assert accuracy(defended, attacked(defended)) > 0.75
+
+
+def test_every_name_of_the_zoo_has_a_recipe():
+    assert tuple(zoo.RECIPES) == model_zoo.NAMES
