@@ -9,6 +9,7 @@ Without them the build takes what the machine offers and falls back one level wh
 printed in one line and repeated by `rvlm info`.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -20,7 +21,10 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+CXX_FLAGS = [
+    *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall"),
+    *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd"),  # the last three change no value
+]
 STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 
 
@@ -36,7 +40,7 @@ def _cpu_extension():
 
     return CppExtension(
         "rvlm._C",
-        ["csrc/module.cpp", "csrc/cpu/steps.cpp"],
+        ["csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[*STABLE_ABI, ("RVLM_MODULE", "_C")],
         extra_compile_args={"cxx": CXX_FLAGS},

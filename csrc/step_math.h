@@ -59,6 +59,18 @@ RVLM_INLINE T linf_pixel(T x_adv, T g, T x, T alpha, T eps, Box<T> box) {
   return y;
 }
 
+// The ball in the form that AutoAttack clips to it, then the box.
+template <typename T>
+RVLM_INLINE T project(T u, T x, T eps, Box<T> box) {
+  return clip(clip(u, x - eps, x + eps), box.lo, box.hi);
+}
+
+template <typename T>
+RVLM_INLINE T apgd_pixel(T x_prev, T x_adv, T g, T x, T step, T eps, T a, T rest, Box<T> box) {
+  const T z = project(x_adv + step * sign(g), x, eps, box);
+  return project(x_adv + (z - x_adv) * a + (x_adv - x_prev) * rest, x, eps, box);
+}
+
 // scale = alpha / ||g|| (0 where the row has no direction), shrink = min(1, eps / ||delta'||).
 template <typename T, bool kQuantize>
 RVLM_INLINE T l2_pixel(T x_adv, T g, T x, T scale, T shrink, Box<T> box) {

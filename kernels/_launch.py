@@ -13,6 +13,7 @@ from triton import cdiv, next_power_of_2
 
 STEP_BLOCK = 2048  # elements per program: 8 warps, 8 elements a thread, two 16-byte fp32 loads in flight per tensor
 SUMS_BLOCK = 1024  # 8 warps, 4 elements a thread, each with three float64 sums in registers
+TILE = 4096  # elements of a tile of logits: 8 warps, 16 elements a thread for each of the few tiles alive at once
 MIN_BLOCK = 128  # one warp, 16 bytes of fp32 a thread
 MAX_ROW = 2**31 - 2**20  # offsets inside a row are 32 bits wide, and a program may reach beyond its end
 
@@ -43,6 +44,13 @@ def sums_sizes(n: int, max_programs: int) -> Sizes:
     """Sizes for a kernel that sums over rows of n elements; beyond max_programs a program walks over several blocks."""
     block = _block(n, SUMS_BLOCK)
     return Sizes(block, min(cdiv(n, block), max_programs), _warps(block, 4))
+
+
+def tile_sizes(rows: int, n: int) -> Sizes:
+    """Sizes for a program that walks along `rows` rows of n elements at once; block is columns per tile."""
+    height = next_power_of_2(rows)
+    block = _forced_block or min(max(next_power_of_2(n), 32), max(TILE // height, 32))
+    return Sizes(block, 1, _warps(height * block, 8))
 
 
 def _block(n: int, largest: int) -> int:

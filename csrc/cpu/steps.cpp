@@ -9,14 +9,9 @@
 #include <cstring>
 #include <vector>
 
-#include "checks.h"
-#include "step_math.h"
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define RVLM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define RVLM_CLONES
-#endif
+#include "../checks.h"
+#include "batch.h"
+#include "vector_math.h"
 
 namespace {
 
@@ -24,9 +19,7 @@ using namespace rvlm;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int64_t kChunk = 1 << 14;  // elements; a multiple of 4 (one Philox counter) and of the l2 lanes
-constexpr int64_t kGrain = 2;        // chunks a thread takes at least
-constexpr int kLanes = 8;            // independent float64 sums, so that the compiler can vectorise a reduction
+constexpr int kSums = 8;             // independent float64 sums, so that the compiler can vectorise a reduction
 
 // Leaf loops. target_clones needs plain functions, so each type pair gets its own around one inlined template.
 template <typename T, typename G, bool kQuantize>
@@ -43,15 +36,15 @@ RVLM_INLINE void l2_loop(T* out, const T* x_adv, const G* grad, const T* x, T sc
 
 template <typename T, typename G>
 RVLM_INLINE void l2_sums_loop(double* sums, const T* x_adv, const G* grad, const T* x, int64_t n) {
-  double gg[kLanes] = {}, dg[kLanes] = {}, dd[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, n - i));
+  double gg[kSums] = {}, dg[kSums] = {}, dd[kSums] = {};
+  for (int64_t i = 0; i < n; i += kSums) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kSums, n - i));
     for (int k = 0; k < lanes; ++k) {
       const double g = static_cast<T>(grad[i + k]), d = x_adv[i + k] - x[i + k];
       gg[k] += g * g, dg[k] += d * g, dd[k] += d * d;
     }
   }
-  for (int k = 0; k < kLanes; ++k) sums[0] += gg[k], sums[1] += dg[k], sums[2] += dd[k];
+  for (int k = 0; k < kSums; ++k) sums[0] += gg[k], sums[1] += dg[k], sums[2] += dd[k];
 }
 
 #define RVLM_LEAVES(T, G)                                                                                              \
@@ -88,55 +81,6 @@ RVLM_CLONES void start_leaf(float* out, const float* x, float eps, uint64_t id, 
 RVLM_CLONES void start_leaf(double* out, const double* x, double eps, uint64_t id, uint64_t seed, uint32_t stream,
                             double lo, double hi, int64_t begin, int64_t end) {
   start_loop(out, x, eps, id, seed, stream, lo, hi, begin, end);
-}
-
-// A batch as the loops see it: rows of n contiguous elements, per-row scalars, rows that may be switched off.
-template <typename T>
-struct Batch {
-  T* out;
-  const T *x_adv, *x, *alpha, *eps;
-  int64_t alpha_stride, eps_stride, rows, n, chunks;
-  const bool* active;
-  Box<T> box;
-};
-
-template <typename T>
-Batch<T> make_batch(Tensor& out, const Tensor& x_adv, const Tensor& grad, const Tensor& x, const Tensor& alpha,
-                    const Tensor& eps, double lo, double hi, const std::optional<Tensor>& active, double levels) {
-  check_same_layout(x_adv, x, "x");
-  check_same_layout(x_adv, grad, "grad");
-  check_same_layout(x_adv, out, "out");
-  const int64_t rows = x_adv.size(0), n = rows ? x_adv.numel() / rows : 0;
-  check_per_row(alpha, rows, "alpha");
-  check_per_row(eps, rows, "eps");
-  return {static_cast<T*>(out.mutable_data_ptr()),
-          static_cast<const T*>(x_adv.const_data_ptr()),
-          static_cast<const T*>(x.const_data_ptr()),
-          static_cast<const T*>(alpha.const_data_ptr()),
-          static_cast<const T*>(eps.const_data_ptr()),
-          alpha.numel() > 1,
-          eps.numel() > 1,
-          rows,
-          n,
-          (n + kChunk - 1) / kChunk,
-          active_rows(active, rows),
-          {T(lo), T(hi), T(levels)}};
-}
-
-// Calls body(row, offset into memory, length) for every chunk of every active row; inactive rows are copied.
-template <typename T, class Body>
-void for_chunks(const Batch<T>& b, const Body& body) {
-  torch::stable::parallel_for(0, b.rows * b.chunks, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t row = job / b.chunks, start = (job % b.chunks) * kChunk;
-      const int64_t offset = row * b.n + start, length = std::min(kChunk, b.n - start);
-      if (b.active && !b.active[row]) {
-        if (b.out != b.x_adv) std::memcpy(b.out + offset, b.x_adv + offset, length * sizeof(T));
-      } else {
-        body(row, offset, length);
-      }
-    }
-  });
 }
 
 template <typename T, typename G>

@@ -5,6 +5,23 @@ C++ for the CPU, Triton and CUDA C++ for GPUs. `backends()` says what runs here;
 """
 
 from rvlm.ops._dispatch import backends, use_backend
+from rvlm.ops.distill import fold_teachers, multi_teacher_kl
+from rvlm.ops.iterates import apgd_step_, keep_best_, momentum_step_
+from rvlm.ops.losses import attack_loss, clip_head_loss
 from rvlm.ops.steps import l2_step_, linf_step, linf_step_, uniform_start
 
-__all__ = ["backends", "l2_step_", "linf_step", "linf_step_", "uniform_start", "use_backend"]
+__all__ = [
+    "apgd_step_",
+    "attack_loss",
+    "backends",
+    "clip_head_loss",
+    "fold_teachers",
+    "keep_best_",
+    "l2_step_",
+    "linf_step",
+    "linf_step_",
+    "momentum_step_",
+    "multi_teacher_kl",
+    "uniform_start",
+    "use_backend",
+]

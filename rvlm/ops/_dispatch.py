@@ -107,6 +107,27 @@ def triton_missing(device: str) -> str | None:
     return _missing.get("triton")
 
 
+def reference_forced() -> bool:
+    return _forced == "reference"
+
+
+def once_differentiable(name: str) -> Callable:
+    """Decorates a Function's backward: its result is a constant, and asking for more is an error, not a silent zero."""
+
+    def decorate(backward: Callable) -> Callable:
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(
+                    f"rvlm.ops.{name} is differentiable once. For a second derivative (create_graph=True) call it "
+                    "under use_backend('reference'), which is plain PyTorch."
+                )
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces every op in the block onto one backend, in the whole process.

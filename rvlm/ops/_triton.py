@@ -2,7 +2,7 @@
 
 import torch
 
-from rvlm.kernels import steps
+from rvlm.kernels import distill, iterates, losses, steps
 
 
 def linf_step_(x_adv, *args):
@@ -23,3 +23,36 @@ def uniform_start(x, *args):
     out = torch.empty_like(x)
     steps.uniform_start(out, x, *args)
     return out
+
+
+def multi_teacher_kl(student, teachers, weights, temperature, student_of, kind, student_grad, teacher_grad):
+    loss, kl = torch.empty_like(weights[0]), torch.empty_like(weights)
+    d_student = torch.empty_like(student) if student_grad else None
+    d_teachers = torch.empty_like(teachers) if teacher_grad else None
+    distill.multi_teacher_kl(loss, kl, d_student, d_teachers, student, teachers, weights, temperature, student_of, kind)
+    return (
+        loss,
+        kl,
+        student.new_empty(0) if d_student is None else d_student,
+        teachers.new_empty(0) if d_teachers is None else d_teachers,
+    )
+
+
+def fold_teachers(teachers, weights, temperature):
+    out = torch.empty_like(teachers[0], dtype=weights.dtype)
+    distill.fold_teachers(out, teachers, weights, temperature)
+    return out
+
+
+def attack_loss(logits, y, target, kind):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss = torch.empty(len(logits), dtype=dtype, device=logits.device)
+    correct = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+    grad = torch.empty_like(logits)
+    losses.attack_loss(loss, correct, grad, logits, y, target, kind)
+    return loss, correct, grad
+
+
+apgd_step_ = iterates.apgd_step
+momentum_step_ = iterates.momentum_step
+keep_best_ = iterates.keep_best

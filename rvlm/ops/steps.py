@@ -206,7 +206,7 @@ def linf_step(
 ) -> Tensor:
     """`linf_step_` into a new tensor; x_adv is not changed. For torch.compile and functional code."""
     args = _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize, linf=True)
-    return _linf_op(_rows_dense(x_adv), *args)
+    return _linf_op(rows_dense(x_adv), *args)
 
 
 def l2_step_(
@@ -284,7 +284,7 @@ def uniform_start(
 def _step_(op, x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize):
     linf = op is _linf_op_
     args = _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize, linf=linf)
-    dense = _rows_dense(x_adv)
+    dense = rows_dense(x_adv)
     op(dense, *args)
     if dense is not x_adv:
         x_adv.copy_(dense)
@@ -293,6 +293,19 @@ def _step_(op, x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize)
 
 def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize, *, linf):
     """Checked arguments behind x_adv, brought to the memory layout that the kernels walk linearly."""
+    _, grad, x, alpha, radius = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
+    if quantize is not None:
+        check_levels(quantize, strict_eps)
+    if strict_eps:
+        radius = _strictly_inside(radius, x_adv, lo, hi, pixels=1 if linf else x_adv[:1].numel())
+    return grad, x, alpha, radius, float(lo), float(hi), active, float(quantize or 0)
+
+
+def check_step(x_adv, grad, x, alpha, eps, lo, hi, active):
+    """Checks what every step takes; returns x_adv, grad and x in one dense memory layout, alpha and eps as [1] or [B].
+
+    x_adv itself comes back where its layout allows it, else a contiguous copy.
+    """
     _check_images(x_adv, "x_adv")
     _check_bounds(lo, hi)
     for name, t in (("grad", grad), ("x", x)):
@@ -314,16 +327,11 @@ def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize,
     if active is not None:
         if active.dtype != torch.bool or active.shape != (len(x_adv),) or active.device != x_adv.device:
             raise ValueError(f"active must be bool [{len(x_adv)}] on {x_adv.device}, got {_kind(active)}")
-    radius = _per_sample(eps, x_adv, "eps")
-    if quantize is not None:
-        check_levels(quantize, strict_eps)
-    if strict_eps:
-        radius = _strictly_inside(radius, x_adv, lo, hi, pixels=1 if linf else x_adv[:1].numel())
-    like = _rows_dense(x_adv)
+    like = rows_dense(x_adv)
     grad_dtype = grad.dtype if x_adv.dtype == torch.float32 and grad.dtype != torch.float64 else x_adv.dtype
     grad = grad if grad.dtype == grad_dtype else grad.to(grad_dtype)
-    grad, x = _as_layout(grad, like), _as_layout(x, like)
-    return grad, x, _per_sample(alpha, x_adv, "alpha"), radius, float(lo), float(hi), active, float(quantize or 0)
+    scalars = _per_sample(alpha, x_adv, "alpha"), _per_sample(eps, x_adv, "eps")
+    return like, as_layout(grad, like), as_layout(x, like), *scalars
 
 
 def check_levels(levels: int, strict_eps: bool) -> None:
@@ -355,7 +363,7 @@ def _per_sample(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     return value.to(x.device, x.dtype).reshape(-1)
 
 
-def _rows_dense(t: Tensor) -> Tensor:
+def rows_dense(t: Tensor) -> Tensor:
     """t itself if each sample is one block of memory (contiguous or channels-last), else a contiguous copy."""
     if t.is_contiguous() or any(t.dim() == d and t.is_contiguous(memory_format=f) for d, f in _CHANNELS_LAST):
         return t
@@ -365,7 +373,7 @@ def _rows_dense(t: Tensor) -> Tensor:
 _CHANNELS_LAST = ((4, torch.channels_last), (5, torch.channels_last_3d))
 
 
-def _as_layout(t: Tensor, like: Tensor) -> Tensor:
+def as_layout(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 

@@ -2,7 +2,9 @@
 
 Run by test_aot.py in a process of its own, because Triton compiles only where its interpreter is off:
 
-    python aot_report.py core|full ARCH ...    for each compute capability; "core" is the usual variants, "full" all
+    python aot_report.py core|full ARCH ...    steps, for each compute capability; "core" is the usual variants
+    python aot_report.py rows ARCH ...         divergences and attack losses
+    python aot_report.py iterates ARCH ...     APGD and momentum steps, rows kept
     python aot_report.py fused ARCH            one variant with fp fusion switched on, to see that its traces are found
     python aot_report.py seeds ARCH            random starts with many seeds, streams and radii
 
@@ -24,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rvlm.kernels import steps
+from rvlm.kernels import distill, iterates, losses, steps
 
 IMAGENET = 3 * 224 * 224
 ODD = 3 * 17 * 53  # divisible by neither 16 nor 4
@@ -110,6 +112,46 @@ def report(full: bool):
         yield from start_report(dtype, n, rows)
 
 
+def rows_report() -> list[dict]:
+    """Kernels on rows of logits: usual widths and types, every kind."""
+    found = []
+    for dtype, classes in itertools.product((FLOAT, torch.bfloat16, DOUBLE), (10, 1000, 21841)):
+        wide = DOUBLE if dtype == DOUBLE else FLOAT
+        label = {"dtype": str(dtype), "classes": classes}
+        teachers, weights, tau = torch.empty(3, 4, classes, dtype=dtype), torch.ones(3, 4, dtype=wide), torch.ones(3)
+        for kind, grads in itertools.product(range(3), (False, True)):
+            compiled.clear()
+            student = teachers[:1].contiguous()
+            into = (torch.empty_like(student), torch.empty_like(teachers)) if grads else (None, None)
+            loss, kl = torch.empty(4, dtype=wide), torch.empty(3, 4, dtype=wide)
+            distill.multi_teacher_kl(loss, kl, *into, student, teachers, weights, tau.to(wide), 0, kind)
+            found += [{**label, "kind": kind, "grads": grads, **describe(kernel)} for kernel in compiled]
+        compiled.clear()
+        distill.fold_teachers(torch.empty(4, classes, dtype=wide), teachers, weights, tau.to(wide))
+        y, logits = torch.arange(4), torch.empty(4, classes, dtype=dtype)
+        for kind in range(5):
+            labels = torch.empty(4, classes, dtype=wide) if kind == 4 else y
+            correct, loss = torch.empty(4, dtype=torch.bool), torch.empty(4, dtype=wide)
+            losses.attack_loss(loss, correct, torch.empty_like(logits), logits, labels, y if kind == 3 else None, kind)
+        found += [{**label, **describe(kernel)} for kernel in compiled]
+    return found
+
+
+def iterates_report() -> list[dict]:
+    """APGD and momentum steps and kept rows, for the usual types."""
+    found = []
+    for (dtype, grad_dtype), n in itertools.product(CORE, (IMAGENET, ODD)):
+        compiled.clear()
+        x_prev, x_adv, x = torch.empty((3, 2, n), dtype=dtype)
+        grad, size, rows = torch.empty((2, n), dtype=grad_dtype), torch.ones(2, dtype=dtype), torch.ones(2).bool()
+        iterates.apgd_step(x_prev, x_adv, grad, x, size, size, 0.75, 0.0, 1.0, rows)
+        for kind in (0, 1):
+            iterates.momentum_step(x_adv, x_prev, grad, x, size, size, 0.9, kind, 0.0, 1.0, rows)
+        iterates.keep_best(x_prev, x_adv, rows)
+        found += [{"dtype": str(dtype), "grad": str(grad_dtype), "n": n, **describe(kernel)} for kernel in compiled]
+    return found
+
+
 def fused_report() -> list[dict]:
     return step_report(steps.linf_step, FLOAT, FLOAT, IMAGENET, False, True, True)
 
@@ -135,6 +177,8 @@ if __name__ == "__main__":
         "full": lambda: report(True),
         "fused": fused_report,
         "seeds": seeds_report,
+        "rows": rows_report,
+        "iterates": iterates_report,
     }
     for target.arch in map(int, sys.argv[2:]):
         found.extend(reports[what]())

@@ -103,16 +103,14 @@ def make_case(device):
 
 @pytest.fixture
 def mutant(tmp_path):
-    """Imports rvlm.kernels.steps with one piece of its source exchanged."""
+    """Imports a module of rvlm.kernels, steps by default, with one piece of its source exchanged."""
 
-    def load(before: str, after: str):
-        from rvlm.kernels import steps
-
-        source = Path(steps.__file__).read_text()
+    def load(before: str, after: str, name: str = "steps"):
+        source = Path(importlib.import_module(f"rvlm.kernels.{name}").__file__).read_text()
         assert source.count(before) >= 1, f"the mutation {before!r} no longer fits the source"
-        path = tmp_path / "mutant_steps.py"  # a real file: Triton reads a kernel's source again
+        path = tmp_path / f"mutant_{name}.py"  # a real file: Triton reads a kernel's source again
         path.write_text(source.replace(before, after))
-        spec = importlib.util.spec_from_file_location("mutant_steps", path)
+        spec = importlib.util.spec_from_file_location(f"mutant_{name}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -107,6 +107,31 @@ def test_four_pixels_share_one_draw(core):
             assert count(kernel, "mul.hi.u32", "mul.wide.u32") <= 2 * PRODUCTS_OF_PHILOX + 4
 
 
+def test_rows_of_logits_fit_in_registers(tmp_path):
+    kernels = aot_report(tmp_path, "rows", "90")
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "_multi_teacher_kl_kernel", "_fold_teachers_kernel", "_attack_loss_kernel"}  # fmt: skip
+    assert len(kernels) == 9 * (6 + 1 + 5)
+    for kernel in kernels:
+        label = {key: value for key, value in kernel.items() if key != "ptx"}
+        double = kernel["dtype"] == "torch.float64"  # for gradient checks; a few words of stack do no harm there
+        assert kernel["stack"] + kernel["local"] <= (16 if double else 0), f"spilled registers: {label}"
+        assert kernel["reg"] <= (255 if double else 128), f"too many registers: {label}"
+
+
+def test_steps_that_look_back_are_lean(tmp_path):
+    kernels = aot_report(tmp_path, "iterates", "90")
+    names = ["_apgd_step_kernel", "_keep_best_kernel", "_l1_sums_kernel", "_momentum_step_kernel"]
+    assert sorted({kernel["kernel"] for kernel in kernels}) == names and len(kernels) == 6 * 5
+    for kernel in kernels:
+        label = {key: value for key, value in kernel.items() if key != "ptx"}
+        assert kernel["stack"] == kernel["local"] == 0, f"spilled registers: {label}"
+        assert kernel["reg"] <= (104 if kernel["dtype"] == "torch.float64" else 80), f"too many registers: {label}"
+        assert not fused(kernel), f"fused products and sums: {label}"
+        wide = count(kernel, "ld.global.v4.b32", "ld.global.v2.b64", "ld.global.v2.b32")
+        assert bool(wide) == (kernel["n"] % 16 == 0), f"loads under 16 bytes, or rows that are not aligned: {label}"
+
+
 def test_fusion_would_be_seen(tmp_path):
     (kernel,) = aot_report(tmp_path, "fused", "90")
     assert fused(kernel)

@@ -8,15 +8,49 @@ import torch
 
 from rvlm import ops
 
-NAMES = ["l2_step_", "linf_step", "linf_step_", "uniform_start"]
+STEPS = ["l2_step_", "linf_step", "linf_step_"]
 
 
-def _arguments(name, memory_format=torch.contiguous_format):
+def _step(memory_format=torch.contiguous_format):
     x = torch.rand(3, 3, 4, 4).to(memory_format=memory_format)
-    if name == "uniform_start":
-        return (x, torch.full((1,), 0.1), torch.arange(3), 5, 0.0, 1.0, 0)
     alpha, active = torch.full((3,), 0.1), torch.tensor([True, False, True])
     return (x.clone(), torch.randn_like(x), x, alpha, torch.full((1,), 0.1), 0.0, 1.0, active, 0.0)
+
+
+def _divergence(student_grad, teacher_grad):
+    student, teachers = torch.randn(2, 4, 5), torch.randn(3, 4, 5)
+    return (student, teachers, torch.rand(3, 4), torch.ones(3), 0b0001_0000_0001, 2, student_grad, teacher_grad)
+
+
+ARGUMENTS = {
+    **{name: [_step(), _step(torch.channels_last)] for name in STEPS},
+    "uniform_start": [(torch.rand(3, 3, 4, 4), torch.full((1,), 0.1), torch.arange(3), 5, 0.0, 1.0, 0)],
+    "apgd_step_": [
+        (
+            torch.rand(3, 8),
+            *(torch.rand(3, 8) for _ in range(3)),
+            torch.full((3,), 0.1),
+            torch.full((1,), 0.1),
+            0.75,
+            0.0,
+            1.0,
+            torch.tensor([True, False, True]),
+        )
+    ],
+    "momentum_step_": [
+        (*(torch.rand(3, 8) for _ in range(4)), torch.full((3,), 0.1), torch.full((1,), 0.1), 0.9, kind, 0.0, 1.0, None)
+        for kind in (0, 1)
+    ],
+    "keep_best_": [(torch.rand(3, 8), torch.rand(3, 8), torch.tensor([True, False, True]))],
+    "multi_teacher_kl": [_divergence(student, teacher) for student in (True, False) for teacher in (True, False)],
+    "fold_teachers": [(torch.randn(3, 4, 5), torch.rand(3, 4), torch.ones(3))],
+    "attack_loss": [
+        (torch.randn(4, 5), torch.arange(4), None, 0),
+        (torch.randn(4, 5), torch.arange(4), torch.arange(1, 5), 3),
+        (torch.randn(4, 5), torch.rand(4, 5), None, 4),
+    ],
+}
+NAMES = sorted(ARGUMENTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,9 +59,8 @@ def test_opcheck(name, namespace):
     if namespace == "rvlm_cpp" and "cpp" in ops.backends()["missing"]:
         pytest.skip("the C++ part is not built")
     op = getattr(getattr(torch.ops, namespace), name).default
-    torch.library.opcheck(op, _arguments(name))
-    if name != "uniform_start":
-        torch.library.opcheck(op, _arguments(name, torch.channels_last))
+    for arguments in ARGUMENTS[name]:
+        torch.library.opcheck(op, arguments)
 
 
 def test_public_functions_compile_without_graph_breaks():
@@ -45,6 +78,25 @@ def test_public_functions_compile_without_graph_breaks():
     expected = job(expected_adv, grad, x)
     result = torch.compile(job, fullgraph=True, backend="aot_eager")(compiled_adv, grad, x)
     assert torch.equal(result, expected) and torch.equal(compiled_adv, expected_adv)
+
+
+def test_differentiable_functions_compile_without_graph_breaks():
+    student, teachers = torch.randn(4, 6, requires_grad=True), torch.randn(2, 4, 6)
+    y, head = torch.arange(4), torch.randn(6, 5)
+
+    def job(student):
+        loss = ops.multi_teacher_kl(student, teachers, [1.0, 0.5], kind="js")[0]
+        folded = ops.fold_teachers(teachers, [1.0, 0.5])
+        return loss.sum() + ops.attack_loss(student, y, "dlr")[0].sum() + ops.attack_loss(student, folded, "soft-ce")[
+            0
+        ].sum(), ops.clip_head_loss(student, head, y)[3]
+
+    expected = job(student)
+    result = torch.compile(job, fullgraph=True, backend="aot_eager")(student)
+    for got, wanted in zip(result, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    (got,), (wanted,) = torch.autograd.grad(result[0], student), torch.autograd.grad(expected[0], student)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_every_op_has_a_backend_on_both_devices():
