@@ -109,8 +109,10 @@ def test_pgd(impl, precision, case, classifier, device, compare, benchmark):
             with torch.no_grad():
                 losses = [nn.functional.cross_entropy(model(images).float(), y).item() for images in (got, expected)]
             torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0)
-        else:
-            assert differing(got, expected) <= (2 * noise + 1e-3 if ON_GPU else 0)
+        else:  # the fused head rounds otherwise: other signs where a gradient is nearly zero
+            assert differing(got, expected) <= 2 * noise + 1e-3
+            if impl == "rvlm":  # as a plain callable, which has torch's own cross-entropy
+                assert differing(rvlm_pgd(model.forward)(x, y), expected) <= (2 * noise + 1e-3 if ON_GPU else 0)
         info = {"impl": impl, "peer": type(peer).__module__.split(".")[0], "case": f"{name} B={batch} {precision}"}
         info |= {"pixels_differing": differing(got, expected), "peers_own_noise": noise}
         if impl == "rvlm-compile":

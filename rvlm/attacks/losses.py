@@ -2,25 +2,27 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LOSSES", "ce", "margin"]
+from rvlm import ops
+
+__all__ = ["LOSSES", "ce", "dlr", "margin"]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy per sample, -log softmax(z)_y."""
+    """Cross-entropy per sample, -log softmax(z)_y, by torch: the gradients of other attack libraries to the bit."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """max_{c != y} z_c - z_y per sample: positive exactly where the sample is misclassified (Carlini & Wagner 2017)."""
-    if logits.shape[1] < 2:
-        raise ValueError(f"the margin loss needs at least 2 classes, got logits of shape {list(logits.shape)}")
-    own = logits.gather(1, y[:, None])
-    rest = logits.scatter(1, y[:, None], -torch.inf)
-    return rest.amax(1) - own.squeeze(1)
+    return ops.attack_loss(logits, y, "cw")[0]
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin}
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, margin / (z_(1) - z_(3)): blind to the scale of the logits (Croce & Hein 2020)."""
+    return ops.attack_loss(logits, y, "dlr")[0]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin, "dlr": dlr}

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rvlm import profiling
+from rvlm import ops, profiling
 from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
 from rvlm.attacks.losses import LOSSES
 
@@ -50,7 +50,9 @@ class Objective:
     """Evaluates iterates. Losses are summed over the batch, so a sample's gradient does not depend on the batch.
 
     Args:
-        model: callable [B, ...] pixels -> logits [B, C], or anything that a callable loss understands.
+        model: callable [B, ...] pixels -> logits [B, C], or anything that a callable loss understands. A module whose
+            class sets `fused_head = True` promises that its forward is embed(x) @ head(), with embed(x) [B, D] and
+            head() [D, C] scaled: then gradients of named losses start at the embedding (`ops.clip_head_loss`).
         x: the clean batch; with y=None and a named loss, the model's own prediction on it becomes the label.
         y: labels [B] (targets if targeted), or whatever a callable loss takes.
         loss: name in LOSSES, or callable (output, y) -> [B].
@@ -67,6 +69,10 @@ class Objective:
         if self.named and loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}: expected {', '.join(LOSSES)} or a callable (output, y) -> [B]")
         self.loss = LOSSES[loss] if self.named else loss
+        self.name = loss if self.named else None
+        self.fused = self.named and _has_fused_head(model)
+        if self.fused:  # scores without a gradient must come from the same formula
+            self.loss = lambda logits, labels: ops.attack_loss(logits, labels, loss)[0]
         if self.named:
             if y is None and targeted:
                 raise ValueError("a targeted attack needs target labels y, got None")
@@ -84,14 +90,18 @@ class Objective:
     def gradient(self, x: Tensor) -> tuple[Scores, Tensor]:
         """Scores of x and the gradient of the summed loss with respect to x, in x's dtype or a narrower one."""
         leaf = x.detach().requires_grad_()
-        scores = self._evaluate(leaf)
-        if not scores.loss.requires_grad:
+        if self.fused:
+            scores, output, of_output = self._evaluate_head(leaf)
+        else:
+            scores = self._evaluate(leaf)
+            output, of_output = scores.loss, torch.ones_like(scores.loss)
+        if not output.requires_grad:
             raise ValueError(
                 "the loss does not depend on the images: the model's output carries no gradient. Remove detach(), "
                 "no_grad(), .data, numpy or argmax from the model's forward pass."
             )
         with profiling.phase("backward"):
-            (grad,) = torch.autograd.grad(scores.loss, leaf, torch.ones_like(scores.loss), allow_unused=True)
+            (grad,) = torch.autograd.grad(output, leaf, of_output, allow_unused=True)
         if grad is None:
             raise ValueError(
                 "the gradient does not reach the images: the model computes its output from a detached copy of them."
@@ -119,6 +129,7 @@ class Objective:
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 output = logits
                 if not self._seen_output:
+                    self._check_range(logits.shape[1])
                     self._first_look(logits.detach())
             loss = self.loss(output, self.y)
             if not isinstance(loss, Tensor) or loss.shape != (self.batch,):
@@ -132,6 +143,20 @@ class Objective:
                 fooled = pred == self.labels if self.targeted else pred != self.labels
             return Scores(loss, fooled, pred)
 
+    def _evaluate_head(self, x: Tensor) -> tuple[Scores, Tensor, Tensor]:
+        """Scores, embeddings and the gradient with respect to them; nothing behind the embedding is in a graph."""
+        with profiling.phase("forward"):
+            embedding = self.model.embed(x)
+            self.forwards += 1
+            head = self.model.head()
+            if not self._seen_output:
+                self._check_range(head.shape[1])
+            loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, head, self.labels, self.name)
+            if not self._seen_output:
+                self._first_look(logits)
+            fooled = correct if self.targeted else ~correct
+            return Scores(loss, fooled, logits.argmax(1)), embedding, of_embedding
+
     def _own_prediction(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             output = self.model(x)
@@ -140,14 +165,16 @@ class Objective:
             raise ValueError("y=None takes the model's own prediction, which needs logits [B, C]; pass y")
         return output.argmax(1)
 
-    def _first_look(self, logits: Tensor) -> None:
-        """Checks that need the model's output, once per attack: they wait for the device."""
-        self._seen_output = True
-        classes = logits.shape[1]
+    def _check_range(self, classes: int) -> None:
+        """Labels must be classes; once per attack, since asking waits for the device."""
         if self.labels is not None and self.named:
             low, high = (v.item() for v in torch.aminmax(self.labels))
             if low < 0 or high >= classes:
                 raise ValueError(f"labels must lie in 0 .. {classes - 1}, the model's classes, got {low} .. {high}")
+
+    def _first_look(self, logits: Tensor) -> None:
+        """Warnings about the model's output, once per attack."""
+        self._seen_output = True
         broken = (logits.isnan() | (logits == torch.inf)).any(1)  # -inf is a masked class, and fine
         if broken.any():
             bad = broken.sum().item()
@@ -164,3 +191,15 @@ class Objective:
                 AttackWarning,
                 stacklevel=2,
             )
+
+
+def _has_fused_head(model: Callable) -> bool:
+    """Whether the class that defines forward promises, by `fused_head = True`, that it is embed(x) @ head().
+
+    A constant added to a row is allowed, since every named loss is blind to it. A subclass with a forward of its own
+    promises anew or not at all; hooks and patches on the forward pass would be stepped over, so they rule it out.
+    """
+    if not isinstance(model, nn.Module) or "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
+        return False
+    owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    return vars(owner).get("fused_head") is True

@@ -76,7 +76,7 @@ def pgd(
         steps: number of steps; 0 returns the start.
         norm: "linf" or "l2".
         targeted: lower the loss toward y instead of raising it.
-        loss: "ce", "margin", or a callable (output, y) -> [B].
+        loss: "ce", "margin", "dlr" (three classes or more), or a callable (output, y) -> [B].
         random_start: start from uniform noise in the ball (L2: a uniform direction, a radius uniform in [0, eps)).
         restarts: independent runs; per sample the run that fools the model wins, then the one with the better loss.
         x_init: start of the first run instead of noise; pixels outside ball or box are projected.
@@ -176,7 +176,7 @@ class _Kept:
 
     def take(self, rows: Tensor, x_adv: Tensor, scores: Scores) -> None:
         """Replaces the rows that are True."""
-        self.x_adv = torch.where(_rowwise(rows, x_adv), x_adv, self.x_adv)
+        ops.keep_best_(self.x_adv, x_adv, rows)
         old = self.scores
         self.scores = Scores(
             torch.where(rows, scores.loss, old.loss),

@@ -14,8 +14,8 @@ Presets. `paper`: the released README's command (eps 1/255, 2 steps of 1/255, ba
 import dataclasses
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from rvlm import ops
 from rvlm.data import Data
 from rvlm.methods.base import Batch, Method, MethodConfig, Stage, register, warmup_cosine
 from rvlm.models import Clip
@@ -55,11 +55,8 @@ class TeCoA(Method):
         return [Stage(self.config.epochs, [{"params": parameters}], warmup_cosine(self.config.warmup_steps))]
 
     def attack(self, batch: Batch):
-        return lambda embedding: F.cross_entropy(embedding @ self.head, batch.y, reduction="none")
+        return lambda embedding: ops.attack_loss(embedding @ self.head, batch.y)[0]
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
-        logits = out_adv @ self.head
-        return {
-            "total": F.cross_entropy(logits, batch.y),
-            "robust_acc": (logits.detach().argmax(1) == batch.y).float().mean(),
-        }
+        loss, correct, _ = ops.attack_loss(out_adv @ self.head, batch.y)
+        return {"total": loss.mean(), "robust_acc": correct.float().mean()}

@@ -20,6 +20,8 @@ class ZeroShotClassifier(nn.Module):
             unit-norm embeddings of all templates are averaged and the mean is normalised again.
     """
 
+    fused_head = True  # forward is embed @ head, but for a constant: attacks may start their backward pass there
+
     def __init__(self, clip: Clip, class_names: list[str], templates: str | list[str] = "plain") -> None:
         super().__init__()
         if not class_names:

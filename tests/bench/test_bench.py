@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from rvlm import ops
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
+    import peers.losses
     import peers.pgd
     import peers.steps
 
@@ -69,8 +72,10 @@ def test_gpu_script_runs_dry(tmp_path):
     done = quick(["bash", str(BENCH / "run_gpu.sh"), str(tmp_path)], RVLM_BENCH_CPU="1", PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert {part["name"] for part in result["parts"]["parts"]} == {"info", "tests", "steps", "pgd", "memcheck"}
-    assert {row["group"] for row in result["rows"]} == {"linf_step_", "l2_step_", "uniform_start", "pgd-10"}
+    parts = {"info", "tests", "steps", "losses", "pgd", "memcheck"}
+    assert {part["name"] for part in result["parts"]["parts"]} == parts
+    groups = {"linf_step_", "l2_step_", "uniform_start", "multi_teacher_kl", "attack_loss", "pgd-10"}
+    assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()
 
@@ -113,3 +118,20 @@ def test_report_keeps_losing_cells_and_names_missing_files(tmp_path):
     assert done.returncode == 1 and "Not measured: b.json" in done.stdout
     assert "0.50 [0.40, 0.60] **slower**" in (tmp_path / "r.md").read_text()
     assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["speedup"] == [0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_lines_of_the_divergences_are_the_ops(peers, kind):
+    student, teachers = torch.randn(4, 9).double(), torch.randn(3, 4, 9).double()
+    weights = torch.tensor([0.5, 1.0, 2.0]).double()
+    expected, _ = ops.multi_teacher_kl(student, teachers, weights, kind=kind)
+    torch.testing.assert_close(peers.losses.multi_teacher_kl(student, teachers, weights, kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["ce", "cw", "dlr"])
+def test_lines_of_the_attack_losses_are_the_ops(peers, kind):
+    logits, y = torch.randn(20, 5).double(), torch.randint(0, 5, (20,))
+    loss, correct = peers.losses.attack_loss(logits, y, kind)
+    expected, verdict, _ = ops.attack_loss(logits, y, kind)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(correct, verdict)

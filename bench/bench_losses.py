@@ -1,0 +1,95 @@
+"""Divergences and attack losses against the lines they replace: eager, and the same lines under torch.compile.
+
+Both sides start at logits and end at loss and gradient. Every cell first has to agree with the reference on its own
+inputs. The inputs are small next to the caches and are used again and again, as logits are that a model has just made.
+"""
+
+import time
+
+import pytest
+import torch
+from bench_steps import BACKENDS, ON_GPU, compiled, device_time, skip_if_missing
+from measure import QUICK
+from peers import losses as eager
+
+from rvlm import ops
+
+if QUICK:
+    SHAPES = [(4, 10), (2, 1000)]
+elif ON_GPU:
+    SHAPES = [(128, 10), (128, 1000), (1024, 1000), (1024, 21841)]
+else:
+    SHAPES = [(128, 10), (128, 1000), (64, 21841)]
+TEACHERS = 3
+
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+by_impl = pytest.mark.parametrize("impl", [*BACKENDS, "compile", "eager"])
+
+
+def bench(impl, fused, lines, logits, case, compare) -> None:
+    """fused() and lines(leaf) return a loss and, the latter with a graph, what else there is to compare."""
+    forward = compiled(lines) if impl == "compile" else lines
+
+    def with_gradient(forward):
+        leaf = logits.detach().requires_grad_()
+        loss, *others = forward(leaf)
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0], *others
+
+    def call_eager():
+        return with_gradient(lines)
+
+    job = fused if impl in BACKENDS else lambda: with_gradient(forward)
+    with ops.use_backend(impl if impl in BACKENDS else "auto"):
+        if impl in BACKENDS:
+            skip_if_missing(job)
+        with ops.use_backend("reference"):
+            expected = fused()
+        began = time.perf_counter()
+        got = job()
+        first = time.perf_counter() - began
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+        info = {"case": case, "impl": impl, "peer": "eager"}
+        if impl == "compile":
+            info["compile_seconds"] = first
+        compare(job, call_eager, **info, **device_time(job))
+
+
+@by_shape
+@pytest.mark.parametrize("kind", ["forward", "js"])
+@by_impl
+@pytest.mark.benchmark(group="multi_teacher_kl")
+def test_multi_teacher_kl(shape, kind, impl, device, compare):
+    generator = torch.Generator(device).manual_seed(0)
+    student = 3 * torch.randn(shape, device=device, generator=generator)
+    teachers = 3 * torch.randn(TEACHERS, *shape, device=device, generator=generator)
+    weights = torch.tensor([0.5, 0.3, 0.2], device=device)
+
+    def fused():
+        leaf = student.detach().requires_grad_()
+        loss, _ = ops.multi_teacher_kl(leaf, teachers, weights, kind=kind)
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+    def lines(leaf):
+        return (eager.multi_teacher_kl(leaf, teachers, weights, kind),)
+
+    bench(impl, fused, lines, student, f"{list(shape)} {kind}, {TEACHERS} teachers", compare)
+
+
+@by_shape
+@pytest.mark.parametrize("kind", ["ce", "cw", "dlr"])
+@by_impl
+@pytest.mark.benchmark(group="attack_loss")
+def test_attack_loss(shape, kind, impl, device, compare):
+    generator = torch.Generator(device).manual_seed(0)
+    logits = 3 * torch.randn(shape, device=device, generator=generator)
+    y = torch.randint(0, shape[1], shape[:1], device=device, generator=generator)
+
+    def fused():
+        loss, correct, grad = ops.attack_loss(logits, y, kind)
+        return loss, grad, correct
+
+    def lines(leaf):
+        return eager.attack_loss(leaf, y, kind)
+
+    bench(impl, fused, lines, logits, f"{list(shape)} {kind}", compare)
