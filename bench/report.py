@@ -16,6 +16,11 @@ COLUMNS = {
     "linf_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
     "l2_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
     "uniform_start": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
+    **{
+        name: ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds")
+        for name in ("apgd_step_", "keep_best_", "l1_project")
+    },
+    "gaussian_filter": ("largest_error",),
     "multi_teacher_kl": ("device_us", "compile_seconds"),
     "attack_loss": ("device_us", "compile_seconds"),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a CUDA machine, in one call of less than eight minutes and without a network: builds the package
+# Everything that wants a CUDA machine, in one call of about eight minutes and without a network: builds the package
 # with its CUDA part, runs the tests on real kernels instead of the interpreter, checks memory accesses, benchmarks, and
 # leaves one JSON with a table in OUTDIR (default runs/gpu). A part that fails does not stop the next; the exit code is
 # the number of parts that failed.
@@ -17,11 +17,11 @@ out="${1:-runs/gpu}"
 mkdir -p "$out" && out="$(cd "$out" && pwd)"
 python="${PYTHON:-python3}"
 dry="${RVLM_BENCH_CPU:-0}"
-total=460
+total=480
 failed=0
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET RVLM_BACKEND
-rm -f "$out"/{parts.tsv,steps.json,losses.json,pgd.json,info.json}
+rm -f "$out"/{parts.tsv,info.json,{steps,iterates,losses,filters,pgd}.json}
 
 # part NAME SECONDS COMMAND...: the command, for at most so long and never past the total; its output goes to a log.
 part() {
@@ -67,7 +67,7 @@ memory_check() {
   local tool=(compute-sanitizer --tool memcheck --error-exitcode 9)
   [[ "$dry" == 1 ]] && tool=()
   RVLM_BENCH_QUICK=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" \
-    "$python" -m pytest -q bench/bench_steps.py bench/bench_losses.py -k "triton or cpp" --benchmark-disable
+    "$python" -m pytest -q bench/bench_{steps,iterates,losses}.py -k "triton or cpp" --benchmark-disable
 }
 
 bench() { "$python" -m pytest -q "bench/bench_$1.py" --benchmark-disable-gc --benchmark-json="$out/$1.json"; }
@@ -83,7 +83,9 @@ fi
 part info 40 bash -c info
 part tests 130 bash -c unit_tests
 RVLM_BENCH_SECONDS=90 part steps 130 bash -c "bench steps"
+RVLM_BENCH_SECONDS=40 part iterates 60 bash -c "bench iterates"
 RVLM_BENCH_SECONDS=40 part losses 60 bash -c "bench losses"
+RVLM_BENCH_SECONDS=20 part filters 30 bash -c "bench filters"
 RVLM_BENCH_SECONDS=75 part pgd 140 bash -c "bench pgd"
 if [[ "$dry" == 1 ]] || command -v compute-sanitizer > /dev/null; then
   part memcheck 60 bash -c memory_check
@@ -103,6 +105,6 @@ except (OSError, ValueError):
     info = None
 (out / "parts.json").write_text(json.dumps({"parts": parts, "info": info}))
 PY
-"$python" bench/report.py --out "$out/result" --parts "$out/parts.json" "$out"/{steps,losses,pgd}.json || failed=$((failed + 1))
+"$python" bench/report.py --out "$out/result" --parts "$out/parts.json" "$out"/{steps,iterates,losses,filters,pgd}.json || failed=$((failed + 1))
 printf '\n%s part(s) failed; %s s; %s\n' "$failed" "$SECONDS" "$out/result.json"
 exit "$failed"

@@ -6,7 +6,9 @@ C++ for the CPU, Triton and CUDA C++ for GPUs. `backends()` says what runs here;
 
 from rvlm.ops._dispatch import backends, use_backend
 from rvlm.ops.distill import fold_teachers, multi_teacher_kl
+from rvlm.ops.filters import gaussian_filter
 from rvlm.ops.iterates import apgd_step_, keep_best_, momentum_step_
+from rvlm.ops.l1 import l1_project
 from rvlm.ops.losses import attack_loss, clip_head_loss
 from rvlm.ops.steps import l2_step_, linf_step, linf_step_, uniform_start
 
@@ -16,7 +18,9 @@ __all__ = [
     "backends",
     "clip_head_loss",
     "fold_teachers",
+    "gaussian_filter",
     "keep_best_",
+    "l1_project",
     "l2_step_",
     "linf_step",
     "linf_step_",

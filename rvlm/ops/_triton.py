@@ -2,7 +2,7 @@
 
 import torch
 
-from rvlm.kernels import distill, iterates, losses, steps
+from rvlm.kernels import distill, iterates, l1, losses, steps
 
 
 def linf_step_(x_adv, *args):
@@ -56,3 +56,9 @@ def attack_loss(logits, y, target, kind):
 apgd_step_ = iterates.apgd_step
 momentum_step_ = iterates.momentum_step
 keep_best_ = iterates.keep_best
+
+
+def l1_project(x_adv, *args):
+    out = torch.empty_like(x_adv)
+    l1.l1_project(out, x_adv, *args)
+    return out

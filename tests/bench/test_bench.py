@@ -17,6 +17,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
+    import peers.iterates
     import peers.losses
     import peers.pgd
     import peers.steps
@@ -72,9 +73,10 @@ def test_gpu_script_runs_dry(tmp_path):
     done = quick(["bash", str(BENCH / "run_gpu.sh"), str(tmp_path)], RVLM_BENCH_CPU="1", PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    parts = {"info", "tests", "steps", "losses", "pgd", "memcheck"}
+    parts = {"info", "tests", "steps", "iterates", "losses", "filters", "pgd", "memcheck"}
     assert {part["name"] for part in result["parts"]["parts"]} == parts
-    groups = {"linf_step_", "l2_step_", "uniform_start", "multi_teacher_kl", "attack_loss", "pgd-10"}
+    groups = {"linf_step_", "l2_step_", "uniform_start", "apgd_step_", "keep_best_", "l1_project"}
+    groups |= {"multi_teacher_kl", "attack_loss", "gaussian_filter", "pgd-10"}
     assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()
@@ -135,3 +137,21 @@ def test_lines_of_the_attack_losses_are_the_ops(peers, kind):
     expected, verdict, _ = ops.attack_loss(logits, y, kind)
     torch.testing.assert_close(loss, expected)
     assert torch.equal(correct, verdict)
+
+
+def test_lines_of_the_iterates_are_the_ops(peers):
+    x, x_prev, x_adv, grad = (
+        torch.rand(4, 3, 6, 6),
+        torch.rand(4, 3, 6, 6),
+        torch.rand(4, 3, 6, 6),
+        torch.randn(4, 3, 6, 6),
+    )
+    step, flag = torch.rand(4) / 10, torch.tensor([True, False, True, False])
+    expected = ops.apgd_step_(x_prev.clone(), x_adv, grad, x, step, 0.03)
+    got = peers.iterates.apgd_step(x_prev, x_adv, grad, x, step.view(-1, 1, 1, 1), 0.03, 0.75)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert torch.equal(peers.iterates.keep_best(x.clone(), x_adv, flag), ops.keep_best_(x.clone(), x_adv, flag))
+    for eps in (0.1, 10.0, 1000.0):
+        torch.testing.assert_close(
+            peers.iterates.l1_project(x_adv, x, eps), ops.l1_project(x_adv, x, eps), rtol=0, atol=1e-5
+        )

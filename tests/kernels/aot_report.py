@@ -4,7 +4,7 @@ Run by test_aot.py in a process of its own, because Triton compiles only where i
 
     python aot_report.py core|full ARCH ...    steps, for each compute capability; "core" is the usual variants
     python aot_report.py rows ARCH ...         divergences and attack losses
-    python aot_report.py iterates ARCH ...     APGD and momentum steps, rows kept
+    python aot_report.py iterates ARCH ...     APGD and momentum steps, rows kept, the L1 projection
     python aot_report.py fused ARCH            one variant with fp fusion switched on, to see that its traces are found
     python aot_report.py seeds ARCH            random starts with many seeds, streams and radii
 
@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rvlm.kernels import distill, iterates, losses, steps
+from rvlm.kernels import distill, iterates, l1, losses, steps
 
 IMAGENET = 3 * 224 * 224
 ODD = 3 * 17 * 53  # divisible by neither 16 nor 4
@@ -138,7 +138,7 @@ def rows_report() -> list[dict]:
 
 
 def iterates_report() -> list[dict]:
-    """APGD and momentum steps and kept rows, for the usual types."""
+    """APGD and momentum steps, kept rows and the L1 projection, for the usual types."""
     found = []
     for (dtype, grad_dtype), n in itertools.product(CORE, (IMAGENET, ODD)):
         compiled.clear()
@@ -148,6 +148,7 @@ def iterates_report() -> list[dict]:
         for kind in (0, 1):
             iterates.momentum_step(x_adv, x_prev, grad, x, size, size, 0.9, kind, 0.0, 1.0, rows)
         iterates.keep_best(x_prev, x_adv, rows)
+        l1.l1_project(x_prev, x_adv, x, size, 0.0, 1.0)
         found += [{"dtype": str(dtype), "grad": str(grad_dtype), "n": n, **describe(kernel)} for kernel in compiled]
     return found
 

@@ -42,6 +42,7 @@ ARGUMENTS = {
         for kind in (0, 1)
     ],
     "keep_best_": [(torch.rand(3, 8), torch.rand(3, 8), torch.tensor([True, False, True]))],
+    "l1_project": [(torch.rand(3, 8), torch.rand(3, 8), torch.full((3,), 0.5), 0.0, 1.0)],
     "multi_teacher_kl": [_divergence(student, teacher) for student in (True, False) for teacher in (True, False)],
     "fold_teachers": [(torch.randn(3, 4, 5), torch.rand(3, 4), torch.ones(3))],
     "attack_loss": [
