@@ -21,6 +21,7 @@ COLUMNS = {
         for name in ("apgd_step_", "keep_best_", "l1_project")
     },
     "gaussian_filter": ("largest_error",),
+    "anchored_residual": ("device_us", "compile_seconds"),
     "multi_teacher_kl": ("device_us", "compile_seconds"),
     "attack_loss": ("device_us", "compile_seconds"),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),

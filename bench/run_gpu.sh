@@ -21,7 +21,7 @@ total=480
 failed=0
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET RVLM_BACKEND
-rm -f "$out"/{parts.tsv,info.json,{steps,iterates,losses,filters,pgd}.json}
+rm -f "$out"/{parts.tsv,info.json,{steps,iterates,losses,attention,filters,pgd}.json}
 
 # part NAME SECONDS COMMAND...: the command, for at most so long and never past the total; its output goes to a log.
 part() {
@@ -67,7 +67,7 @@ memory_check() {
   local tool=(compute-sanitizer --tool memcheck --error-exitcode 9)
   [[ "$dry" == 1 ]] && tool=()
   RVLM_BENCH_QUICK=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" \
-    "$python" -m pytest -q bench/bench_{steps,iterates,losses}.py -k "triton or cpp" --benchmark-disable
+    "$python" -m pytest -q bench/bench_{steps,iterates,losses,attention}.py -k "triton or cpp" --benchmark-disable
 }
 
 bench() { "$python" -m pytest -q "bench/bench_$1.py" --benchmark-disable-gc --benchmark-json="$out/$1.json"; }
@@ -85,6 +85,7 @@ part tests 130 bash -c unit_tests
 RVLM_BENCH_SECONDS=90 part steps 130 bash -c "bench steps"
 RVLM_BENCH_SECONDS=40 part iterates 60 bash -c "bench iterates"
 RVLM_BENCH_SECONDS=40 part losses 60 bash -c "bench losses"
+RVLM_BENCH_SECONDS=20 part attention 40 bash -c "bench attention"
 RVLM_BENCH_SECONDS=20 part filters 30 bash -c "bench filters"
 RVLM_BENCH_SECONDS=75 part pgd 140 bash -c "bench pgd"
 if [[ "$dry" == 1 ]] || command -v compute-sanitizer > /dev/null; then
@@ -105,6 +106,6 @@ except (OSError, ValueError):
     info = None
 (out / "parts.json").write_text(json.dumps({"parts": parts, "info": info}))
 PY
-"$python" bench/report.py --out "$out/result" --parts "$out/parts.json" "$out"/{steps,iterates,losses,filters,pgd}.json || failed=$((failed + 1))
+"$python" bench/report.py --out "$out/result" --parts "$out/parts.json" "$out"/{steps,iterates,losses,attention,filters,pgd}.json || failed=$((failed + 1))
 printf '\n%s part(s) failed; %s s; %s\n' "$failed" "$SECONDS" "$out/result.json"
 exit "$failed"

@@ -5,6 +5,7 @@ C++ for the CPU, Triton and CUDA C++ for GPUs. `backends()` says what runs here;
 """
 
 from rvlm.ops._dispatch import backends, use_backend
+from rvlm.ops.attention import anchored_residual
 from rvlm.ops.distill import fold_teachers, multi_teacher_kl
 from rvlm.ops.filters import gaussian_filter
 from rvlm.ops.iterates import apgd_step_, keep_best_, momentum_step_
@@ -13,6 +14,7 @@ from rvlm.ops.losses import attack_loss, clip_head_loss
 from rvlm.ops.steps import l2_step_, linf_step, linf_step_, uniform_start
 
 __all__ = [
+    "anchored_residual",
     "apgd_step_",
     "attack_loss",
     "backends",

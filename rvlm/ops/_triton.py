@@ -2,7 +2,7 @@
 
 import torch
 
-from rvlm.kernels import distill, iterates, l1, losses, steps
+from rvlm.kernels import attention, distill, iterates, l1, losses, steps
 
 
 def linf_step_(x_adv, *args):
@@ -62,3 +62,28 @@ def l1_project(x_adv, *args):
     out = torch.empty_like(x_adv)
     l1.l1_project(out, x_adv, *args)
     return out
+
+
+def anchored_residual(x0, *args):
+    x1, y = torch.empty_like(x0), torch.empty_like(x0)
+    mean = x0.new_empty(x0.shape[:2], dtype=args[1].dtype)
+    rstd = torch.empty_like(mean)
+    attention.anchored_residual(x1, y, mean, rstd, x0, *args)
+    return x1, y, mean, rstd
+
+
+def anchored_residual_backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_grad, norm_grad):
+    batch, tokens, width = x1.shape
+    parts, g = attention.part_count(batch, tokens), torch.empty_like(x1)
+    make = mean.new_zeros if not x1.numel() else mean.new_empty  # of an empty batch nothing is written
+
+    def room(wanted, *shape):
+        return make((parts, tokens, *shape)) if wanted else None
+
+    total, of_o = room(anchor_grad, width), room(anchor_grad)
+    d_weight, d_bias = room(norm_grad, width), room(norm_grad, width)
+    attention.anchored_residual_backward(g, total, of_o, d_weight, d_bias, of_x1, of_y, x1, o, mean, rstd, weight)
+    none = mean.new_empty(0)
+    sums = (total.sum(0), of_o.sum().view(1)) if anchor_grad else (none, none)
+    norms = (d_weight.sum((0, 1)), d_bias.sum((0, 1))) if norm_grad else (none, none)
+    return g, *sums, *norms

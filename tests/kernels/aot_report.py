@@ -4,6 +4,7 @@ Run by test_aot.py in a process of its own, because Triton compiles only where i
 
     python aot_report.py core|full ARCH ...    steps, for each compute capability; "core" is the usual variants
     python aot_report.py rows ARCH ...         divergences and attack losses
+    python aot_report.py attention ARCH ...    the joint of an anchor with the residual stream
     python aot_report.py iterates ARCH ...     APGD and momentum steps, rows kept, the L1 projection
     python aot_report.py fused ARCH            one variant with fp fusion switched on, to see that its traces are found
     python aot_report.py seeds ARCH            random starts with many seeds, streams and radii
@@ -26,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rvlm.kernels import distill, iterates, l1, losses, steps
+from rvlm.kernels import attention, distill, iterates, l1, losses, steps
 
 IMAGENET = 3 * 224 * 224
 ODD = 3 * 17 * 53  # divisible by neither 16 nor 4
@@ -137,6 +138,22 @@ def rows_report() -> list[dict]:
     return found
 
 
+def attention_report() -> list[dict]:
+    """Widths of ViT-B/32 and ViT-L/14, streams in the usual types, with and without gradients of anchor and norm."""
+    found = []
+    for dtype, width in itertools.product((FLOAT, torch.bfloat16, DOUBLE), (768, 1024)):
+        wide = DOUBLE if dtype == DOUBLE else FLOAT
+        stream, rows, vector = torch.empty(8, 50, width, dtype=dtype), torch.empty(8, 50, dtype=wide), torch.ones(width)
+        vector, anchor, mix = vector.to(wide), torch.empty(50, width, dtype=wide), torch.ones(2, dtype=wide)
+        compiled.clear()
+        attention.anchored_residual(stream, stream, rows, rows, stream, stream, anchor, mix, vector, vector, 1e-5)
+        sums = torch.empty(attention.part_count(8, 50), 50, width, dtype=wide)
+        for into in ((None,) * 4, (sums, sums[..., 0].contiguous(), sums, sums)):
+            attention.anchored_residual_backward(stream, *into, stream, stream, stream, stream, rows, rows, vector)
+        found += [{"dtype": str(dtype), "width": width, **describe(kernel)} for kernel in compiled]
+    return found
+
+
 def iterates_report() -> list[dict]:
     """APGD and momentum steps, kept rows and the L1 projection, for the usual types."""
     found = []
@@ -180,6 +197,7 @@ if __name__ == "__main__":
         "seeds": seeds_report,
         "rows": rows_report,
         "iterates": iterates_report,
+        "attention": attention_report,
     }
     for target.arch in map(int, sys.argv[2:]):
         found.extend(reports[what]())

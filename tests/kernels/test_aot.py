@@ -135,6 +135,16 @@ def test_steps_that_look_back_are_lean(tmp_path):
         assert bool(wide) == (kernel["n"] % 16 == 0), f"loads under 16 bytes, or rows that are not aligned: {label}"
 
 
+def test_the_joint_of_an_anchor_is_lean(tmp_path):
+    kernels = aot_report(tmp_path, "attention", "90")
+    assert len(kernels) == 6 * 3
+    for kernel in kernels:
+        label = {key: value for key, value in kernel.items() if key != "ptx"}
+        assert kernel["stack"] == kernel["local"] == 0, f"spilled registers: {label}"
+        assert kernel["reg"] <= (224 if kernel["dtype"] == "torch.float64" else 96), f"too many registers: {label}"
+        assert count(kernel, "ld.global.v"), f"rows are loaded one by one: {label}"
+
+
 def test_fusion_would_be_seen(tmp_path):
     (kernel,) = aot_report(tmp_path, "fused", "90")
     assert fused(kernel)

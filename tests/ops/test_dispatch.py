@@ -43,6 +43,22 @@ ARGUMENTS = {
     ],
     "keep_best_": [(torch.rand(3, 8), torch.rand(3, 8), torch.tensor([True, False, True]))],
     "l1_project": [(torch.rand(3, 8), torch.rand(3, 8), torch.full((3,), 0.5), 0.0, 1.0)],
+    "anchored_residual": [
+        (
+            torch.randn(2, 3, 8),
+            torch.randn(2, 3, 8),
+            torch.randn(3, 8),
+            torch.rand(2),
+            torch.rand(8),
+            torch.rand(8),
+            1e-5,
+        )
+    ],
+    "anchored_residual_backward": [
+        (*(torch.randn(2, 3, 8) for _ in range(4)), torch.rand(2, 3), torch.rand(2, 3), torch.rand(8), anchor, norm)
+        for anchor in (True, False)
+        for norm in (True, False)
+    ],
     "multi_teacher_kl": [_divergence(student, teacher) for student in (True, False) for teacher in (True, False)],
     "fold_teachers": [(torch.randn(3, 4, 5), torch.rand(3, 4), torch.ones(3))],
     "attack_loss": [

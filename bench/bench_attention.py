@@ -1,0 +1,58 @@
+"""The joint of an anchor with the residual stream, forward and backward, against the lines of a hook.
+
+Gradients for both streams and the anchor, which is what learning an anchor (R-Adapt+) asks for.
+"""
+
+import time
+
+import pytest
+import torch
+from bench_steps import BACKENDS, ON_GPU, compiled, device_time, skip_if_missing
+from measure import QUICK
+from torch.nn import functional as F
+
+from rvlm import ops
+
+if QUICK:
+    SHAPES = [(2, 5, 32)]
+elif ON_GPU:
+    SHAPES = [(128, 50, 768), (128, 197, 768), (128, 257, 1024), (8, 50, 768)]
+else:
+    SHAPES = [(8, 50, 768), (8, 197, 768), (64, 17, 64)]
+ALPHA = 1.2
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("impl", [*BACKENDS, "compile", "eager"])
+@pytest.mark.benchmark(group="anchored_residual")
+def test_anchored_residual(shape, impl, device, compare):
+    generator = torch.Generator(device).manual_seed(0)
+    x0, o, of_x1, of_y = torch.randn(4, *shape, device=device, generator=generator)
+    anchor = torch.randn(shape[1:], device=device, generator=generator)
+    weight, bias = torch.rand(2, shape[2], device=device, generator=generator)
+    leaves = [t.clone().requires_grad_() for t in (x0, o, anchor)]
+
+    def lines(x0, o, anchor):
+        x1 = x0 + o + ALPHA * anchor
+        return x1, F.layer_norm(x1, x1.shape[-1:], weight, bias)
+
+    def fused(x0, o, anchor):
+        return ops.anchored_residual(x0, o, anchor, ALPHA, "add", weight, bias)
+
+    def job(forward):
+        out = forward(*leaves)
+        return *(t.detach() for t in out), *torch.autograd.grad(out, leaves, (of_x1, of_y))
+
+    forward = {"eager": lines, "compile": compiled(lines)}.get(impl, fused)
+    with ops.use_backend(impl if impl in BACKENDS else "auto"):
+        if impl in BACKENDS:
+            skip_if_missing(lambda: job(forward))
+        expected = job(lines)
+        began = time.perf_counter()
+        got = job(forward)
+        info = {"case": f"{list(shape)}", "impl": impl, "peer": "eager"}
+        if impl == "compile":
+            info["compile_seconds"] = time.perf_counter() - began
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        compare(lambda: job(forward), lambda: job(lines), **info, **device_time(lambda: job(forward)))

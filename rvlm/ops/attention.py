@@ -1,0 +1,181 @@
+"""The joints of shallow adapter layers, fused: where an anchor meets the residual stream.
+
+    anchored_residual   x1 = x0 + c_o o + c_a A,   y = LayerNorm(x1),   A [N, D] shared by the batch
+
+        mix        c_o            c_a               R-Adapt's anchor A at the output of the attention o (specs of the
+        add        1              alpha             mix are readings of its figure; "add" is the default everywhere)
+        lerp       1 - alpha      alpha
+        normadd    1 / (1+alpha)  alpha / (1+alpha)
+
+Backward, with G the gradient at x1 (its own plus what comes through the LayerNorm): dx0 = G, do = c_o G,
+dA = c_a sum_b G, dc_o = <G, o>, dc_a = <A, sum_b G>. The sums run over the batch in float32, in one pass with G.
+"""
+
+import torch
+from torch import Tensor
+
+from rvlm.ops._dispatch import Op, once_differentiable, reference_forced
+
+__all__ = ["anchored_residual"]
+
+MIXES = ("add", "lerp", "normadd")
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _forward(x0, o, anchor, mix, weight, bias, eps):
+    """mix [2] holds c_o and c_a; weight and bias are those of the LayerNorm."""
+    dtype = _wide(x0)
+    x1 = x0.to(dtype) + mix[0] * o.to(dtype) + mix[1] * anchor
+    mean = x1.mean(-1, keepdim=True)
+    centred = x1 - mean
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = centred * rstd * weight + bias
+    return x1.to(x0.dtype), y.to(x0.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_grad, norm_grad):
+    dtype = mean.dtype
+    centred = (x1.to(dtype) - mean[..., None]) * rstd[..., None]
+    of_y = of_y.to(dtype)
+    scaled = of_y * weight
+    through = scaled - scaled.mean(-1, keepdim=True) - centred * (scaled * centred).mean(-1, keepdim=True)
+    g = of_x1.to(dtype) + rstd[..., None] * through
+    none = g.new_empty(0)
+    sums = (g.sum(0), (g * o.to(dtype)).sum().view(1)) if anchor_grad else (none, none)
+    norms = ((of_y * centred).sum((0, 1)), of_y.sum((0, 1))) if norm_grad else (none, none)
+    return g.to(x1.dtype), *sums, *norms
+
+
+def _fake_forward(x0, o, anchor, mix, weight, bias, eps):
+    rows = x0.new_empty(x0.shape[:2], dtype=_wide(x0))
+    return torch.empty_like(x0), torch.empty_like(x0), rows, torch.empty_like(rows)
+
+
+def _fake_backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_grad, norm_grad):
+    n, d = x1.shape[1:]
+    return (
+        torch.empty_like(x1),
+        mean.new_empty((n, d) if anchor_grad else 0),
+        mean.new_empty(1 if anchor_grad else 0),
+        mean.new_empty(d if norm_grad else 0),
+        mean.new_empty(d if norm_grad else 0),
+    )
+
+
+_forward_op = Op(
+    "anchored_residual",
+    "(Tensor x0, Tensor o, Tensor anchor, Tensor mix, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    reference=_forward,
+    triton="rvlm.ops._triton:anchored_residual",
+)
+_backward_op = Op(
+    "anchored_residual_backward",
+    "(Tensor of_x1, Tensor of_y, Tensor x1, Tensor o, Tensor mean, Tensor rstd, Tensor weight, bool anchor_grad, "
+    "bool norm_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    reference=_backward,
+    triton="rvlm.ops._triton:anchored_residual_backward",
+)
+
+
+class _AnchoredResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(x0, o, anchor, mix, weight, bias, eps, whole):
+        return _forward_op(x0, o, anchor, mix, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, o, anchor, mix, weight, _, _, ctx.whole = inputs
+        x1, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x1, o, anchor, mix, weight, mean, rstd)
+
+    @staticmethod
+    @once_differentiable("anchored_residual")
+    def backward(ctx, of_x1, of_y, *_):
+        x1, o, anchor, mix, weight, mean, rstd = ctx.saved_tensors
+        _, needs_o, needs_anchor, needs_mix, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        g, total, of_o, d_weight, d_bias = _backward_op(
+            of_x1.contiguous(), of_y.contiguous(), x1, o, mean, rstd, weight,
+            needs_anchor or needs_mix, needs_weight or needs_bias,
+        )  # fmt: skip
+        return (
+            g,
+            None if not needs_o else g if ctx.whole else mix[0].to(g.dtype) * g,
+            mix[1] * total if needs_anchor else None,
+            torch.cat([of_o, (anchor * total).sum().view(1)]) if needs_mix else None,
+            d_weight if needs_weight else None,
+            d_bias if needs_bias else None,
+            None,
+            None,
+        )
+
+
+def anchored_residual(
+    x0: Tensor,
+    o: Tensor,
+    anchor: Tensor,
+    alpha: float | Tensor,
+    mix: str,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    ln_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Residual, anchor and the LayerNorm that follows, in one pass.
+
+    Args:
+        x0: residual stream [B, N, D], any floating dtype.
+        o: output of the attention, like x0.
+        anchor: A [N, D], one for the whole batch; kept in float32 (float64 for float64 streams), as are its gradients.
+        alpha: strength of the anchor, a float or a tensor with one element, which may be learned.
+        mix: "add", "lerp" or "normadd"; see the module.
+        ln_weight, ln_bias: [D].
+        ln_eps: the LayerNorm's eps.
+
+    Returns:
+        x1 [B, N, D] and LayerNorm(x1) [B, N, D], in the dtype of x0; statistics in float32. Differentiable once with
+        respect to every tensor.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or a mix that do not fit. RuntimeError: a second derivative, which needs
+        use_backend("reference").
+    """
+    if mix not in MIXES:
+        raise ValueError(f"mix must be one of {', '.join(map(repr, MIXES))}, got {mix!r}")
+    if x0.dim() != 3 or not x0.is_floating_point():
+        raise TypeError(f"x0 must be a floating-point stream [B, N, D], got {x0.dtype} {list(x0.shape)}")
+    if o.shape != x0.shape or o.dtype != x0.dtype:
+        raise ValueError(f"o must be like x0, {list(x0.shape)} {x0.dtype}, got {list(o.shape)} {o.dtype}")
+    n, d = x0.shape[1:]
+    for name, t, shape in (("anchor", anchor, (n, d)), ("ln_weight", ln_weight, (d,)), ("ln_bias", ln_bias, (d,))):
+        if tuple(t.shape) != shape or t.device != x0.device:
+            raise ValueError(f"{name} must be {list(shape)} on {x0.device}, got {list(t.shape)} on {t.device}")
+    dtype = _wide(x0)
+    if not isinstance(alpha, Tensor):
+        alpha = torch.full((), float(alpha), dtype=dtype, device=x0.device)
+    elif alpha.numel() != 1:
+        raise ValueError(f"alpha must be a float or one element, got {list(alpha.shape)}")
+    alpha = alpha.to(x0.device, dtype).reshape(())
+    factors = torch.stack({
+        "add": lambda: (torch.ones_like(alpha), alpha),
+        "lerp": lambda: (1 - alpha, alpha),
+        "normadd": lambda: (1 / (1 + alpha), alpha / (1 + alpha)),
+    }[mix]())  # fmt: skip
+    stream, result = x0.dtype, x0
+    if x0.device.type == "cpu" and stream not in (torch.float32, torch.float64):
+        result, o = x0.float(), o.float()  # on a GPU the kernels read 16-bit streams as they are
+    args = (
+        result.contiguous(),
+        o.contiguous(),
+        *(t.to(dtype).contiguous() for t in (anchor, factors, ln_weight, ln_bias)),
+    )
+    if reference_forced():
+        x1, y, *_ = _forward(*args, float(ln_eps))
+    else:
+        x1, y, *_ = _AnchoredResidual.apply(*args, float(ln_eps), mix == "add")  # then c_o is 1, and do is dx0
+    return x1.to(stream), y.to(stream)

@@ -1,0 +1,139 @@
+"""The joint of an anchor with the residual stream: every backend against float64 autograd, identities, bad input."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rvlm import ops
+from rvlm.ops.attention import MIXES
+
+
+def plain(x0, o, anchor, alpha, mix, weight, bias, eps=1e-5):
+    """The lines that a hook would write, in the dtype of x0."""
+    joined = {
+        "add": lambda: o + alpha * anchor,
+        "lerp": lambda: (1 - alpha) * o + alpha * anchor,
+        "normadd": lambda: (o + alpha * anchor) / (1 + alpha),
+    }[mix]()
+    x1 = x0 + joined
+    return x1, F.layer_norm(x1, x1.shape[-1:], weight, bias, eps)
+
+
+def tensors(device, shape=(3, 5, 24), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    batch, tokens, width = shape
+    shapes = (shape, shape, (tokens, width), (), (width,), (width,))
+    made = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+    made[3] = made[3].abs() + 0.2
+    return [t.to(device).requires_grad_() for t in made]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 1, 3), (20, 2, 100), (2, 50, 768)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients(backend, device, mix, shape, dtype):
+    x0, o, anchor, alpha, weight, bias = inputs = tensors(device, shape, dtype)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = plain(*wide[:4], mix, *wide[4:])
+    got = ops.anchored_residual(x0, o, anchor, alpha, mix, weight, bias)
+    slopes = [torch.sin(torch.arange(t.numel(), device=device)).view_as(t).to(dtype) for t in got]
+    gradients = torch.autograd.grad(got, inputs, slopes)
+    wanted = torch.autograd.grad(expected, wide, [s.double() for s in slopes])
+    for ours, truth in zip((*got, *gradients), (*expected, *wanted), strict=True):
+        error = (ours.double() - truth).norm() / truth.norm().clamp(min=1e-6)
+        assert ours.shape == truth.shape and error < (1e-5 if dtype == torch.float32 else 1e-11), error
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_gradcheck(backend, device, mix):
+    inputs = tensors(device, (2, 3, 4))
+    assert torch.autograd.gradcheck(lambda *t: ops.anchored_residual(*t[:4], mix, *t[4:]), inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 2)])
+def test_each_gradient_alone(backend, device, wanted):
+    inputs = [t.detach() for t in tensors(device)]
+    for k in wanted:
+        inputs[k].requires_grad_()
+    got = ops.anchored_residual(*inputs[:4], "lerp", *inputs[4:])
+    expected = plain(*inputs[:4], "lerp", *inputs[4:])
+    leaves = [inputs[k] for k in wanted]
+    gradients = (torch.autograd.grad(sum(t.sin().sum() for t in pair), leaves) for pair in (got, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_one_output_may_go_unused(backend, device):
+    inputs = tensors(device)
+    for used in (0, 1):
+        got = ops.anchored_residual(*inputs[:4], "add", *inputs[4:])[used]
+        expected = plain(*inputs[:4], "add", *inputs[4:])[used]
+        ours, theirs = (torch.autograd.grad(t.sin().sum(), inputs[:3]) for t in (got, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_without_strength_it_is_the_block_as_it_was(backend, device, mix):
+    x0, o, anchor, _, weight, bias = (t.detach() for t in tensors(device, dtype=torch.float32))
+    x1, y = ops.anchored_residual(x0, o, anchor, 0.0, mix, weight, bias)
+    assert torch.equal(x1, x0 + o)
+    torch.testing.assert_close(y, F.layer_norm(x0 + o, (24,), weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_streams(backend, device, dtype):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates when it casts to bfloat16")
+    x0, o, anchor, alpha, weight, bias = tensors(device, dtype=torch.float32)
+    x0, o = (t.detach().to(dtype).requires_grad_() for t in (x0, o))
+    x1, y = ops.anchored_residual(x0, o, anchor, alpha, "add", weight, bias)
+    assert x1.dtype == y.dtype == dtype
+    expected = plain(
+        x0.double(), o.double(), *(t.double() for t in (anchor, alpha)), "add", weight.double(), bias.double()
+    )
+    gradients = torch.autograd.grad(y.float().sin().sum(), (x0, anchor, alpha))
+    wanted = torch.autograd.grad(expected[1].sin().sum(), (x0, anchor, alpha))
+    assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+    for ours, truth in zip((x1, y, *gradients), (*expected, *wanted), strict=True):
+        error = (ours.double() - truth.double()).norm() / truth.double().norm()
+        assert error < 4 * torch.finfo(dtype).eps, error
+
+
+def test_layouts_and_an_empty_batch(backend, device):
+    x0, o, anchor, _, weight, bias = (t.detach() for t in tensors(device))
+    expected = ops.anchored_residual(x0, o, anchor, 0.5, "add", weight, bias)
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x0, o)]
+    for a, b in zip(ops.anchored_residual(*turned, anchor, 0.5, "add", weight, bias), expected, strict=True):
+        assert torch.equal(a, b)
+    none = x0[:0].clone().requires_grad_()
+    leaf = anchor.clone().requires_grad_()
+    x1, y = ops.anchored_residual(none, o[:0], leaf, 0.5, "add", weight, bias)
+    assert x1.shape == y.shape == (0, 5, 24)
+    assert not torch.autograd.grad(y.sum(), leaf)[0].any()
+
+
+def test_a_second_derivative_is_an_error_that_helps(device):
+    inputs = tensors(device)
+    x1, y = ops.anchored_residual(*inputs[:4], "add", *inputs[4:])
+    with pytest.raises(RuntimeError, match=r"anchored_residual is differentiable once"):
+        torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
+    with ops.use_backend("reference"):
+        few = tensors(device, (2, 2, 3))
+        assert torch.autograd.gradgradcheck(lambda *t: ops.anchored_residual(*t[:4], "lerp", *t[4:])[1], few)
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"mix": "mul"}, ValueError, "'add', 'lerp', 'normadd', got 'mul'"),
+    ({"x0": torch.zeros(5, 24)}, TypeError, r"stream \[B, N, D\]"),
+    ({"o": torch.zeros(3, 5, 23)}, ValueError, "o must be like x0"),
+    ({"anchor": torch.zeros(4, 24)}, ValueError, r"anchor must be \[5, 24\] on cpu, got \[4, 24\]"),
+    ({"alpha": torch.zeros(2)}, ValueError, "alpha must be a float or one element"),
+    ({"ln_bias": torch.zeros(3)}, ValueError, r"ln_bias must be \[24\]"),
+])  # fmt: skip
+def test_bad_input(change, error, message):
+    stream = torch.zeros(3, 5, 24)
+    good = {"x0": stream, "o": stream, "anchor": stream[0], "alpha": 1.0, "mix": "add"}
+    good |= {"ln_weight": torch.ones(24), "ln_bias": torch.zeros(24)}
+    with pytest.raises(error, match=message):
+        ops.anchored_residual(**good | change)
