@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace rvlm {
@@ -18,6 +19,22 @@ inline void check_same_layout(const Tensor& a, const Tensor& b, const char* name
     STD_TORCH_CHECK(a.size(i) == 1 || a.stride(i) == b.stride(i), name, " must have stride ", a.stride(i),
                     " in dimension ", i, ", got ", b.stride(i), ": call rvlm.ops, which arranges this");
   }
+}
+
+inline void check_dense(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == (*tensors.begin())->scalar_type(),
+                    "expected contiguous tensors of one type: call rvlm.ops, which arranges this");
+}
+
+// Typed memory of a tensor; null where a result has no elements, which means that it was not asked for.
+template <typename T>
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* out(Tensor& t) {
+  return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
 inline void check_per_row(const Tensor& t, int64_t rows, const char* name) {

@@ -60,6 +60,12 @@ def _gap(first, log_first, log_second):
 
 
 @triton.jit
+def _log_mean(p, q):
+    mean = 0.5 * (p + q)
+    return tl.log(tl.where(mean > 0, mean, 1.0))
+
+
+@triton.jit
 def _multi_teacher_kl_kernel(
     loss_ptr,  # [B]
     kl_ptr,  # [T, B]
@@ -105,8 +111,7 @@ def _multi_teacher_kl_kernel(
             of_q += tl.sum(q * _gap(q, log_q, log_p), axis=1)
             total += tl.sum(tl.where(log_p != -float("inf"), q, 0.0), axis=1)
         else:
-            mean = 0.5 * (p + q)
-            log_mean = tl.log(tl.where(mean > 0, mean, 1.0))
+            log_mean = _log_mean(p, q)
             of_p += tl.sum(p * _gap(p, log_p, log_mean), axis=1)
             of_q += tl.sum(q * _gap(q, log_q, log_mean), axis=1)
         first += BLOCK
@@ -130,8 +135,7 @@ def _multi_teacher_kl_kernel(
                 grad_q = q * (_gap(q, log_q, log_p) + (counts - total[:, None]) - of_q[:, None])
                 grad_p = p * total[:, None] - q * counts
             else:
-                mean = 0.5 * (p + q)
-                log_mean = tl.log(tl.where(mean > 0, mean, 1.0))
+                log_mean = _log_mean(p, q)
                 grad_q = 0.5 * q * (_gap(q, log_q, log_mean) - of_q[:, None])
                 grad_p = 0.5 * p * (_gap(p, log_p, log_mean) - of_p[:, None])
             column = first + tl.arange(0, BLOCK)

@@ -17,14 +17,9 @@ import triton
 import triton.language as tl
 
 from rvlm.kernels._launch import launch, step_sizes, sums_sizes
-from rvlm.kernels.steps import _clip
+from rvlm.kernels.steps import _clip, _place, _sign, _stride
 
 MAX_PARTS = 256  # most programs that share the sum of one row, a power of two
-
-
-@triton.jit
-def _sign(v):
-    return (v > 0).to(v.dtype) - (v < 0).to(v.dtype)  # sign(NaN) = 0
 
 
 @triton.jit
@@ -44,11 +39,7 @@ def _apgd_step_kernel(
     HI: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks
-    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < n
-    start = row.to(tl.int64) * n
+    row, offset, inside, start = _place(n, BLOCK)
     x_adv = tl.load(x_adv_ptr + start + offset, mask=inside, other=0.0)
     if active_ptr is not None:
         if not tl.load(active_ptr + row):
@@ -110,11 +101,7 @@ def _momentum_step_kernel(
     MAX_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks
-    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < n
-    start = row.to(tl.int64) * n
+    row, offset, inside, start = _place(n, BLOCK)
     if active_ptr is not None:
         if not tl.load(active_ptr + row):
             return
@@ -147,14 +134,10 @@ def _keep_best_kernel(
     n,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks
-    if not tl.load(flag_ptr + row):
-        return
-    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    start = row.to(tl.int64) * n
-    kept = tl.load(src_ptr + start + offset, mask=offset < n, other=0)
-    tl.store(best_ptr + start + offset, kept, mask=offset < n)
+    row, offset, inside, start = _place(n, BLOCK)
+    if tl.load(flag_ptr + row):
+        kept = tl.load(src_ptr + start + offset, mask=inside, other=0)
+        tl.store(best_ptr + start + offset, kept, mask=inside)
 
 
 def apgd_step(
@@ -280,7 +263,3 @@ def keep_best(best: torch.Tensor, src: torch.Tensor, flag: torch.Tensor) -> None
         BLOCK=sizes.block,
         num_warps=sizes.num_warps,
     )
-
-
-def _stride(t: torch.Tensor) -> int:
-    return 1 if t.numel() > 1 else 0

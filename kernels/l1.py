@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from rvlm.kernels._launch import launch, step_sizes, sums_sizes
-from rvlm.kernels.steps import _clip
+from rvlm.kernels.steps import _clip, _place
 
 MAX_PARTS = 256  # most programs that share the sums of one row, a power of two
 KNOTS = 32
@@ -129,11 +129,7 @@ def _l1_shrink_kernel(
     HI: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks
-    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < n
-    start = row.to(tl.int64) * n
+    row, offset, inside, start = _place(n, BLOCK)
     x_adv = tl.load(x_adv_ptr + start + offset, mask=inside, other=0.0)
     x = tl.load(x_ptr + start + offset, mask=inside, other=0.0)
     low, high = tl.load(low_ptr + row), tl.load(high_ptr + row)

@@ -34,6 +34,21 @@ def _clip(v, low, high):
 
 
 @triton.jit
+def _sign(grad):
+    return (grad > 0).to(grad.dtype) - (grad < 0).to(grad.dtype)  # sign(NaN) = 0
+
+
+@triton.jit
+def _place(n, BLOCK: tl.constexpr):
+    # Of this program: its row, its offsets in it and which of them exist, and where the row begins, in 64 bits.
+    blocks = tl.cdiv(n, BLOCK)
+    row = tl.program_id(0) // blocks
+    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < n
+    return row, offset, inside, row.to(tl.int64) * n
+
+
+@triton.jit
 def _grid_point(q, LEVELS: tl.constexpr):
     # q / LEVELS as IEEE division; Triton's `/` is approximate in fp32, and div_rn exists in fp32 only.
     if q.dtype == tl.float32:
@@ -61,11 +76,7 @@ def _linf_step_kernel(
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks
-    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < n
-    start = row.to(tl.int64) * n
+    row, offset, inside, start = _place(n, BLOCK)
     if active_ptr is not None:
         if not tl.load(active_ptr + row):
             if not IN_PLACE:
@@ -78,8 +89,7 @@ def _linf_step_kernel(
     x = tl.load(x_ptr + start + offset, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + start + offset, mask=inside, other=0.0).to(x.dtype)
 
-    sign = (grad > 0).to(x.dtype) - (grad < 0).to(x.dtype)  # sign(NaN) = 0
-    moved = x_adv + alpha * sign
+    moved = x_adv + alpha * _sign(grad)
     y = _clip(x + _clip(moved - x, -eps, eps), LO, HI)
     if LEVELS > 0:
         # A bound that misses a level by rounding alone counts as reaching it: 8/255 in fp32 holds eight levels.
@@ -150,11 +160,7 @@ def _l2_apply_kernel(
     MAX_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks
-    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < n
-    start = row.to(tl.int64) * n
+    row, offset, inside, start = _place(n, BLOCK)
     if active_ptr is not None:
         if not tl.load(active_ptr + row):
             if not IN_PLACE:

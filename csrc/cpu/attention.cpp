@@ -80,11 +80,6 @@ RVLM_LEAVES(float)
 RVLM_LEAVES(double)
 
 template <typename T>
-const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-template <typename T>
-T* out(Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
-
-template <typename T>
 void forward_batch(const Tensor& x0, const Tensor& o, const Tensor& anchor, const Tensor& mix, const Tensor& weight,
                    const Tensor& bias, double eps, Tensor& x1, Tensor& y, Tensor& mean, Tensor& rstd) {
   const int64_t rows = x0.size(0) * x0.size(1), n = x0.size(1), d = x0.size(2);
@@ -130,15 +125,9 @@ void backward_batch(const Tensor& of_x1, const Tensor& of_y, const Tensor& x1, c
   }
 }
 
-void check_dense(std::initializer_list<const Tensor*> tensors, ScalarType type) {
-  for (const Tensor* t : tensors)
-    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == type,
-                    "anchored_residual takes contiguous tensors of one type: call rvlm.ops, which arranges this");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> anchored_residual(Tensor x0, Tensor o, Tensor anchor, Tensor mix,
                                                              Tensor weight, Tensor bias, double eps) {
-  check_dense({&x0, &o, &anchor, &mix, &weight, &bias}, x0.scalar_type());
+  check_dense({&x0, &o, &anchor, &mix, &weight, &bias});
   Tensor x1 = torch::stable::empty_like(x0), y = torch::stable::empty_like(x0);
   Tensor mean = torch::stable::new_empty(x0, {x0.size(0), x0.size(1)}), rstd = torch::stable::empty_like(mean);
   if (x0.scalar_type() == ScalarType::Double)
@@ -152,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> anchored_residual_backward(Te
                                                                               Tensor o, Tensor mean, Tensor rstd,
                                                                               Tensor weight, bool anchor_grad,
                                                                               bool norm_grad) {
-  check_dense({&of_x1, &of_y, &x1, &o, &mean, &rstd, &weight}, x1.scalar_type());
+  check_dense({&of_x1, &of_y, &x1, &o, &mean, &rstd, &weight});
   const int64_t n = x1.size(1), d = x1.size(2);
   const auto make = [&](bool wanted, int64_t size) { return torch::stable::new_empty(mean, {wanted ? size : 0}); };
   Tensor g = torch::stable::empty_like(x1), of_o = make(anchor_grad, 1);

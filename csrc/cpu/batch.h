@@ -3,6 +3,8 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,6 +14,9 @@
 #include "../step_math.h"
 
 namespace rvlm {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 constexpr int64_t kChunk = 1 << 14;  // elements; a multiple of 4 (one Philox counter) and of the lanes of a sum
 constexpr int64_t kGrain = 2;        // chunks a thread takes at least
@@ -63,6 +68,18 @@ void for_chunks(const Batch<T>& b, const Body& body) {
       }
     }
   });
+}
+
+// Calls f(T{}, G{}) with the types of images and gradient.
+template <class F>
+void with_types(const Tensor& x, const Tensor& grad, const F& f) {
+  const auto pixels = x.scalar_type(), slopes = grad.scalar_type();
+  if (pixels == ScalarType::Double && slopes == ScalarType::Double) return f(double{}, double{});
+  STD_TORCH_CHECK(pixels == ScalarType::Float, "images must be float32, or float64 with float64 gradients");
+  if (slopes == ScalarType::Float) f(float{}, float{});
+  else if (slopes == ScalarType::BFloat16) f(float{}, BFloat16{});
+  else if (slopes == ScalarType::Half) f(float{}, Half{});
+  else STD_TORCH_CHECK(false, "the gradient of float32 images must be float32, bfloat16 or float16");
 }
 
 }  // namespace rvlm

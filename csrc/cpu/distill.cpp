@@ -117,11 +117,6 @@ RVLM_INLINE void js_grad_loop(const T* __restrict a, const T* __restrict log_a, 
 RVLM_LEAVES(float)
 RVLM_LEAVES(double)
 
-template <typename T>
-const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-template <typename T>
-T* out(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
-
 // Everything of one teacher and one row; scratch holds five rows, the first two of which may be known already.
 template <typename T>
 void one_pair(const T* student, const T* teacher, T tau, T weight, int64_t kind, bool known, T* scratch, T* kl,
@@ -149,9 +144,9 @@ void one_pair(const T* student, const T* teacher, T tau, T weight, int64_t kind,
 
 template <typename T>
 void kl_batch(const Tensor& student, const Tensor& teachers, const Tensor& weights, const Tensor& temperature,
-              int64_t student_of, int64_t kind, Tensor& loss, Tensor& kl, T* d_student, T* d_teachers) {
+              int64_t student_of, int64_t kind, Tensor& loss, Tensor& kl, Tensor& student_grad, Tensor& teacher_grad) {
   const int64_t count = teachers.size(0), rows = teachers.size(1), n = teachers.size(2);
-  T *total = out<T>(loss), *each = out<T>(kl);
+  T *total = out<T>(loss), *each = out<T>(kl), *d_student = out<T>(student_grad), *d_teachers = out<T>(teacher_grad);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(5 * n);
     for (int64_t row = begin; row < end; ++row) {
@@ -173,20 +168,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_teacher_kl(Tensor student, Tens
                                                             Tensor temperature, int64_t student_of, int64_t kind,
                                                             bool student_grad, bool teacher_grad) {
   const int64_t rows = teachers.size(1), none[] = {0};
-  for (const Tensor* t : {&student, &teachers, &weights, &temperature})
-    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == student.scalar_type(),
-                    "multi_teacher_kl takes contiguous tensors of one type: call rvlm.ops, which arranges this");
+  check_dense({&student, &teachers, &weights, &temperature});
   Tensor loss = torch::stable::new_empty(weights, {rows}), kl = torch::stable::empty_like(weights);
   Tensor d_student = student_grad ? torch::stable::empty_like(student) : torch::stable::new_empty(student, none);
   Tensor d_teachers = teacher_grad ? torch::stable::empty_like(teachers) : torch::stable::new_empty(teachers, none);
   if (student_grad) torch::stable::zero_(d_student);
   if (teacher_grad) torch::stable::zero_(d_teachers);
   if (student.scalar_type() == ScalarType::Double)
-    kl_batch<double>(student, teachers, weights, temperature, student_of, kind, loss, kl,
-                     student_grad ? out<double>(d_student) : nullptr, teacher_grad ? out<double>(d_teachers) : nullptr);
+    kl_batch<double>(student, teachers, weights, temperature, student_of, kind, loss, kl, d_student, d_teachers);
   else
-    kl_batch<float>(student, teachers, weights, temperature, student_of, kind, loss, kl,
-                    student_grad ? out<float>(d_student) : nullptr, teacher_grad ? out<float>(d_teachers) : nullptr);
+    kl_batch<float>(student, teachers, weights, temperature, student_of, kind, loss, kl, d_student, d_teachers);
   return {loss, kl, d_student, d_teachers};
 }
 
@@ -209,9 +200,7 @@ void fold_batch(const Tensor& teachers, const Tensor& weights, const Tensor& tem
 }
 
 Tensor fold_teachers(Tensor teachers, Tensor weights, Tensor temperature) {
-  for (const Tensor* t : {&teachers, &weights, &temperature})
-    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == teachers.scalar_type(),
-                    "fold_teachers takes contiguous tensors of one type: call rvlm.ops, which arranges this");
+  check_dense({&teachers, &weights, &temperature});
   Tensor mean = torch::stable::new_empty(teachers, {teachers.size(1), teachers.size(2)});
   if (teachers.scalar_type() == ScalarType::Double) fold_batch(teachers, weights, temperature, out<double>(mean));
   else fold_batch(teachers, weights, temperature, out<float>(mean));

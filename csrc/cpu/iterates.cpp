@@ -1,8 +1,6 @@
 // Steps that look back, and the book-keeping of the best iterate, on the CPU: one pass over memory each (two for mi).
 // The specification is the eager reference in rvlm/ops/iterates.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <vector>
 
@@ -12,8 +10,6 @@
 namespace {
 
 using namespace rvlm;
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 template <typename T, typename G>
 RVLM_INLINE void apgd_loop(T* __restrict x_prev, const T* __restrict x_adv, const G* __restrict grad,
@@ -102,18 +98,6 @@ void momentum_batch(Tensor& x_adv, Tensor& velocity, const Tensor& grad, const T
     if (sign) sign_leaf(b.out + at, v + at, g + at, b.x + at, alpha, eps, T(mu), b.box, length);
     else mi_leaf(b.out + at, v + at, g + at, b.x + at, alpha, eps, T(mu), share[row], b.box, length);
   });
-}
-
-// Calls f(T{}, G{}) with the types of images and gradient.
-template <class F>
-void with_types(const Tensor& x, const Tensor& grad, const F& f) {
-  const auto pixels = x.scalar_type(), slopes = grad.scalar_type();
-  if (pixels == ScalarType::Double && slopes == ScalarType::Double) return f(double{}, double{});
-  STD_TORCH_CHECK(pixels == ScalarType::Float, "images must be float32, or float64 with float64 gradients");
-  if (slopes == ScalarType::Float) f(float{}, float{});
-  else if (slopes == ScalarType::BFloat16) f(float{}, BFloat16{});
-  else if (slopes == ScalarType::Half) f(float{}, Half{});
-  else STD_TORCH_CHECK(false, "the gradient of float32 images must be float32, bfloat16 or float16");
 }
 
 void apgd_step_(Tensor x_prev, Tensor x_adv, Tensor grad, Tensor x, Tensor step, Tensor eps, double a, double lo,

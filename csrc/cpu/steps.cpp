@@ -2,8 +2,6 @@
 // depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstring>
@@ -16,8 +14,6 @@
 namespace {
 
 using namespace rvlm;
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr int kSums = 8;             // independent float64 sums, so that the compiler can vectorise a reduction
 
@@ -123,18 +119,9 @@ struct L2 {
 template <class Step>
 void step_into(Tensor& out, const Tensor& x_adv, const Tensor& grad, const Tensor& x, const Tensor& alpha,
                const Tensor& eps, double lo, double hi, const std::optional<Tensor>& active, double levels) {
-  const auto pixels = x_adv.scalar_type(), slopes = grad.scalar_type();
-  const void* g = grad.const_data_ptr();
-  if (pixels == ScalarType::Double && slopes == ScalarType::Double) {
-    Step::run(make_batch<double>(out, x_adv, grad, x, alpha, eps, lo, hi, active, levels), static_cast<const double*>(g));
-    return;
-  }
-  STD_TORCH_CHECK(pixels == ScalarType::Float, "images must be float32, or float64 with float64 gradients");
-  const auto b = make_batch<float>(out, x_adv, grad, x, alpha, eps, lo, hi, active, levels);
-  if (slopes == ScalarType::Float) Step::run(b, static_cast<const float*>(g));
-  else if (slopes == ScalarType::BFloat16) Step::run(b, static_cast<const BFloat16*>(g));
-  else if (slopes == ScalarType::Half) Step::run(b, static_cast<const Half*>(g));
-  else STD_TORCH_CHECK(false, "the gradient of float32 images must be float32, bfloat16 or float16");
+  with_types(x_adv, grad, [&](auto t, auto g) {
+    Step::run(make_batch<decltype(t)>(out, x_adv, grad, x, alpha, eps, lo, hi, active, levels), in<decltype(g)>(grad));
+  });
 }
 
 void linf_step_(Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps, double lo, double hi,

@@ -15,26 +15,22 @@ import torch
 from torch import Tensor
 
 from rvlm.ops._dispatch import Op
-from rvlm.ops.steps import as_layout, check_step, rows_dense
+from rvlm.ops.steps import as_layout, check_step, per_row, rows_dense
 
 __all__ = ["apgd_step_", "keep_best_", "momentum_step_"]
 
 MOMENTA = ("mi", "sign")
 
 
-def _rowwise(t, x):
-    return t.view(-1, *[1] * (x.dim() - 1))
-
-
 def _apgd_step_(x_prev, x_adv, grad, x, step, eps, a, lo, hi, active):
-    step, eps = _rowwise(step, x), _rowwise(eps, x)
+    step, eps = per_row(step, x), per_row(eps, x)
 
     def project(u):
         return torch.clamp(torch.clamp(u, x - eps, x + eps), lo, hi)
 
     z = project(x_adv + step * grad.to(x.dtype).nan_to_num(0.0).sign())
     y = project(x_adv + (z - x_adv) * a + (x_adv - x_prev) * (1 - a))
-    x_prev.copy_(y if active is None else torch.where(_rowwise(active, x), y, x_adv))
+    x_prev.copy_(y if active is None else torch.where(per_row(active, x), y, x_adv))
 
 
 def _momentum_step_(x_adv, velocity, grad, x, alpha, eps, mu, kind, lo, hi, active):
@@ -42,20 +38,20 @@ def _momentum_step_(x_adv, velocity, grad, x, alpha, eps, mu, kind, lo, hi, acti
     if MOMENTA[kind] == "mi":
         length = grad.abs().flatten(1).sum(1, dtype=torch.float64)
         share = torch.where((length > 0) & length.isfinite(), 1 / length, 0.0).to(x.dtype)
-        scaled = torch.where(_rowwise(share, x) == 0, 0.0, _rowwise(share, x) * grad)
+        scaled = torch.where(per_row(share, x) == 0, 0.0, per_row(share, x) * grad)
         v = mu * velocity + scaled
     else:
         v = (mu * velocity + grad.sign()).sign()
-    alpha, eps = _rowwise(alpha, x), _rowwise(eps, x)
+    alpha, eps = per_row(alpha, x), per_row(eps, x)
     y = torch.clamp(x + torch.clamp(x_adv + alpha * v.sign() - x, -eps, eps), lo, hi)
     if active is not None:
-        v, y = torch.where(_rowwise(active, x), v, velocity), torch.where(_rowwise(active, x), y, x_adv)
+        v, y = torch.where(per_row(active, x), v, velocity), torch.where(per_row(active, x), y, x_adv)
     velocity.copy_(v)
     x_adv.copy_(y)
 
 
 def _keep_best_(best, src, flag):
-    best.copy_(torch.where(_rowwise(flag, best), src, best))
+    best.copy_(torch.where(per_row(flag, best), src, best))
 
 
 _apgd_op = Op(

@@ -24,17 +24,17 @@ _STEP = (
 _START = "(Tensor x, Tensor eps, Tensor sample_ids, int seed, float lo, float hi, int stream) -> Tensor"
 
 
-def _per_row(t: Tensor, x: Tensor) -> Tensor:
+def per_row(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.dim() - 1))
 
 
 def _linf_step(x_adv, grad, x, alpha, eps, lo, hi, active, levels):
-    alpha, eps = _per_row(alpha, x), _per_row(eps, x)
+    alpha, eps = per_row(alpha, x), per_row(eps, x)
     delta = torch.clamp(x_adv + alpha * grad.to(x.dtype).sign() - x, -eps, eps)
     y = torch.clamp(x + delta, lo, hi)
     if levels:
         y = _quantize_linf(y, x, eps, lo, hi, levels)
-    return y if active is None else torch.where(_per_row(active, x), y, x_adv)
+    return y if active is None else torch.where(per_row(active, x), y, x_adv)
 
 
 def _linf_step_(x_adv, *args):
@@ -56,7 +56,7 @@ def _levels_like(q, levels):
 
 
 def _l2_step_(x_adv, grad, x, alpha, eps, lo, hi, active, levels):
-    alpha, eps = _per_row(alpha, x).double(), _per_row(eps, x).double()
+    alpha, eps = per_row(alpha, x).double(), per_row(eps, x).double()
     grad, delta = grad.to(x.dtype), x_adv - x
     norm = _row_norm(grad)
     scale = alpha / norm
@@ -68,11 +68,11 @@ def _l2_step_(x_adv, grad, x, alpha, eps, lo, hi, active, levels):
     y = torch.clamp(x + (delta + torch.where(scale != 0, scale * grad, 0.0)) * shrink, lo, hi)
     if levels:
         y = _quantize_toward(y, x, levels)
-    x_adv.copy_(y if active is None else torch.where(_per_row(active, x), y, x_adv))
+    x_adv.copy_(y if active is None else torch.where(per_row(active, x), y, x_adv))
 
 
 def _row_norm(t):
-    return _per_row(torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64), t)
+    return per_row(torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64), t)
 
 
 def _quantize_toward(y, x, levels):
@@ -87,7 +87,7 @@ def _uniform_start(x, eps, sample_ids, seed, lo, hi, stream):
     ids = sample_ids[:, None]
     words = philox(block & _WORD, ids & _WORD, ids >> 32 & _WORD, torch.tensor(stream, device=x.device), seed)
     u = (words.flatten(1)[:, :n] >> 8).to(x.dtype) * 2.0**-24  # [0, 1), 24 bits: the same numbers in fp32 and fp64
-    return torch.clamp(x + (u.view(x.shape) * 2 - 1) * _per_row(eps, x), lo, hi)
+    return torch.clamp(x + (u.view(x.shape) * 2 - 1) * per_row(eps, x), lo, hi)
 
 
 _WORD = 0xFFFFFFFF

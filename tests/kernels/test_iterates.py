@@ -67,7 +67,7 @@ MUTATIONS = {
     "sign form forgets the past": ("_sign(MU * velocity + _sign(grad))", "_sign(grad)"),
     "step along the gradient": ("alpha * _sign(velocity)", "alpha * _sign(grad)"),
     "velocity not stored": ("tl.store(velocity_ptr + start + offset, velocity, mask=inside)", "pass"),
-    "every row kept": ("if not tl.load(flag_ptr + row):", "if not tl.load(flag_ptr):"),
+    "every row kept": ("if tl.load(flag_ptr + row):", "if tl.load(flag_ptr):"),
 }  # fmt: skip
 
 

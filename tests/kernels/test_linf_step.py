@@ -149,7 +149,7 @@ def test_repeats_to_the_bit_and_ignores_the_batch(make_case):
 
 CLIPS, STORE = "_clip(x + _clip(moved - x, -eps, eps), LO, HI)", "tl.store(out_ptr + start + offset, y, mask="
 MUTATIONS = {
-    "sign of alpha": ("x_adv + alpha * sign", "x_adv - alpha * sign"),
+    "sign of alpha": ("x_adv + alpha * _sign(grad)", "x_adv - alpha * _sign(grad)"),
     "box before ball": (CLIPS, "x + _clip(_clip(moved, LO, HI) - x, -eps, eps)"),
     "no box": (CLIPS, "x + _clip(moved - x, -eps, eps)"),
     "one bound of the ball": ("_clip(moved - x, -eps, eps)", "_clip(moved - x, -eps, 1.0)"),
