@@ -61,7 +61,8 @@ class Op:
             return self.reference(*args)
         device = args[0].device.type
         if _forced == "triton":
-            return self._triton_or_raise(device)(*args)
+            kernel = self._triton_or_raise(device)
+            return self._call(*args) if device == "cuda" else kernel(*args)  # the dispatcher has it for CUDA alone
         if not self._has_kernel("rvlm_cpp", device.upper()):
             raise RuntimeError(
                 f"rvlm.ops.{self.name} has no 'cpp' backend for {device} tensors: "
@@ -112,20 +113,44 @@ def reference_forced() -> bool:
 
 
 def once_differentiable(name: str) -> Callable:
-    """Decorates a Function's backward: its result is a constant, and asking for more is an error, not a silent zero."""
+    """Decorates a Function's backward: differentiating its result is an error, not a silent zero.
+
+    The result hangs on the incoming gradients and on what the Function has saved, so the Function must save its
+    differentiable inputs, also where the gradient was computed in the forward pass. create_graph=True alone, which
+    torch.func.grad always sets, is no error.
+    """
 
     def decorate(backward: Callable) -> Callable:
         def checked(ctx, *grads):
-            if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(
-                    f"rvlm.ops.{name} is differentiable once. For a second derivative (create_graph=True) call it "
-                    "under use_backend('reference'), which is plain PyTorch."
-                )
-            return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            roots = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
+            return tuple(r if r is None else _Once.apply(name, r, *roots) for r in results)
 
         return checked
 
     return decorate
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose derivative is an error."""
+
+    @staticmethod
+    def forward(name, result, *roots):
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"rvlm.ops.{ctx.op} is differentiable once. For a second derivative call it under "
+            "use_backend('reference'), which is plain PyTorch."
+        )
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class _MultiTeacherKL(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*output[2:])
+        ctx.save_for_backward(*output[2:], *inputs[:2])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 

@@ -108,14 +108,14 @@ class _AttackLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output[2])
+        ctx.save_for_backward(output[2], inputs[0])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable("attack_loss")
     def backward(ctx, of_loss, *_):
-        (grad,) = ctx.saved_tensors
+        grad, _ = ctx.saved_tensors
         return None if of_loss is None else grad * of_loss[:, None].to(grad.dtype), None, None, None
 
 

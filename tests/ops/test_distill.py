@@ -215,12 +215,25 @@ def test_rows_do_not_depend_on_their_batch(backend, device):
 def test_a_second_derivative_is_an_error_that_helps(device):
     student, teachers = logits(device, 6, dtype=torch.float64)
     loss, _ = ops.multi_teacher_kl(student, teachers, [1.0, 1.0, 1.0])
+    (slope,) = torch.autograd.grad(loss.sum(), student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"multi_teacher_kl is differentiable once.*use_backend\('reference'\)"):
-        torch.autograd.grad(loss.sum(), student, create_graph=True)
+        torch.autograd.grad(slope.square().sum(), student)
     with ops.use_backend("reference"):
         assert torch.autograd.gradgradcheck(
             lambda s: ops.multi_teacher_kl(s, teachers.detach(), [1.0, 1.0, 1.0], kind="js")[0], (student,)
         )
+
+
+def test_functional_gradients(backend, device):
+    student, teachers = (t.detach() for t in logits(device, 6, dtype=torch.float64))
+
+    def loss(student, teachers):
+        return ops.multi_teacher_kl(student, teachers, [1.0, 0.5, 2.0], kind="js", teacher_grad=True)[0].sum()
+
+    got = torch.func.grad(loss, argnums=(0, 1))(student, teachers)
+    leaves = [student.requires_grad_(), teachers.requires_grad_()]
+    for ours, theirs in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_autocast_and_inference_mode_change_nothing(device):

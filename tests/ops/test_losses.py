@@ -182,10 +182,18 @@ def test_the_head_of_a_clip(backend, device, kind, normalize):
 def test_a_second_derivative_is_an_error_that_helps(device):
     z, y, *_ = batch(device, 5, torch.float64)
     loss = ops.attack_loss(z.requires_grad_(), y)[0]
+    (slope,) = torch.autograd.grad(loss.sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match=r"attack_loss is differentiable once.*use_backend\('reference'\)"):
-        torch.autograd.grad(loss.sum(), z, create_graph=True)
+        torch.autograd.grad(slope.square().sum(), z)
     with ops.use_backend("reference"):
         assert torch.autograd.gradgradcheck(lambda z: ops.attack_loss(z, y)[0], (z,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_gradients(backend, device, kind):
+    z, y, target, weights = batch(device, 6, torch.float64)
+    got = torch.func.grad(lambda z: call(z, y, target, weights, kind)[0].sum())(z)
+    torch.testing.assert_close(got, call(z, y, target, weights, kind)[2])
 
 
 @pytest.mark.skipif("cpp" in ops.backends()["missing"], reason="the C++ part is not built")
