@@ -11,9 +11,14 @@ from peers import filters as peers
 
 from rvlm import ops
 
-SHAPES = [(2, 3, 32, 32)] if QUICK else [(64 if ON_GPU else 8, 3, 224, 224), (128, 3, 32, 32), (4, 3, 336, 336)]
+SHAPES = (
+    [(2, 3, 32, 32)]
+    if QUICK
+    else [(64 if ON_GPU else 8, 3, 224, 224), (128, 3, 32, 32), (8, 3, 160, 160), (4, 3, 336, 336)]
+)
 IMPLS = {
     "rvlm": ops.gaussian_filter,
+    "products": peers.by_products,
     "fft": peers.by_fft,
     "9 taps": lambda x, cutoff: peers.by_taps(x, cutoff, 4),
     "25 taps": lambda x, cutoff: peers.by_taps(x, cutoff, 12),

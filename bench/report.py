@@ -23,6 +23,7 @@ COLUMNS = {
     "gaussian_filter": ("largest_error",),
     "anchored_residual": ("device_us", "compile_seconds"),
     "multi_teacher_kl": ("device_us", "compile_seconds"),
+    "clip_head_loss": ("device_us", "compile_seconds"),
     "attack_loss": ("device_us", "compile_seconds"),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }

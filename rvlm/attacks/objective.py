@@ -71,7 +71,9 @@ class Objective:
         self.loss = LOSSES[loss] if self.named else loss
         self.name = loss if self.named else None
         self.fused = self.named and _has_fused_head(model)
-        if self.fused:  # scores without a gradient must come from the same formula
+        if self.fused:
+            self.head = model.head().detach()  # the weights are frozen, so once per attack
+            # Scores without a gradient must come from the same formula.
             self.loss = lambda logits, labels: ops.attack_loss(logits, labels, loss)[0]
         if self.named:
             if y is None and targeted:
@@ -148,10 +150,9 @@ class Objective:
         with profiling.phase("forward"):
             embedding = self.model.embed(x)
             self.forwards += 1
-            head = self.model.head()
             if not self._seen_output:
-                self._check_range(head.shape[1])
-            loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, head, self.labels, self.name)
+                self._check_range(self.head.shape[1])
+            loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, self.head, self.labels, self.name)
             if not self._seen_output:
                 self._first_look(logits)
             fooled = correct if self.targeted else ~correct

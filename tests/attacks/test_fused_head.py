@@ -1,5 +1,7 @@
 """The fused head: the same attack as through the whole model, only where the model promises it, and really run."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +40,18 @@ class Sharper(Toy):
 class Masked(Toy):
     def embed(self, x):
         return super().embed(x) * torch.tensor([1.0] * 7 + [0.0], dtype=x.dtype)
+
+
+def test_the_head_is_made_once_per_attack(batch):
+    calls = []
+
+    class Counting(Toy):
+        def head(self):
+            calls.append(1)
+            return super().head()
+
+    pgd(Counting(), *batch, steps=5)
+    assert len(calls) == 1
 
 
 @pytest.fixture
@@ -114,3 +128,25 @@ def test_a_model_that_is_certain_still_shows_its_gradient():
     _, plain = Objective(lambda x: model(x), x, torch.tensor([0]), "ce", False).gradient(x)
     assert plain.view(-1)[0] == 0  # the pixel that carries the label
     assert fused.view(-1)[0] < 0 < fused.view(-1)[1]
+
+
+@pytest.mark.slow
+def test_a_clip_at_the_usual_logit_scale_is_broken_as_by_the_margin_loss():
+    """Robust accuracy of digits-vit with CLIP's scale of 100; docs/decisions.md 18 quotes these figures."""
+    from rvlm.data import load_data
+    from rvlm.models import ZeroShotClassifier, load_clip
+
+    data, clip = load_data("digits", "test"), load_clip("digits-vit")
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(math.log(100))
+    classifier = ZeroShotClassifier(clip, data.class_names, data.template).eval()
+    x, y, _ = data.batch(slice(None))
+
+    def robust(model, loss):
+        generator = torch.Generator().manual_seed(0)
+        found = pgd(model, x, y, eps=8 / 255, loss=loss, best="adv", generator=generator, return_info=True)
+        return (~found.success).float().mean().item()
+
+    ours, margin, torchs = robust(classifier, "ce"), robust(classifier, "margin"), robust(classifier.forward, "ce")
+    print(f"robust at logit scale 100: ce {ours:.1%}, margin {margin:.1%}, torch's ce {torchs:.1%}")
+    assert ours < torchs and abs(ours - margin) <= 0.004
