@@ -1,6 +1,6 @@
-"""The joint of an anchor with the residual stream, forward and backward, against the lines of a hook.
+"""Anchors and prefixes, forward and backward, against the lines of a hook and other compositions.
 
-Gradients for both streams and the anchor, which is what learning an anchor (R-Adapt+) asks for.
+Gradients for streams and anchor or prompts, which is what learning them asks for.
 """
 
 import time
@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench_steps import BACKENDS, ON_GPU, compiled, device_time, skip_if_missing
 from measure import QUICK
+from peers import attention as peers
 from torch.nn import functional as F
 
 from rvlm import ops
@@ -56,3 +57,48 @@ def test_anchored_residual(shape, impl, device, compare):
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         compare(lambda: job(forward), lambda: job(lines), **info, **device_time(lambda: job(forward)))
+
+
+HEADS = [(2, 3, 17, 16)] if QUICK else [(128 if ON_GPU else 8, 12, n, 64) for n in (50, 197, 257, 577)]
+MAPS = {
+    "rvlm": ops.anchored_attention,
+    "einsum": peers.anchored_by_einsum,
+    "matmul": peers.anchored_by_matmul,
+    "naive": peers.anchored_naive,
+}
+PREFIXES = {"rvlm": ops.prefix_attention, "keys": peers.keys_concatenated, "tokens": peers.tokens_concatenated}
+
+
+def bench(impl, peer, implementations, leaves, *rest, case, device, compare) -> None:
+    slope = torch.randn(leaves[0].shape, device=device, generator=torch.Generator(device).manual_seed(1))
+
+    def job(name):
+        out = implementations[name](*leaves, *rest)
+        return out.detach(), *torch.autograd.grad(out, leaves, slope)
+
+    for ours, theirs in zip(job(impl), job(peer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)  # sums over the batch of numbers near 1
+    compare(lambda: job(impl), lambda: job(peer), case=case, impl=impl, peer=peer, **device_time(lambda: job(impl)))
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("impl", MAPS)
+@pytest.mark.benchmark(group="anchored_attention")
+def test_anchored_attention(shape, impl, device, compare):
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = torch.randn(3, *shape, device=device, generator=generator)
+    anchor = torch.rand(shape[1], shape[2], shape[2], device=device, generator=generator)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, anchor)]
+    bench(impl, "einsum", MAPS, leaves, 0.3, case=f"{list(shape)} map, add", device=device, compare=compare)
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("impl", PREFIXES)
+@pytest.mark.benchmark(group="prefix_attention")
+def test_prefix_attention(shape, impl, device, compare):
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = torch.randn(3, *shape, device=device, generator=generator)
+    prompts = torch.randn(2, shape[1], 4, shape[3], device=device, generator=generator)
+    # The queries of the prompts are their keys in the peer, but their rows are thrown away: the same gradients.
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, *prompts)]
+    bench(impl, "tokens", PREFIXES, leaves, case=f"{list(shape)}, 4 prompts", device=device, compare=compare)

@@ -89,3 +89,21 @@ def test_l1_project(shape, impl, device, copy_ceiling, compare, benchmark):
     inputs = rotation(shape, device, EPS, "cold")
     least = 3 * 4 * torch.Size(shape).numel()
     bench(impl, fused, lines, inputs, f"{list(shape)} cold", least, 2e-5, device, copy_ceiling, compare, benchmark)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: "x".join(map(str, shape)))
+@by_impl
+@pytest.mark.benchmark(group="l1_step_")
+def test_l1_step(shape, impl, device, copy_ceiling, compare, benchmark):
+    eps = 0.002 * torch.Size(shape[1:]).numel()
+    radius, step = torch.full((shape[0],), eps, device=device), torch.full((1,), eps, device=device)
+
+    def fused(batch):
+        return ops.l1_step_(batch.x_adv, batch.grad, batch.x, step, radius, top=0.05)
+
+    def lines(batch):
+        return batch.x_adv.copy_(eager.l1_step(batch.x_adv, batch.grad, batch.x, eps, eps, 0.05))
+
+    inputs = rotation(shape, device, EPS, "cold")
+    least = 4 * 4 * torch.Size(shape).numel()
+    bench(impl, fused, lines, inputs, f"{list(shape)} cold", least, 2e-5, device, copy_ceiling, compare, benchmark)

@@ -20,6 +20,16 @@ def keep_best(best: Tensor, src: Tensor, flag: Tensor) -> Tensor:
     return best
 
 
+def l1_step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, top: float) -> Tensor:
+    """SLIDE's step; the threshold of the gradient by another sort."""
+    size = grad.abs().flatten(1)
+    still = min(int((1 - top) * size.shape[1]), size.shape[1] - 1)
+    least = size.sort(1).values[:, still : still + 1]
+    sign = (grad.flatten(1) * (size >= least)).sign()
+    moved = sign / (sign.abs().sum(1, keepdim=True) + 1e-10)
+    return l1_project(x_adv + alpha * moved.view_as(x), x, eps)
+
+
 def l1_project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
     """By sorting all places where the length of the perturbation bends, two per pixel."""
     u = (x_adv - x).flatten(1)

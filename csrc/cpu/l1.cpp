@@ -1,9 +1,11 @@
-// The nearest point in L1 ball and box on the CPU: Newton's method on the threshold, inside a bracket; one thread a row.
-// The specification is the eager reference in rvlm/ops/l1.py.
+// The L1 ball on the CPU, one thread a row: the nearest point in ball and box by Newton's method on the threshold, inside
+// a bracket, and the sparse step by quickselect. The specification is the eager reference in rvlm/ops/l1.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
+#include <vector>
+
+#include "batch.h"
 #include "vector_math.h"
 
 namespace {
@@ -56,6 +58,37 @@ RVLM_INLINE void box_loop(const T* __restrict x_adv, T* __restrict out, T lo, T 
   for (int64_t i = 0; i < n; ++i) out[i] = clip(x_adv[i], lo, hi);
 }
 
+// |g|, of which NaN is 0.
+template <typename T, typename G>
+RVLM_INLINE void sizes_loop(const G* __restrict grad, T* __restrict sizes, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T g = static_cast<T>(grad[i]);
+    sizes[i] = g != g ? T(0) : std::fabs(g);
+  }
+}
+
+template <typename T, typename G>
+RVLM_INLINE int64_t moving_loop(const G* __restrict grad, T least, int64_t n) {
+  int64_t moving = 0;
+#pragma omp simd reduction(+ : moving)
+  for (int64_t i = 0; i < n; ++i) {
+    const T size = std::fabs(static_cast<T>(grad[i]));
+    moving += size > T(0) ? (size >= least ? 1 : 0) : 0;
+  }
+  return moving;
+}
+
+template <typename T, typename G>
+RVLM_INLINE void sparse_loop(const T* __restrict x_adv, const G* __restrict grad, T* __restrict out, T least, T share,
+                             int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T g = static_cast<T>(grad[i]);
+    out[i] = x_adv[i] + (std::fabs(g) >= least ? sign(g) : T(0)) * share;
+  }
+}
+
 #define RVLM_LEAVES(T)                                                                                                \
   RVLM_CLONES void length_leaf(const T* x_adv, const T* x, double mu, T lo, T hi, int64_t n, double* length,          \
                                double* moving) {                                                                      \
@@ -68,6 +101,18 @@ RVLM_INLINE void box_loop(const T* __restrict x_adv, T* __restrict out, T lo, T 
   RVLM_CLONES void box_leaf(const T* x_adv, T* out, T lo, T hi, int64_t n) { box_loop(x_adv, out, lo, hi, n); }
 RVLM_LEAVES(float)
 RVLM_LEAVES(double)
+#undef RVLM_LEAVES
+
+#define RVLM_LEAVES(T, G)                                                                                             \
+  RVLM_CLONES void sizes_leaf(const G* grad, T* sizes, int64_t n) { sizes_loop(grad, sizes, n); }                     \
+  RVLM_CLONES int64_t moving_leaf(const G* grad, T least, int64_t n) { return moving_loop(grad, least, n); }          \
+  RVLM_CLONES void sparse_leaf(const T* x_adv, const G* grad, T* out, T least, T share, int64_t n) {                  \
+    sparse_loop(x_adv, grad, out, least, share, n);                                                                   \
+  }
+RVLM_LEAVES(float, float)
+RVLM_LEAVES(float, BFloat16)
+RVLM_LEAVES(float, Half)
+RVLM_LEAVES(double, double)
 
 // The smallest threshold whose perturbation is no longer than eps; 0 if none is needed.
 template <typename T>
@@ -117,7 +162,48 @@ Tensor l1_project(Tensor x_adv, Tensor x, Tensor eps, double lo, double hi) {
   return out;
 }
 
+template <typename T, typename G>
+void sparse_batch(const Tensor& x_adv, const Tensor& grad, const Tensor& alpha, const Tensor& still, Tensor& out) {
+  const int64_t rows = x_adv.size(0), n = rows ? x_adv.numel() / rows : 0, stride = alpha.numel() > 1;
+  if (n == 0) return;
+  const T *from = in<T>(x_adv), *steps = in<T>(alpha);
+  const G* slopes = in<G>(grad);
+  const int64_t* ranks = in<int64_t>(still);
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> sizes(n);
+    for (int64_t row = begin; row < end; ++row) {
+      const G* g = slopes + row * n;
+      sizes_leaf(g, sizes.data(), n);
+      const auto at = sizes.begin() + std::clamp<int64_t>(ranks[row], 0, n - 1);
+      std::nth_element(sizes.begin(), at, sizes.end());
+      const T least = *at;
+      const int64_t moving = moving_leaf(g, least, n);
+      const T share = moving ? static_cast<T>(double(steps[row * stride]) / double(moving)) : T(0);
+      sparse_leaf(from + row * n, g, to + row * n, least, share, n);
+    }
+  });
+}
+
+Tensor sparse_step(Tensor x_adv, Tensor grad, Tensor alpha, Tensor still) {
+  check_same_layout(x_adv, grad, "grad");
+  check_per_row(alpha, x_adv.size(0), "alpha");
+  STD_TORCH_CHECK(still.numel() == x_adv.size(0) && still.scalar_type() == ScalarType::Long, "still must be int64 [",
+                  x_adv.size(0), "]");
+  Tensor out = torch::stable::empty_like(x_adv);
+  with_types(x_adv, grad, [&](auto pixel, auto slope) {
+    sparse_batch<decltype(pixel), decltype(slope)>(x_adv, grad, alpha, still, out);
+  });
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rvlm, CPU, m) { m.impl("l1_project", TORCH_BOX(&l1_project)); }
-STABLE_TORCH_LIBRARY_IMPL(rvlm_cpp, CPU, m) { m.impl("l1_project", TORCH_BOX(&l1_project)); }
+STABLE_TORCH_LIBRARY_IMPL(rvlm, CPU, m) {
+  m.impl("l1_project", TORCH_BOX(&l1_project));
+  m.impl("sparse_step", TORCH_BOX(&sparse_step));
+}
+STABLE_TORCH_LIBRARY_IMPL(rvlm_cpp, CPU, m) {
+  m.impl("l1_project", TORCH_BOX(&l1_project));
+  m.impl("sparse_step", TORCH_BOX(&sparse_step));
+}

@@ -1,7 +1,8 @@
-"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083) in the Linf and L2 balls.
+"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083) in the Linf, L2 and L1 balls.
 
     x_0     = clip(x + noise)                                     random start
-    x_{k+1} = project(x_k + alpha * direction(grad loss(x_k)))    sign(g) for Linf, g / ||g|| for L2
+    x_{k+1} = project(x_k + alpha * direction(grad loss(x_k)))    sign(g) for Linf, g / ||g|| for L2,
+                                                                  the largest 5 % of the gradient for L1 (SLIDE)
 
 From the same start it gives the images of torchattacks.PGD and foolbox's PGD, bit for bit where the gradients agree.
 """
@@ -23,7 +24,7 @@ from rvlm.attacks.objective import AttackResult, Objective, Scores
 
 __all__ = ["PGD", "pgd"]
 
-_STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_}
+_STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 _CHOICES = {
     "norm": tuple(_STEPS),
     "best": ("last", "loss", "adv"),
@@ -74,10 +75,11 @@ def pgd(
         eps: radius in pixel units (8/255, not 8), a float or [B].
         alpha: step size in pixel units, a float or [B]; None means 2.5 * eps / steps.
         steps: number of steps; 0 returns the start.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         targeted: lower the loss toward y instead of raising it.
         loss: "ce", "margin", "dlr" (three classes or more), or a callable (output, y) -> [B].
-        random_start: start from uniform noise in the ball (L2: a uniform direction, a radius uniform in [0, eps)).
+        random_start: start from uniform noise in the ball (L2: a uniform direction, a radius uniform in [0, eps); L1:
+            Gaussian noise of standard deviation one bounds' width, projected).
         restarts: independent runs; per sample the run that fools the model wins, then the one with the better loss.
         x_init: start of the first run instead of noise; pixels outside ball or box are projected.
         bounds: valid pixel range.
@@ -93,8 +95,8 @@ def pgd(
             autocast off. Images, ball and steps stay in x's dtype, and `return_info` scores the result without it.
         strict_eps: no pixel exceeds eps even in exact arithmetic (fp32 rounding otherwise adds up to 6e-8).
         quantize: 255 returns images that survive uint8 storage: every iterate that the model sees is on the grid, and
-            gradients pass straight through the rounding. x must be on the grid. For L2 pixels round toward x, which
-            costs norm: about half a level per pixel.
+            gradients pass straight through the rounding. x must be on the grid. For L2 and L1 pixels round toward x,
+            which costs norm: about half a level per pixel.
         model_mode: "eval", "train" or "keep" (flags as they are).
         engine: "eager", "compile" (torch.compile on the model, static shapes) or "auto" (eager).
         callback: called as callback(step, x_adv, loss) after every gradient, with live tensors that it must not change.
@@ -266,7 +268,7 @@ class _Run:
         step = _STEPS[self.norm]
         inside = step(start.clone(), self.still, self.x, 0.0, self.eps, lo, hi, strict_eps=self.strict_eps)
         moved = (inside - start).abs()
-        if self.norm == "l2":
+        if self.norm != "linf":
             moved = _rowwise(moved.flatten(1).amax(1), start)
         return torch.where(moved > 1e-6 * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
 
@@ -281,6 +283,8 @@ class _Run:
         edge = 1 - torch.finfo(torch.float32).eps
         uniform = ops.uniform_start(zeros, 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * restart)
         normal = torch.erfinv(uniform.clamp(-edge, edge))
+        if self.norm == "l1":
+            return self.project(self.x + (hi - lo) * 2**0.5 * normal)
         radius = ops.uniform_start(zeros.flatten(1)[:, :1], 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * restart + 1)
         length = (radius.squeeze(1) + 1) / 2 * self.eps / normal.flatten(1).norm(dim=1)
         return self.project(self.x + normal * _rowwise(length, self.x))

@@ -64,6 +64,12 @@ def l1_project(x_adv, *args):
     return out
 
 
+def sparse_step(x_adv, *args):
+    out = torch.empty_like(x_adv)
+    l1.sparse_step(out, x_adv, *args)
+    return out
+
+
 def anchored_residual(x0, *args):
     x1, y = torch.empty_like(x0), torch.empty_like(x0)
     mean = x0.new_empty(x0.shape[:2], dtype=args[1].dtype)

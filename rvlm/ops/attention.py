@@ -1,6 +1,15 @@
-"""The joints of shallow adapter layers, fused: where an anchor meets the residual stream.
+"""What shallow adapter layers do to attention: an anchor in its map, its heads or its output, and prefix tokens.
 
     anchored_residual   x1 = x0 + c_o o + c_a A,   y = LayerNorm(x1),   A [N, D] shared by the batch
+    anchored_attention  site "map":    c softmax(q k^T / sqrt(d)) v + alpha A v,   A [H, N, N]
+                        site "heads":  c softmax(q k^T / sqrt(d)) v + alpha A,     A [H, N, d]
+                        with c = 1 for "add" and 1 - alpha for "lerp"
+    prefix_attention    softmax(q [k; prefix_k]^T / sqrt(d)) [v; prefix_v]: prompt tokens whose own outputs nobody
+                        reads, so that they need neither queries nor an MLP; exact to concatenating tokens
+
+The last two are compositions of the library's: mixing after the softmax is linear, so torch's scaled-dot-product
+attention stays what it is and a matrix product stands beside it; on a CPU, whose fused attention has a slow backward
+pass, up to EXPLICIT_KEYS keys the map is made in memory. docs/performance.md has what was measured.
 
         mix        c_o            c_a               R-Adapt's anchor A at the output of the attention o (specs of the
         add        1              alpha             mix are readings of its figure; "add" is the default everywhere)
@@ -13,12 +22,14 @@ dA = c_a sum_b G, dc_o = <G, o>, dc_a = <A, sum_b G>. The sums run over the batc
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rvlm.ops._dispatch import Op, once_differentiable, reference_forced
 
-__all__ = ["anchored_residual"]
+__all__ = ["anchored_attention", "anchored_residual", "prefix_attention"]
 
 MIXES = ("add", "lerp", "normadd")
+EXPLICIT_KEYS = 320
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -179,3 +190,90 @@ def anchored_residual(
     else:
         x1, y, *_ = _AnchoredResidual.apply(*args, float(ln_eps), mix == "add")  # then c_o is 1, and do is dx0
     return x1.to(stream), y.to(stream)
+
+
+def anchored_attention(
+    q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, alpha: float | Tensor, site: str = "map", mix: str = "add"
+) -> Tensor:
+    """Attention, not causal, with an anchor that the whole batch shares mixed in after the softmax.
+
+    Args:
+        q, k, v: [B, H, N, d], any floating dtype.
+        anchor: [H, N, N], a map over keys, for site "map"; [H, N, d] for site "heads".
+        alpha: strength, a float or a tensor with one element.
+        site: "map" or "heads".
+        mix: "add" or "lerp"; see the module.
+
+    Returns:
+        [B, H, N, d] in the dtype of q, differentiable with respect to every tensor; the anchor's gradient is summed
+        over the batch.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, a site or a mix that do not fit.
+    """
+    _check_heads(q, k, v)
+    if site not in ("map", "heads") or mix not in ("add", "lerp"):
+        raise ValueError(f"site must be 'map' or 'heads' and mix 'add' or 'lerp', got {site!r} and {mix!r}")
+    _, heads, tokens, width = v.shape
+    shape = (heads, tokens, tokens if site == "map" else width)
+    if tuple(anchor.shape) != shape or anchor.device != v.device:
+        raise ValueError(
+            f"anchor must be {list(shape)} on {v.device} for site {site!r}, got {list(anchor.shape)} on {anchor.device}"
+        )
+    if isinstance(alpha, Tensor):
+        if alpha.numel() != 1:
+            raise ValueError(f"alpha must be a float or one element, got {list(alpha.shape)}")
+        alpha = alpha.to(v.device, v.dtype).reshape(())
+    share, anchor = 1.0 if mix == "add" else 1 - alpha, anchor.to(v.dtype)
+    if site == "map" and _explicit(k):
+        return (share * _map(q, k) + alpha * anchor) @ v
+    live = _attention(q, k, v)
+    # One matrix product per head over [N, B d]: matmul would copy the anchor for every sample.
+    anchored = torch.einsum("hnm,bhmd->bhnd", anchor, v) if site == "map" else anchor
+    return share * live + alpha * anchored
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    """Attention, not causal, of N tokens to themselves and to P prefix tokens that the whole batch shares.
+
+    Args:
+        q, k, v: [B, H, N, d], any floating dtype.
+        prefix_k, prefix_v: [H, P, d], keys and values of the prompts, computed once for the batch.
+
+    Returns:
+        [B, H, N, d], what the first N rows would be with the prompts as tokens. The prefix's gradients are summed over
+        the batch; where nobody asks for them they are not computed.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not fit.
+    """
+    _check_heads(q, k, v)
+    batch, heads, _, width = v.shape
+    for name, t in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if t.dim() != 3 or t.shape[::2] != (heads, width) or t.shape != prefix_k.shape or t.device != v.device:
+            raise ValueError(f"{name} must be [{heads}, P, {width}] on {v.device}, got {list(t.shape)} on {t.device}")
+    keys, values = (
+        torch.cat([t, prefix.to(t.dtype).expand(batch, -1, -1, -1)], 2) for t, prefix in ((k, prefix_k), (v, prefix_v))
+    )
+    return _attention(q, keys, values)
+
+
+def _attention(q, k, v):
+    return _map(q, k) @ v if _explicit(k) else F.scaled_dot_product_attention(q, k, v)
+
+
+def _map(q, k):
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return torch.softmax(scores, -1, dtype=_wide(q)).to(q.dtype)
+
+
+def _explicit(k):
+    return k.device.type == "cpu" and k.shape[2] <= EXPLICIT_KEYS
+
+
+def _check_heads(q, k, v):
+    if q.dim() != 4 or not q.is_floating_point():
+        raise TypeError(f"q must be floating-point [B, H, N, d], got {q.dtype} {list(q.shape)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != q.shape or t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(f"{name} must be like q, {list(q.shape)} {q.dtype}, got {list(t.shape)} {t.dtype}")

@@ -67,7 +67,7 @@ def _l2_step_(x_adv, grad, x, alpha, eps, lo, hi, active, levels):
     scale, shrink = scale.to(x.dtype), shrink.to(x.dtype)
     y = torch.clamp(x + (delta + torch.where(scale != 0, scale * grad, 0.0)) * shrink, lo, hi)
     if levels:
-        y = _quantize_toward(y, x, levels)
+        y = quantize_toward(y, x, levels)
     x_adv.copy_(y if active is None else torch.where(per_row(active, x), y, x_adv))
 
 
@@ -75,7 +75,7 @@ def _row_norm(t):
     return per_row(torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64), t)
 
 
-def _quantize_toward(y, x, levels):
+def quantize_toward(y, x, levels):
     moved = levels * (y - x)
     whole = torch.floor(moved.abs() + levels * 1e-6)
     return (torch.floor(levels * x + 0.5) + torch.where(moved < 0, -whole, whole)) / _levels_like(y, levels)
@@ -276,7 +276,7 @@ def uniform_start(
     seed = seed - 2**64 if seed >= 2**63 else seed  # the dispatcher's int is signed
     radius = _per_sample(eps, x, "eps")
     if strict_eps:
-        radius = _strictly_inside(radius, x, lo, hi, pixels=1)
+        radius = strictly_inside(radius, x, lo, hi, pixels=1)
     out = _start_op(x.contiguous(), radius, sample_ids.to(x.device), seed, float(lo), float(hi), stream)
     return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
 
@@ -297,7 +297,7 @@ def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize,
     if quantize is not None:
         check_levels(quantize, strict_eps)
     if strict_eps:
-        radius = _strictly_inside(radius, x_adv, lo, hi, pixels=1 if linf else x_adv[:1].numel())
+        radius = strictly_inside(radius, x_adv, lo, hi, pixels=1 if linf else x_adv[:1].numel())
     return grad, x, alpha, radius, float(lo), float(hi), active, float(quantize or 0)
 
 
@@ -345,7 +345,7 @@ def check_levels(levels: int, strict_eps: bool) -> None:
         raise ValueError(f"quantize must be the number of levels, 1 to 65535 (255 for uint8), got {levels!r}")
 
 
-def _strictly_inside(radius: Tensor, x: Tensor, lo: float, hi: float, pixels: int) -> Tensor:
+def strictly_inside(radius: Tensor, x: Tensor, lo: float, hi: float, pixels: int) -> Tensor:
     """The radius, less what rounding can add: half an ulp at the largest pixel value, twice over for safety."""
     margin = max(abs(lo), abs(hi), 1.0) * torch.finfo(x.dtype).eps * math.sqrt(pixels)
     relative = 4 * torch.finfo(x.dtype).eps  # rounding of eps itself and of a norm

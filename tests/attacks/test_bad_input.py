@@ -34,7 +34,7 @@ NAN[1, 0, 0, 0] = float("nan")
     (dict(steps=2.5), ValueError, "steps"),
     (dict(restarts=0), ValueError, "restarts"),
     (dict(restarts=2, random_start=False), ValueError, "same run"),
-    (dict(norm="l7"), ValueError, "'linf', 'l2'"),
+    (dict(norm="l7"), ValueError, "'linf', 'l2', 'l1'"),
     (dict(best="first"), ValueError, "'last', 'loss', 'adv'"),
     (dict(early_stop="compact"), ValueError, "'freeze', 'cycle'"),
     (dict(early_stop="cycle", norm="l2"), ValueError, "exact for norm='linf' only"),

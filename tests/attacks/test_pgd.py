@@ -11,6 +11,7 @@ from rvlm.attacks import FGSM, PGD, fgsm, losses, pgd, scoring
 from rvlm.ops import steps as step_ops
 
 EPS = 8 / 255
+ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
 
 
 def fixed(seed=0):
@@ -58,29 +59,30 @@ def test_mutated_steps_are_caught(build, batch, monkeypatch):
             assert (bad - x).abs().max() > EPS + 1e-3
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.4)])
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.4), ("l1", 4.0)])
 def test_ball_and_box(model, batch, norm, eps):
     x, y = batch()
     x[0] = 0.0
     x[1] = 1.0
     result = pgd(model, x, y, eps=eps, norm=norm, generator=fixed(), return_info=True)
     delta = (result.x_adv - x).flatten(1)
-    length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    assert (length <= eps + 1e-9).all() and result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    assert (delta.norm(ORDER[norm], dim=1) <= eps + 1e-9).all() and result.x_adv.min() >= 0 and result.x_adv.max() <= 1
     assert (result.loss > per_sample_loss(model, x, y)).all()
     assert torch.equal(result.success, result.pred != y)
     assert torch.equal(result.pred, model(result.x_adv).argmax(1))
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.5)])
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.5), ("l1", 5.0)])
 def test_strict_eps_holds_in_float64(build, batch, norm, eps):
     model, (x, y) = build("conv", torch.float32), batch(torch.float32)
     x_adv = pgd(model, x, y, eps=eps, norm=norm, strict_eps=True, generator=fixed())
     delta = (x_adv.double() - x.double()).flatten(1)
-    assert (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)).max() <= eps
+    assert delta.norm(ORDER[norm], dim=1).max() <= eps
 
 
-@pytest.mark.parametrize("norm, eps, alpha", [("linf", EPS, None), ("linf", 2 / 255, 0.2 / 255), ("l2", 0.5, None)])
+@pytest.mark.parametrize(
+    "norm, eps, alpha", [("linf", EPS, None), ("linf", 2 / 255, 0.2 / 255), ("l2", 0.5, None), ("l1", 5.0, 1.0)]
+)
 def test_quantized_images_survive_uint8(build, batch, norm, eps, alpha):
     model, (x, y) = build("conv", torch.float32), batch(torch.float32)
     settings = dict(eps=eps, alpha=alpha, steps=20, norm=norm, quantize=255, best="adv", return_info=True)
@@ -106,7 +108,7 @@ def test_per_sample_eps_equals_scalar_runs(build, batch):
     assert torch.equal(together[0], x[0])
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.4)])
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 0.4), ("l1", 4.0)])
 def test_results_do_not_depend_on_the_batch(model, batch, norm, eps):
     x, y = batch()
     ids = torch.tensor([5, 3, 2**40, 1, 0, 9])
@@ -230,6 +232,8 @@ def test_starts(build, batch):
     assert 0.9 * EPS < (linf - x).abs().max() <= EPS and (linf != x).all()
     l2 = (pgd(model, x, y, steps=0, norm="l2", eps=0.3, generator=fixed()) - x).flatten(1).norm(dim=1)
     assert (l2 <= 0.3 + 1e-9).all() and l2.std() > 0.02
+    l1 = (pgd(model, x, y, steps=0, norm="l1", eps=3.0, generator=fixed()) - x).flatten(1).norm(1, dim=1)
+    assert torch.allclose(l1, torch.full_like(l1, 3.0)), "the noise is far outside the ball"
     assert torch.equal(pgd(model, x, y, steps=0, random_start=False), x)
     assert torch.equal(pgd(model, x, y, eps=0.0, steps=3, generator=fixed()), x), "eps = 0 gives x, bit for bit"
 

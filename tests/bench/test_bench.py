@@ -75,8 +75,9 @@ def test_gpu_script_runs_dry(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     parts = {"info", "tests", "steps", "iterates", "losses", "attention", "filters", "pgd", "memcheck"}
     assert {part["name"] for part in result["parts"]["parts"]} == parts
-    groups = {"linf_step_", "l2_step_", "uniform_start", "apgd_step_", "keep_best_", "l1_project"}
-    groups |= {"anchored_residual", "multi_teacher_kl", "attack_loss", "clip_head_loss", "gaussian_filter", "pgd-10"}
+    groups = {"linf_step_", "l2_step_", "uniform_start", "apgd_step_", "keep_best_", "l1_project", "l1_step_"}
+    groups |= {"anchored_residual", "anchored_attention", "prefix_attention"}
+    groups |= {"multi_teacher_kl", "attack_loss", "clip_head_loss", "gaussian_filter", "pgd-10"}
     assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()

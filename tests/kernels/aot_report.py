@@ -166,6 +166,7 @@ def iterates_report() -> list[dict]:
             iterates.momentum_step(x_adv, x_prev, grad, x, size, size, 0.9, kind, 0.0, 1.0, rows)
         iterates.keep_best(x_prev, x_adv, rows)
         l1.l1_project(x_prev, x_adv, x, size, 0.0, 1.0)
+        l1.sparse_step(x_prev, x_adv, grad, size, torch.zeros(2, dtype=torch.int64))
         found += [{"dtype": str(dtype), "grad": str(grad_dtype), "n": n, **describe(kernel)} for kernel in compiled]
     return found
 

@@ -81,6 +81,9 @@ def fused(kernel: dict) -> list[str]:
     return [name for name in kernel["ptx"] if name.startswith(("fma", "mad")) and name.endswith(("f32", "f64"))]
 
 
+both_archs = pytest.mark.parametrize("arch", ["90", pytest.param("80", marks=pytest.mark.slow)])
+
+
 def test_usual_variants_for_hopper(core):
     assert len(core) == 12 * 3 + 4
     check(core)
@@ -107,36 +110,41 @@ def test_four_pixels_share_one_draw(core):
             assert count(kernel, "mul.hi.u32", "mul.wide.u32") <= 2 * PRODUCTS_OF_PHILOX + 4
 
 
-def test_rows_of_logits_fit_in_registers(tmp_path):
-    kernels = aot_report(tmp_path, "rows", "90")
+@both_archs
+def test_rows_of_logits_fit_in_registers(tmp_path, arch):
+    kernels = aot_report(tmp_path, "rows", arch)
     assert {kernel["kernel"] for kernel in kernels} == {
         "_multi_teacher_kl_kernel", "_fold_teachers_kernel", "_attack_loss_kernel"}  # fmt: skip
     assert len(kernels) == 9 * (6 + 1 + 5)
     for kernel in kernels:
         label = {key: value for key, value in kernel.items() if key != "ptx"}
         double = kernel["dtype"] == "torch.float64"  # for gradient checks; a few words of stack do no harm there
-        assert kernel["stack"] + kernel["local"] <= (16 if double else 0), f"spilled registers: {label}"
+        # On sm_80 js keeps a frame of 16 bytes, without a spill.
+        assert kernel["stack"] + kernel["local"] <= (16 if double or arch == "80" else 0), f"spilled registers: {label}"
         assert kernel["reg"] <= (255 if double else 128), f"too many registers: {label}"
 
 
-def test_steps_that_look_back_are_lean(tmp_path):
-    kernels = aot_report(tmp_path, "iterates", "90")
+@both_archs
+def test_steps_that_look_back_and_those_in_l1_are_lean(tmp_path, arch):
+    kernels = aot_report(tmp_path, "iterates", arch)
     l1 = [f"_l1_{part}_kernel" for part in ("bracket", "largest", "lengths", "shrink", "sums")]
-    names = ["_apgd_step_kernel", "_keep_best_kernel", *l1, "_momentum_step_kernel"]
-    assert sorted({kernel["kernel"] for kernel in kernels}) == names and len(kernels) == 6 * (5 + 2 + 2 * 4)
+    sparse = ["_select_digit_kernel", "_select_histogram_kernel", "_sparse_step_kernel"]
+    names = ["_apgd_step_kernel", "_keep_best_kernel", *l1, "_momentum_step_kernel", *sparse]
+    assert sorted({kernel["kernel"] for kernel in kernels}) == names
     for kernel in kernels:
         label = {key: value for key, value in kernel.items() if key != "ptx"}
         assert kernel["stack"] == kernel["local"] == 0, f"spilled registers: {label}"
         assert kernel["reg"] <= (104 if kernel["dtype"] == "torch.float64" else 80), f"too many registers: {label}"
         assert not fused(kernel), f"fused products and sums: {label}"
         wide = count(kernel, "ld.global.v4.b32", "ld.global.v2.b64", "ld.global.v2.b32")
-        if kernel["kernel"] in ("_l1_bracket_kernel", "_l1_lengths_kernel"):
+        if kernel["kernel"] in ("_l1_bracket_kernel", "_l1_lengths_kernel", *sparse[:2]):
             continue  # sums of few numbers, and arithmetic on one pixel a thread
         assert bool(wide) == (kernel["n"] % 16 == 0), f"loads under 16 bytes, or rows that are not aligned: {label}"
 
 
-def test_the_joint_of_an_anchor_is_lean(tmp_path):
-    kernels = aot_report(tmp_path, "attention", "90")
+@both_archs
+def test_the_joint_of_an_anchor_is_lean(tmp_path, arch):
+    kernels = aot_report(tmp_path, "attention", arch)
     assert len(kernels) == 6 * 3
     for kernel in kernels:
         label = {key: value for key, value in kernel.items() if key != "ptx"}

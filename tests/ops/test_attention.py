@@ -1,4 +1,4 @@
-"""The joint of an anchor with the residual stream: every backend against float64 autograd, identities, bad input."""
+"""Anchors and prefixes: every backend against float64 autograd and the textbook formulas, identities, bad input."""
 
 import pytest
 import torch
@@ -155,3 +155,113 @@ def test_bad_input(change, error, message):
     good |= {"ln_weight": torch.ones(24), "ln_bias": torch.zeros(24)}
     with pytest.raises(error, match=message):
         ops.anchored_residual(**good | change)
+
+
+SIZES = [(2, 3, 5, 4), (1, 2, 50, 16), (2, 1, 197, 8), (1, 1, 257, 8), (1, 1, 577, 4), (3, 2, 1, 2)]
+
+
+def heads(device, shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype).to(device).requires_grad_() for _ in range(3)]
+
+
+def weights_of(q, k):
+    return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, -1)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("site", ["map", "heads"])
+@pytest.mark.parametrize("mix", ["add", "lerp"])
+def test_anchored_attention_is_its_formula(device, shape, site, mix):
+    q, k, v = heads(device, shape)
+    _, h, n, d = shape
+    anchor = torch.rand(h, n, n if site == "map" else d, dtype=torch.float64, device=device).requires_grad_()
+    alpha = torch.tensor(0.3, dtype=torch.float64, device=device).requires_grad_()
+    inputs = (q, k, v, anchor, alpha)
+    share = 1 - alpha if mix == "lerp" else 1
+    if site == "map":
+        expected = (share * weights_of(q, k) + alpha * anchor) @ v
+    else:
+        expected = share * (weights_of(q, k) @ v) + alpha * anchor
+    got = ops.anchored_attention(q, k, v, anchor, alpha, site, mix)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    slope = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, slope), torch.autograd.grad(expected, inputs, slope), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("site", ["map", "heads"])
+def test_an_anchor_without_strength_and_one_that_replaces(device, site):
+    q, k, v = (t.detach() for t in heads(device, (2, 2, 6, 4)))
+    live = F.scaled_dot_product_attention(q, k, v)
+    anchor = torch.rand(2, 6, 6 if site == "map" else 4, dtype=torch.float64, device=device)
+    for mix in ("add", "lerp"):
+        torch.testing.assert_close(ops.anchored_attention(q, k, v, anchor, 0.0, site, mix), live)
+    only = ops.anchored_attention(q, k, v, anchor, 1.0, site, "lerp")
+    torch.testing.assert_close(only, anchor @ v if site == "map" else anchor.expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+def test_prefix_attention_is_token_concatenation(device, shape, prefix):
+    q, k, v = heads(device, shape)
+    batch, h, n, d = shape
+    more = [torch.randn(h, prefix, d, dtype=torch.float64, device=device).requires_grad_() for _ in range(3)]
+    tokens = [torch.cat([t, p.expand(batch, -1, -1, -1)], 2) for t, p in zip((q, k, v), more, strict=True)]
+    expected = (weights_of(*tokens[:2]) @ tokens[2])[:, :, :n]  # what the prompts' own rows give is thrown away
+    inputs = (q, k, v, *more[1:])
+    got = ops.prefix_attention(q, k, v, *more[1:])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    slope = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, slope), torch.autograd.grad(expected, inputs, slope), strict=True
+    ):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_attention_in_sixteen_bits_keeps_prompts_and_anchors_wide(device):
+    q, k, v = (t.detach().bfloat16().requires_grad_() for t in heads(device, (2, 2, 7, 8)))
+    anchor = torch.rand(2, 7, 7, device=device).requires_grad_()
+    prompts = [torch.randn(2, 3, 8, device=device).requires_grad_() for _ in range(2)]
+    for got, leaf in (
+        (ops.anchored_attention(q, k, v, anchor, 0.5), anchor),
+        (ops.prefix_attention(q, k, v, *prompts), prompts[0]),
+    ):
+        assert got.dtype == torch.bfloat16
+        assert torch.autograd.grad(got.float().sum(), leaf)[0].dtype == torch.float32
+
+
+def test_functional_gradients_and_fullgraph_of_attention(device):
+    q, k, v = (t.detach() for t in heads(device, (2, 2, 5, 4)))
+    anchor, prompt = torch.rand(2, 5, 5, dtype=torch.float64), torch.rand(2, 3, 4, dtype=torch.float64)
+    anchor, prompt = anchor.to(device), prompt.to(device)
+
+    def job(q, anchor, prompt):
+        return (ops.anchored_attention(q, k, v, anchor, 0.5) * ops.prefix_attention(q, k, v, prompt, prompt)).sum()
+
+    got = torch.func.grad(job, argnums=(0, 1, 2))(q, anchor, prompt)
+    leaves = [t.clone().requires_grad_() for t in (q, anchor, prompt)]
+    for ours, theirs in zip(got, torch.autograd.grad(job(*leaves), leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    compiled = torch.compile(job, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, anchor, prompt), job(q, anchor, prompt))
+
+
+HEADS = torch.zeros(2, 3, 5, 4)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: ops.anchored_attention(HEADS[0], HEADS, HEADS, HEADS[0], 1.0), TypeError, r"q must be .* \[B, H, N, d\]"),
+    (lambda: ops.anchored_attention(HEADS, HEADS[:1], HEADS, HEADS[0], 1.0), ValueError, "k must be like q"),
+    (lambda: ops.anchored_attention(HEADS, HEADS, HEADS, HEADS[0], 1.0), ValueError, r"anchor must be \[3, 5, 5\]"),
+    (lambda: ops.anchored_attention(HEADS, HEADS, HEADS, HEADS[0], 1.0, "logits"), ValueError, "got 'logits'"),
+    (lambda: ops.anchored_attention(HEADS, HEADS, HEADS, HEADS[0], torch.ones(2), "heads"), ValueError, "one element"),
+    (lambda: ops.prefix_attention(HEADS, HEADS, HEADS, HEADS, HEADS), ValueError, r"prefix_k must be \[3, P, 4\]"),
+    (lambda: ops.prefix_attention(HEADS, HEADS, HEADS, HEADS[0], HEADS[0, :, :2]), ValueError, "prefix_v must be"),
+])  # fmt: skip
+def test_bad_heads(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

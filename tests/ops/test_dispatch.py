@@ -43,6 +43,9 @@ ARGUMENTS = {
     ],
     "keep_best_": [(torch.rand(3, 8), torch.rand(3, 8), torch.tensor([True, False, True]))],
     "l1_project": [(torch.rand(3, 8), torch.rand(3, 8), torch.full((3,), 0.5), 0.0, 1.0)],
+    "sparse_step": [
+        (torch.rand(3, 8), torch.randn(3, 8), torch.full((n,), 0.5), torch.tensor([0, 4, 7])) for n in (1, 3)
+    ],
     "anchored_residual": [
         (
             torch.randn(2, 3, 8),

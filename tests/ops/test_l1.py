@@ -1,4 +1,4 @@
-"""The projection on L1 ball and box: every backend against a sort in float64 and a quadratic program, invariants."""
+"""Steps in L1 ball and box: every backend against sorts in float64 and a quadratic program, invariants, bad input."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from scipy.optimize import minimize
 from rvlm import ops
 
 SHAPES = [(5, 3, 17, 19), (1, 1, 1, 1), (2, 7), (2, 6000)]
+STEPS = [(4, 3, 5, 7), *SHAPES[1:3], (2, 600)]
 
 
 def exact(x_adv, x, eps, lo=0.0, hi=1.0):
@@ -113,6 +114,72 @@ def test_pixels_that_are_not_finite_break_their_sample_alone(backend, device):
 
 def test_an_empty_batch(backend, device):
     assert ops.l1_project(torch.zeros(0, 3, device=device), torch.zeros(0, 3, device=device), 1.0).shape == (0, 3)
+
+
+def stepped(x_adv, grad, x, alpha, eps, still):
+    """One row of l1_step_: the pixels after the `still` smallest gradients move, and those as large as the first."""
+    size = np.abs(np.nan_to_num(grad, nan=0.0))
+    moves = (size >= np.sort(size)[still]) & (size > 0)
+    return exact(x_adv + np.where(moves, np.sign(grad), 0.0) * (alpha / max(moves.sum(), 1)), x, eps)
+
+
+@pytest.mark.parametrize("shape", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top", [1e-6, 0.05, 0.4, 1.0])
+def test_step_equals_the_sorted_solution(backend, batch, shape, dtype, top):
+    x, x_adv, grad = batch(shape, dtype)
+    n = x[0].numel()
+    if n > 100:
+        grad.view(len(x), -1)[-1, ::3] = 0.25  # many equal ones
+        grad.view(len(x), -1)[0, 5] = torch.nan
+    eps = 0.03 * n
+    rows = zip(*(t.double().cpu().flatten(1).numpy() for t in (x_adv, grad, x)), strict=True)
+    still = min(int((1 - top) * n), n - 1)
+    expected = np.stack([stepped(*row, 2.0, eps, still) for row in rows]).reshape(shape)
+    got = x_adv.clone()
+    assert ops.l1_step_(got, grad, x, 2.0, eps, top=top) is got
+    atol = 5e-7 if dtype == torch.float32 or backend == "triton" else 1e-12
+    np.testing.assert_allclose(got.double().cpu().numpy(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_sparse_step_is_bitwise_the_reference(backend, batch, grad_dtype, memory_format):
+    x, x_adv, grad = batch(memory_format=memory_format)
+    grad = grad.to(grad_dtype)
+    grad[1, 1, 2, 3], grad[1, 0, 0, 0] = torch.nan, torch.inf
+    top = torch.tensor([0.2, 0.01, 1.0, 0.3, 0.5], device=x.device)
+    alpha = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0], device=x.device)
+    far = 1e6  # the projection does nothing but the box
+    expected = x_adv.clone()
+    with ops.use_backend("reference"):
+        ops.l1_step_(expected, grad, x, alpha, far, top=top)
+    assert torch.equal(ops.l1_step_(x_adv, grad, x, alpha, far, top=top), expected)
+
+
+def test_rows_that_are_not_active_and_gradients_of_zero(backend, batch):
+    x, x_adv, grad = batch()
+    active = torch.tensor([True, False, True, True, False], device=x.device)
+    got = ops.l1_step_(x_adv.clone(), grad, x, 5.0, 3.0, active=active)
+    assert torch.equal(got[~active], x_adv[~active])
+    whole = ops.l1_step_(x_adv.clone(), grad, x, 5.0, 3.0)
+    assert torch.equal(got[active], whole[active])
+    assert torch.equal(whole[3], ops.l1_project(x_adv, x, 3.0)[3]), "a row without a gradient is projected"
+    strict = ops.l1_step_(x_adv.clone(), grad, x, 5.0, 3.0, strict_eps=True)
+    assert ((strict.double() - x.double()).abs().flatten(1).sum(1) <= 3.0).all()
+    onto = ops.l1_step_(x_adv.clone(), grad, x, 5.0, 3.0, quantize=255)
+    assert torch.equal((onto * 255).round() / 255, onto) and (onto != x).any()
+    assert ((onto.double() - x.double()).abs().flatten(1).sum(1) <= 3.0 + 1e-6).all()
+
+
+@pytest.mark.parametrize("top, message", [
+    (0.0, r"in \(0, 1\], got 0"),
+    (1.5, "got 1.5"),
+    (torch.rand(3), r"tensor \[2\], one share per sample"),
+])  # fmt: skip
+def test_bad_share(top, message):
+    with pytest.raises(ValueError, match=message):
+        ops.l1_step_(torch.rand(2, 8), torch.rand(2, 8), torch.rand(2, 8), 0.1, 1.0, top=top)
 
 
 @pytest.mark.parametrize("args, error, message", [
