@@ -54,7 +54,7 @@ def _cuda_extension():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return CUDAExtension(
         "rvlm._C_cuda",
-        ["csrc/module.cpp", "csrc/cuda/register.cpp", "csrc/cuda/steps.cu"],
+        ["csrc/module.cpp", "csrc/cuda/register.cpp", "csrc/cuda/steps.cu", "csrc/cuda/attention.cu"],
         include_dirs=[os.path.abspath("csrc")],
         library_dirs=_cudart_dirs(),
         define_macros=[*STABLE_ABI, ("RVLM_MODULE", "_C_cuda"), ("USE_CUDA", None)],

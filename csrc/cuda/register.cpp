@@ -5,13 +5,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <tuple>
+
 #include "../checks.h"
 #include "launch.h"
 
 namespace {
 
 using namespace rvlm;
-using rvlm::cuda::GradType;
+using rvlm::cuda::DataType;
 using rvlm::cuda::StepArgs;
 
 void* current_stream(const Tensor& t) {
@@ -24,13 +27,13 @@ void check_launch(int error, const char* op) {
   STD_TORCH_CHECK(error == 0, "rvlm_cpp::", op, " failed to launch: ", cuda::error_string(error));
 }
 
-GradType grad_type(const Tensor& grad) {
-  switch (grad.scalar_type()) {
-    case ScalarType::Float: return GradType::kFloat32;
-    case ScalarType::BFloat16: return GradType::kBFloat16;
-    case ScalarType::Half: return GradType::kFloat16;
-    case ScalarType::Double: return GradType::kFloat64;
-    default: STD_TORCH_CHECK(false, "grad must be float32, bfloat16, float16 or float64");
+DataType data_type(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DataType::kFloat32;
+    case ScalarType::BFloat16: return DataType::kBFloat16;
+    case ScalarType::Half: return DataType::kFloat16;
+    case ScalarType::Double: return DataType::kFloat64;
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
   }
 }
 
@@ -43,8 +46,8 @@ StepArgs<T> make_args(Tensor& out, const Tensor& x_adv, const Tensor& grad, cons
   const int64_t rows = x_adv.size(0);
   check_per_row(alpha, rows, "alpha");
   check_per_row(eps, rows, "eps");
-  const GradType type = grad_type(grad);
-  STD_TORCH_CHECK((sizeof(T) == 8) == (type == GradType::kFloat64), "float64 images and gradients go together");
+  const DataType type = data_type(grad);
+  STD_TORCH_CHECK((sizeof(T) == 8) == (type == DataType::kFloat64), "float64 images and gradients go together");
   return {static_cast<T*>(out.mutable_data_ptr()),
           static_cast<const T*>(x_adv.const_data_ptr()),
           grad.const_data_ptr(),
@@ -119,9 +122,59 @@ Tensor uniform_start(Tensor x, Tensor eps, Tensor sample_ids, int64_t seed, doub
   return out;
 }
 
+template <typename T>
+cuda::Stream<T> stream_of(const Tensor& x, const Tensor& weight) {
+  return {data_type(x), x.size(0), x.size(1), x.size(2), in<T>(weight)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> anchored_residual(Tensor x0, Tensor o, Tensor anchor, Tensor mix,
+                                                             Tensor weight, Tensor bias, double eps) {
+  const torch::stable::accelerator::DeviceGuard guard(x0.get_device_index());
+  check_dense({&x0, &o});
+  check_dense({&anchor, &mix, &weight, &bias});
+  Tensor x1 = torch::stable::empty_like(x0), y = torch::stable::empty_like(x0);
+  Tensor mean = torch::stable::new_empty(anchor, {x0.size(0), x0.size(1)}), rstd = torch::stable::empty_like(mean);
+  with_image_type(anchor, [&](auto t) {
+    using T = decltype(t);
+    const int error = cuda::anchored_residual<T>(stream_of<T>(x0, weight), x0.const_data_ptr(), o.const_data_ptr(), in<T>(anchor),
+                                                 in<T>(mix), in<T>(bias), T(eps), x1.mutable_data_ptr(),
+                                                 y.mutable_data_ptr(), out<T>(mean), out<T>(rstd), current_stream(x0));
+    check_launch(error, "anchored_residual");
+  });
+  return {x1, y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> anchored_residual_backward(Tensor of_x1, Tensor of_y, Tensor x1,
+                                                                              Tensor o, Tensor mean, Tensor rstd,
+                                                                              Tensor weight, bool anchor_grad,
+                                                                              bool norm_grad) {
+  const torch::stable::accelerator::DeviceGuard guard(x1.get_device_index());
+  check_dense({&of_x1, &of_y, &x1, &o});
+  check_dense({&mean, &rstd, &weight});
+  const int64_t batch = x1.size(0), n = x1.size(1), d = x1.size(2);
+  const auto make = [&](bool wanted, int64_t size) { return torch::stable::new_empty(mean, {wanted ? size : 0}); };
+  Tensor g = torch::stable::empty_like(x1), of_o = make(anchor_grad, 1);
+  Tensor total = anchor_grad ? torch::stable::new_empty(mean, {n, d}) : make(false, 0);
+  Tensor d_weight = make(norm_grad, d), d_bias = make(norm_grad, d);
+  const int64_t enough = (1024 + n - 1) / (n ? n : 1);  // blocks to fill a GPU where the tokens alone do not
+  const int parts = int(std::max<int64_t>(1, std::min({batch, enough, int64_t(cuda::kAnchorParts)})));
+  const Tensor workspace = torch::stable::new_empty(mean, {parts * n * (3 * d + 1)});
+  with_image_type(mean, [&](auto t) {
+    using T = decltype(t);
+    const int error = cuda::anchored_residual_backward<T>(
+        stream_of<T>(x1, weight), of_x1.const_data_ptr(), of_y.const_data_ptr(), x1.const_data_ptr(), o.const_data_ptr(),
+        in<T>(mean), in<T>(rstd), g.mutable_data_ptr(), out<T>(total), out<T>(of_o), out<T>(d_weight), out<T>(d_bias), parts,
+        static_cast<T*>(workspace.mutable_data_ptr()), current_stream(x1));
+    check_launch(error, "anchored_residual_backward");
+  });
+  return {g, total, of_o, d_weight, d_bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rvlm_cpp, CUDA, m) {
+  m.impl("anchored_residual", TORCH_BOX(&anchored_residual));
+  m.impl("anchored_residual_backward", TORCH_BOX(&anchored_residual_backward));
   m.impl("linf_step_", TORCH_BOX(&linf_step_));
   m.impl("linf_step", TORCH_BOX(&linf_step));
   m.impl("l2_step_", TORCH_BOX(&l2_step_));

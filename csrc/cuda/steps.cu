@@ -1,23 +1,14 @@
 // Attack steps in CUDA C++: the arithmetic of csrc/step_math.h, four elements (16 bytes of fp32) per thread where the
 // row length and the pointers allow it. The l2 step reads twice: partial sums per block, then the update; sums are
 // combined in a fixed order, so results do not vary from run to run. Built with -fmad=false.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "../step_math.h"
+#include "device.cuh"
 #include "launch.h"
 
 namespace rvlm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
-
-template <typename T> __device__ __forceinline__ T widen(float g) { return T(g); }
-template <typename T> __device__ __forceinline__ T widen(double g) { return T(g); }
-template <typename T> __device__ __forceinline__ T widen(__nv_bfloat16 g) { return T(__bfloat162float(g)); }
-template <typename T> __device__ __forceinline__ T widen(__half g) { return T(__half2float(g)); }
 
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec) Pack {
@@ -47,23 +38,6 @@ __global__ void linf_kernel(StepArgs<T> a) {
       *reinterpret_cast<Pixels*>(a.out + at) = y;
     }
   }
-}
-
-__device__ void block_sum(double (&sum)[3]) {
-  __shared__ double shared[3][kThreads / 32];
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    for (int offset = 16; offset > 0; offset /= 2) sum[k] += __shfl_down_sync(0xffffffff, sum[k], offset);
-    if (threadIdx.x % 32 == 0) shared[k][threadIdx.x / 32] = sum[k];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < 3; ++k) {
-      sum[k] = 0;
-      for (int warp = 0; warp < kThreads / 32; ++warp) sum[k] += shared[k][warp];
-    }
-  }
-  __syncthreads();
 }
 
 template <typename T, typename G>
@@ -155,8 +129,8 @@ void with_grad_type(const StepArgs<T>& a, const F& f) {
   if constexpr (sizeof(T) == 8) {
     f(double{});
   } else {
-    if (a.grad_type == GradType::kBFloat16) f(__nv_bfloat16{});
-    else if (a.grad_type == GradType::kFloat16) f(__half{});
+    if (a.grad_type == DataType::kBFloat16) f(__nv_bfloat16{});
+    else if (a.grad_type == DataType::kFloat16) f(__half{});
     else f(float{});
   }
 }

@@ -44,3 +44,14 @@ def batch(device):
         return [t.to(device=device, memory_format=memory_format) for t in (x, x_adv, grad)]
 
     return make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """On a GPU only some ops have CUDA C++ beside Triton; the error that says so is a reason to skip."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if "has no 'cpp' backend for cuda tensors" in str(error):
+            pytest.skip(str(error))
+        raise
