@@ -14,7 +14,14 @@ from rvlm import ops
 SHAPES = (
     [(2, 3, 32, 32)]
     if QUICK
-    else [(64 if ON_GPU else 8, 3, 224, 224), (128, 3, 32, 32), (8, 3, 160, 160), (4, 3, 336, 336)]
+    else [
+        (64 if ON_GPU else 8, 3, 224, 224),
+        (128, 3, 32, 32),
+        (32, 3, 96, 96),
+        (16, 3, 128, 128),
+        (8, 3, 160, 160),
+        (4, 3, 336, 336),
+    ]
 )
 IMPLS = {
     "rvlm": ops.gaussian_filter,

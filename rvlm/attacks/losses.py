@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rvlm import ops
 
-__all__ = ["LOSSES", "ce", "dlr", "margin"]
+__all__ = ["AIMED", "LOSSES", "ce", "dlr", "margin"]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -25,4 +25,5 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return ops.attack_loss(logits, y, "dlr")[0]
 
 
+AIMED = ("dlr-targeted", "ce-targeted")  # raised by untargeted attacks that aim at one wrong class after another
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin, "dlr": dlr}

@@ -1,5 +1,6 @@
 """What an attack optimises: a model, a loss and labels, evaluated together and counted."""
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rvlm import ops, profiling
 from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
-from rvlm.attacks.losses import LOSSES
+from rvlm.attacks.losses import AIMED, LOSSES
 
 __all__ = ["AttackResult", "Objective", "Scores"]
 
@@ -23,6 +24,23 @@ class Scores:
     fooled: Tensor | None
     pred: Tensor | None
 
+    def at(self, rows: Tensor) -> "Scores":
+        return Scores(*(None if t is None else t[rows] for t in (self.loss, self.fooled, self.pred)))
+
+    def put(self, rows: Tensor, part: "Scores") -> None:
+        """Replaces the rows of that index by a part's."""
+        for mine, new in ((self.loss, part.loss), (self.fooled, part.fooled), (self.pred, part.pred)):
+            if mine is not None:
+                mine[rows] = new
+
+
+@dataclasses.dataclass
+class Count:
+    """Images that went through the model."""
+
+    forwards: int = 0
+    backwards: int = 0
+
 
 @dataclasses.dataclass
 class AttackResult:
@@ -34,7 +52,7 @@ class AttackResult:
         loss: [B], of x_adv.
         pred: int64 [B], predicted class of x_adv; None if the model's outputs are not logits.
         steps_used: int64 [B], steps a sample moved in all restarts.
-        forwards, backwards: passes through the model, each over the whole batch.
+        forwards, backwards: images that went through the model, there and back.
     """
 
     x_adv: Tensor
@@ -57,24 +75,34 @@ class Objective:
         y: labels [B] (targets if targeted), or whatever a callable loss takes.
         loss: name in LOSSES, or callable (output, y) -> [B].
         targeted: lower the loss toward y instead of raising it.
+        eot: evaluations that a gradient is the mean of (for models that draw random numbers); the loss is their mean,
+            too, and an image counts as fooled if most of them say so.
+
+    Attributes:
+        target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
+        count: images so far.
     """
 
     def __init__(
-        self, model: Callable, x: Tensor, y: Any, loss: str | Callable[[Any, Any], Tensor], targeted: bool
+        self,
+        model: Callable,
+        x: Tensor,
+        y: Any,
+        loss: str | Callable[[Any, Any], Tensor],
+        targeted: bool = False,
+        eot: int = 1,
     ) -> None:
-        self.model, self.targeted, self.batch = model, targeted, len(x)
-        self.forwards = self.backwards = 0
+        self.model, self.targeted, self.batch, self.eot = model, targeted, len(x), eot
+        self.count, self.target = Count(), None
         self._seen_output = False
         self.named = isinstance(loss, str)
-        if self.named and loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: expected {', '.join(LOSSES)} or a callable (output, y) -> [B]")
-        self.loss = LOSSES[loss] if self.named else loss
-        self.name = loss if self.named else None
+        if self.named and loss not in LOSSES and loss not in AIMED:
+            known = ", ".join((*LOSSES, *AIMED))
+            raise ValueError(f"unknown loss {loss!r}: expected {known} or a callable (output, y) -> [B]")
+        self.loss = loss
         self.fused = self.named and _has_fused_head(model)
         if self.fused:
             self.head = model.head().detach()  # the weights are frozen, so once per attack
-            # Scores without a gradient must come from the same formula.
-            self.loss = lambda logits, labels: ops.attack_loss(logits, labels, loss)[0]
         if self.named:
             if y is None and targeted:
                 raise ValueError("a targeted attack needs target labels y, got None")
@@ -84,13 +112,54 @@ class Objective:
         self.y = y
         self.labels = y if isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (self.batch,) else None
 
+    def at(self, rows: Tensor) -> "Objective":
+        """The same objective for some of the samples; what went through the model is counted together."""
+        part = copy.copy(self)
+        part.batch = len(rows)
+        for name in ("y", "labels", "target"):
+            t = getattr(self, name)
+            if isinstance(t, Tensor) and t.dim() and len(t) == self.batch:
+                setattr(part, name, t[rows])
+        return part
+
     def score(self, x: Tensor) -> Scores:
         """Scores of x, without a gradient."""
         with torch.no_grad():
-            return self._evaluate(x)
+            return _mean([self._evaluate(x) for _ in range(self.eot)])
 
     def gradient(self, x: Tensor) -> tuple[Scores, Tensor]:
         """Scores of x and the gradient of the summed loss with respect to x, in x's dtype or a narrower one."""
+        scores, grad = self._gradient(x)
+        if self.eot == 1:
+            return scores, grad
+        draws = [scores]
+        for _ in range(self.eot - 1):
+            scores, another = self._gradient(x)
+            draws.append(scores)
+            grad = grad + another
+        return _mean(draws), grad / self.eot
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] of x, without a gradient, in float32 or float64."""
+        with torch.no_grad(), profiling.phase("forward"):
+            output = self.model(x)
+        self.count.forwards += len(x)
+        if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"the model must return logits [{len(x)}, C], got {got}")
+        return output if output.dtype == torch.float64 else output.float()
+
+    def runners_up(self, x: Tensor, most: int) -> Tensor:
+        """The `most` likeliest classes on x that are not the label, likeliest first: int64 [B, most]."""
+        logits = self.logits(x)
+        classes = logits.shape[1]
+        if most >= classes:
+            raise ValueError(f"targets={most} needs more than {most} classes, the model has {classes}")
+        self._check_range(classes)
+        order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(1, descending=True, stable=True)
+        return order[:, :most]
+
+    def _gradient(self, x: Tensor) -> tuple[Scores, Tensor]:
         leaf = x.detach().requires_grad_()
         if self.fused:
             scores, output, of_output = self._evaluate_head(leaf)
@@ -108,7 +177,7 @@ class Objective:
             raise ValueError(
                 "the gradient does not reach the images: the model computes its output from a detached copy of them."
             )
-        self.backwards += 1
+        self.count.backwards += len(x)
         return Scores(scores.loss.detach(), scores.fooled, scores.pred), grad
 
     def better(self, new: Tensor, old: Tensor) -> Tensor:
@@ -118,7 +187,7 @@ class Objective:
     def _evaluate(self, x: Tensor) -> Scores:
         with profiling.phase("forward"):
             output = self.model(x)
-            self.forwards += 1
+            self.count.forwards += len(x)
             logits = output if isinstance(output, Tensor) and output.is_floating_point() else None
             if self.named and (logits is None or logits.dim() != 2 or len(logits) != self.batch):
                 got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -133,7 +202,7 @@ class Objective:
                 if not self._seen_output:
                     self._check_range(logits.shape[1])
                     self._first_look(logits.detach())
-            loss = self.loss(output, self.y)
+            loss = self._named_loss(logits) if self.named else self.loss(output, self.y)
             if not isinstance(loss, Tensor) or loss.shape != (self.batch,):
                 got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
@@ -149,22 +218,37 @@ class Objective:
         """Scores, embeddings and the gradient with respect to them; nothing behind the embedding is in a graph."""
         with profiling.phase("forward"):
             embedding = self.model.embed(x)
-            self.forwards += 1
+            self.count.forwards += len(x)
             if not self._seen_output:
                 self._check_range(self.head.shape[1])
-            loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, self.head, self.labels, self.name)
+            kind, label, other = self._kind()
+            loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, self.head, label, kind, other)
+            if self.loss == "ce-targeted":
+                loss, correct, of_embedding = -loss, logits.argmax(1) == self.labels, -of_embedding
             if not self._seen_output:
                 self._first_look(logits)
             fooled = correct if self.targeted else ~correct
             return Scores(loss, fooled, logits.argmax(1)), embedding, of_embedding
 
+    def _named_loss(self, logits: Tensor) -> Tensor:
+        """By the same formula as with a gradient."""
+        if not self.fused and self.loss in LOSSES:
+            return LOSSES[self.loss](logits, self.y)
+        kind, label, other = self._kind()
+        loss = ops.attack_loss(logits, label, kind, other)[0]
+        return -loss if self.loss == "ce-targeted" else loss
+
+    def _kind(self) -> tuple[str, Tensor, Tensor | None]:
+        """Kind, label and target of ops.attack_loss for a named loss."""
+        if self.loss == "ce-targeted":
+            return "ce", self.target, None
+        return self.loss, self.labels, self.target if self.loss in AIMED else None
+
     def _own_prediction(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            output = self.model(x)
-        self.forwards += 1
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            raise ValueError("y=None takes the model's own prediction, which needs logits [B, C]; pass y")
-        return output.argmax(1)
+        try:
+            return self.logits(x).argmax(1)
+        except ValueError as error:
+            raise ValueError(f"y=None takes the model's own prediction, but {error}; pass y") from None
 
     def _check_range(self, classes: int) -> None:
         """Labels must be classes; once per attack, since asking waits for the device."""
@@ -192,6 +276,19 @@ class Objective:
                 AttackWarning,
                 stacklevel=2,
             )
+
+
+def _mean(draws: list[Scores]) -> Scores:
+    """Mean loss, the vote of the majority and the most frequent prediction."""
+    if len(draws) == 1:
+        return draws[0]
+    loss = torch.stack([scores.loss for scores in draws]).mean(0)
+    fooled = pred = None
+    if draws[0].fooled is not None:
+        fooled = 2 * sum(scores.fooled.int() for scores in draws) > len(draws)
+    if draws[0].pred is not None:
+        pred = torch.stack([scores.pred for scores in draws]).mode(0).values
+    return Scores(loss, fooled, pred)
 
 
 def _has_fused_head(model: Callable) -> bool:

@@ -201,8 +201,8 @@ def evaluate(
                 )
                 x_adv = found.x_adv.cpu()
                 logits = _logits(classifier, found.x_adv, len(data.class_names))
-                result.forwards += (found.forwards + 1) * len(rows)
-                result.backwards += found.backwards * len(rows)
+                result.forwards += found.forwards + len(rows)
+                result.backwards += found.backwards
                 delta = (x_adv.double() - x.double()).flatten(1)
                 length = delta.norm({"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
                 over = max(over, (length - float(eps)).max().item())

@@ -4,7 +4,7 @@ The response is a product, so the filter is Y = G_H X G_W per channel with G_n t
 column is the inverse DFT of exp(-f^2 / (2 D0^2)), f the circular distance to bin 0. G is symmetric: the backward pass
 is the filter itself. G maps constants to themselves. In pixels it is a periodic blur with sigma = n / (2 pi D0).
 
-Two matrix products per plane by the library are the implementation, and on a CPU from 192 x 192 pixels on the library's
+Two matrix products per plane by the library are the implementation, and on a CPU from 112 x 112 pixels on the library's
 real DFT; docs/performance.md has the figures, and why there is no kernel.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["gaussian_filter"]
 
-FFT_PIXELS = 192 * 192  # from here on the DFT is faster on a CPU
+FFT_PIXELS = 112 * 112  # from here on the DFT is faster on a CPU
 
 
 def gaussian_filter(x: Tensor, cutoff: float, clamp: bool = True) -> Tensor:

@@ -42,7 +42,7 @@ def test_is_its_definition(device, shape, cutoff, dtype):
     )
 
 
-@pytest.mark.parametrize("size", [(20, 31), (192, 193)])
+@pytest.mark.parametrize("size", [(20, 31), (112, 113)])
 def test_is_its_own_adjoint(device, size):
     x, y = torch.randn(2, 2, 3, *size, dtype=torch.float64, device=device)
     left = (ops.gaussian_filter(x, 5, clamp=False) * y).sum()

@@ -1,0 +1,104 @@
+"""The set that an attack searches: an Lp ball around each image, cut with the pixel box."""
+
+import torch
+from torch import Tensor
+
+from rvlm import ops
+
+__all__ = ["NORMS", "Ball", "rowwise"]
+
+_STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
+NORMS = tuple(_STEPS)
+
+
+class Ball:
+    """Steps, projections and starts around clean images.
+
+    Args:
+        x: clean images [B, ...], float32 or float64.
+        eps: radius, a float or [B].
+        norm: "linf", "l2" or "l1".
+        bounds: pixel range.
+        strict_eps, quantize: as in `pgd`.
+    """
+
+    def __init__(self, x: Tensor, eps, norm: str, bounds: tuple[float, float], strict_eps=False, quantize=None) -> None:
+        self.x, self.norm, self.bounds, self.rows = x, norm, bounds, None
+        self.radius, self.eps = eps, self.per_sample(eps)  # as given, and as [1] or [B] like x
+        self.strict_eps, self.quantize = strict_eps, quantize
+        self.still = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)  # a gradient that moves nothing
+
+    def at(self, rows: Tensor | None) -> "Ball":
+        """The balls of some samples; None means all of them."""
+        if rows is None:
+            return self
+        radius = self.radius[rows] if self.eps.numel() > 1 else self.radius
+        part = Ball(self.x[rows], radius, self.norm, self.bounds, self.strict_eps, self.quantize)
+        part.rows = rows
+        return part
+
+    def per_sample(self, value: float | Tensor) -> Tensor:
+        """A float, or a tensor over the whole batch, as one or B elements like x for these samples."""
+        value = torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device).reshape(-1)
+        return value if self.rows is None or value.numel() == 1 else value[self.rows]
+
+    def step(self, x_adv: Tensor, grad: Tensor, alpha: float | Tensor, active: Tensor | None = None, **more) -> Tensor:
+        """One step of length alpha along the gradient, in place, projected."""
+        lo, hi = self.bounds
+        step = _STEPS[self.norm]
+        return step(x_adv, grad, self.x, alpha, self.eps, lo, hi, active, strict_eps=self.strict_eps, **more)
+
+    def as_seen(self, x_adv: Tensor) -> Tensor:
+        """The iterate as the model sees it: itself, or its grid point under quantize."""
+        if self.quantize is None:
+            return x_adv
+        lo, hi = self.bounds
+        step = _STEPS[self.norm]
+        return step(x_adv.clone(), self.still, self.x, 0.0, self.eps, lo, hi, quantize=self.quantize)
+
+    def nearest_(self, x_adv: Tensor) -> Tensor:
+        """The projection, in place."""
+        return self.step(x_adv, self.still, 0.0)
+
+    def project(self, start: Tensor) -> Tensor:
+        """The start moved into ball and box; pixels (L2, L1: samples) that are inside keep their bits."""
+        lo, hi = self.bounds
+        start = torch.empty_like(self.x).copy_(start)
+        inside = self.nearest_(start.clone())
+        moved = (inside - start).abs()
+        if self.norm != "linf":
+            moved = rowwise(moved.flatten(1).amax(1), start)
+        return torch.where(moved > 1e-6 * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
+
+    def random_start(self, seed: int, stream: int, sample_ids: Tensor | None, on_sphere: bool = False) -> Tensor:
+        """A start that depends on seed, stream (below 2^31) and a sample's id alone.
+
+        Uniform in the Linf ball; in L2 a uniform direction and a radius uniform in [0, eps); in L1 Gaussian noise of
+        one pixel range's standard deviation, projected. on_sphere: noise stretched until it touches the ball's surface
+        (Linf, L2).
+        """
+        lo, hi = self.bounds
+        if self.norm == "linf" and not on_sphere:
+            return ops.uniform_start(
+                self.x, self.eps, sample_ids, seed, lo, hi, stream=2 * stream, strict_eps=self.strict_eps
+            )
+        zeros = torch.zeros_like(self.x, memory_format=torch.contiguous_format)
+        uniform = ops.uniform_start(zeros, 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * stream)
+        if self.norm == "linf":
+            largest = uniform.abs().flatten(1).amax(1).clamp(min=1e-12)
+            return self.project(self.x + uniform * rowwise(self.eps / largest, self.x))
+        # A normal direction by the inverse error function, from the same counter-based uniform numbers as for Linf.
+        edge = 1 - torch.finfo(torch.float32).eps
+        normal = torch.erfinv(uniform.clamp(-edge, edge))
+        if self.norm == "l1":
+            return self.project(self.x + (hi - lo) * 2**0.5 * normal)
+        length = self.eps / normal.flatten(1).norm(dim=1)
+        if not on_sphere:
+            one = ops.uniform_start(zeros.flatten(1)[:, :1], 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * stream + 1)
+            length = length * (one.squeeze(1) + 1) / 2
+        return self.project(self.x + normal * rowwise(length, self.x))
+
+
+def rowwise(value: Tensor, x: Tensor) -> Tensor:
+    """value [B] in a shape that broadcasts against x [B, ...]."""
+    return value.view(-1, *[1] * (x.dim() - 1))

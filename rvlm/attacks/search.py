@@ -1,0 +1,237 @@
+"""The frame of every attack in a ball: checks, a frozen model, starts, runs, and the best run of each sample.
+
+    for every target class, for every restart:   start -> run -> kept iterate and its scores
+    merged per sample: the run that fools the model wins, then the one with the better loss
+
+An attack is a run: a callable that takes a start to the iterate that it keeps. What else makes an attack stands here
+once.
+"""
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rvlm import ops
+from rvlm.attacks.ball import NORMS, Ball
+from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
+from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
+from rvlm.attacks.losses import AIMED
+from rvlm.attacks.objective import AttackResult, Objective, Scores
+
+__all__ = ["Attack", "Kept", "Run", "check_choices", "check_count", "search"]
+
+
+@dataclasses.dataclass
+class Kept:
+    """The iterate that a run returns so far, with its scores (None while nobody has asked for them)."""
+
+    x_adv: Tensor
+    scores: Scores | None
+
+    @property
+    def fooled(self) -> Tensor | None:
+        return None if self.scores is None else self.scores.fooled
+
+    def take(self, rows: Tensor, x_adv: Tensor, scores: Scores) -> None:
+        """Replaces the rows that are True."""
+        ops.keep_best_(self.x_adv, x_adv, rows)
+        old = self.scores
+        self.scores = Scores(
+            torch.where(rows, scores.loss, old.loss),
+            None if scores.fooled is None else torch.where(rows, scores.fooled, old.fooled),
+            None if scores.pred is None else torch.where(rows, scores.pred, old.pred),
+        )
+
+    def at(self, rows: Tensor) -> "Kept":
+        return Kept(self.x_adv[rows], self.scores.at(rows))
+
+    def put(self, rows: Tensor, part: "Kept") -> None:
+        """Replaces the rows of that index by a part's."""
+        self.x_adv[rows] = part.x_adv
+        self.scores.put(rows, part.scores)
+
+    def merge(self, other: "Kept", objective: Objective) -> "Kept":
+        """The better of two runs, per sample: success first, then loss."""
+        rows = objective.better(other.scores.loss, self.scores.loss)
+        if self.fooled is not None:
+            rows = torch.where(self.fooled == other.fooled, rows, other.fooled)
+        self.take(rows, other.x_adv, other.scores)
+        return self
+
+
+class Run(Protocol):
+    """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took."""
+
+    def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool) -> tuple[Kept, Tensor]: ...
+
+
+def search(
+    name: str,
+    run: Run,
+    model: Callable[[Tensor], Any],
+    x: Tensor,
+    y: Any,
+    *,
+    eps: float | Tensor,
+    norm: str,
+    loss: str | Callable[[Any, Any], Tensor],
+    bounds: tuple[float, float],
+    targeted: bool = False,
+    targets: int | None = None,
+    random_start: bool = True,
+    on_sphere: bool = False,
+    restarts: int = 1,
+    x_init: Tensor | None = None,
+    survivors: bool = False,
+    generator: torch.Generator | None = None,
+    sample_ids: Tensor | None = None,
+    precision: str | None = None,
+    strict_eps: bool = False,
+    quantize: int | None = None,
+    model_mode: str = "eval",
+    engine: str = "auto",
+    eot: int = 1,
+    return_info: bool = False,
+) -> Tensor | AttackResult:
+    """Runs an attack; the arguments that `pgd` has too mean what they mean there.
+
+    Args:
+        name: of the attack, for messages.
+        run: see Run.
+        targets: repeat all restarts for each of that many classes, the likeliest wrong ones on x first.
+        on_sphere: random starts touch the ball's surface.
+        survivors: a later run is for the samples that no earlier one has fooled.
+        eot: gradients of each iterate, averaged.
+    """
+    check_choices(norm=(norm, NORMS), precision=(precision, (None, "fp32", "bf16")))
+    check_choices(model_mode=(model_mode, MODEL_MODES), engine=(engine, ("auto", "eager", "compile")))
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
+    check_images(x, bounds)
+    check_radius("eps", eps, len(x), norm, bounds)
+    check_count("restarts", restarts, 1)
+    check_count("eot", eot, 1)
+    if loss in AIMED and (targets is None or targeted):
+        raise ValueError(f"{name} does not take loss={loss!r}, which aims at several classes: use apgd, untargeted")
+    if restarts > 1 and not random_start:
+        raise ValueError("restarts > 1 repeat the same run without random_start=True")
+    if x_init is not None and (x_init.shape != x.shape or x_init.dtype != x.dtype):
+        raise ValueError(f"x_init must be like x, {list(x.shape)} {x.dtype}, got {list(x_init.shape)} {x_init.dtype}")
+    if quantize is not None and len(x):
+        check_grid(x, quantize, strict_eps)
+    if len(x) == 0:
+        warnings.warn(f"{name} got an empty batch and returns it unchanged", AttackWarning, stacklevel=3)
+        return _empty_result(x) if return_info else x.detach().clone()
+
+    with untouched(model, model_mode, compiled=engine == "compile"), torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone() if x.is_inference() else x.detach()
+        call = torch.compile(model, dynamic=False) if engine == "compile" else model
+        ball = Ball(x, eps, norm, bounds, strict_eps, quantize)
+        runs = restarts * (targets or 1)
+        draws = random_start and (x_init is None or runs > 1)
+        chosen: Kept | None = None
+        steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        with arithmetic(model, x.device, precision), _seed(generator, draws) as seed:
+            objective = Objective(call, x, y, loss, targeted, eot)
+            if survivors and objective.labels is None:
+                raise ValueError("early_stop='freeze' needs labels or targets y: int64 [B]")
+            aims = None if targets is None else objective.runners_up(x, targets)
+            ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+            for number in range(runs):
+                rows = None
+                if survivors and chosen is not None:
+                    left = (~chosen.fooled).nonzero().flatten()
+                    if not len(left):
+                        break
+                    if len(left) < len(x) and objective.named and engine != "compile":
+                        rows = left  # not under torch.compile, which would compile for each number of samples
+                part = ball.at(rows)
+                if aims is not None:
+                    objective.target = aims[:, number // restarts]
+                if x_init is not None and number == 0:
+                    start = part.project(x_init.detach())
+                elif random_start:
+                    start = part.random_start(seed, number, ids if rows is None else ids[rows], on_sphere)
+                else:
+                    start = part.x.clone()
+                scored = return_info or runs > 1
+                kept, steps = run(objective if rows is None else objective.at(rows), part, start, scored)
+                if rows is None:
+                    steps_used += steps
+                    chosen = kept if chosen is None else chosen.merge(kept, objective)
+                else:
+                    steps_used[rows] += steps
+                    chosen.put(rows, chosen.at(rows).merge(kept, objective))
+        if not return_info:
+            return chosen.x_adv
+        verdict = chosen.scores
+        if precision is not None:
+            verdict = objective.score(chosen.x_adv)  # reference precision
+        counts = objective.count.forwards, objective.count.backwards
+        return AttackResult(chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts)
+
+
+class Attack:
+    """Base of the classes: a function's settings fixed, `PGD(model, eps=4/255)(x, y)`.
+
+    Takes every keyword of the function, with the same defaults, as attributes that may be changed later. A call may
+    override them: `attack(x, y, steps=100)`.
+    """
+
+    function: Callable
+
+    def __init_subclass__(cls) -> None:
+        parameters = inspect.signature(cls.function).parameters.items()
+        cls.defaults = {name: p.default for name, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def __init__(self, model: Callable[[Tensor], Any], **settings: Any) -> None:
+        self.model = model
+        unknown = set(settings) - set(self.defaults)
+        if unknown:
+            name, known = type(self).__name__, ", ".join(self.defaults)
+            raise TypeError(f"unknown argument(s) {', '.join(sorted(unknown))}; {name} takes {known}")
+        self.__dict__.update(self.defaults | settings)
+
+    def __call__(self, x: Tensor, y: Any = None, **overrides: Any) -> Tensor | AttackResult:
+        settings = {name: getattr(self, name) for name in self.defaults}
+        return type(self).function(self.model, x, y, **(settings | overrides))
+
+    def __repr__(self) -> str:
+        changed = [f"{k}={getattr(self, k)!r}" for k, usual in self.defaults.items() if getattr(self, k) is not usual]
+        return f"{type(self).__name__}({', '.join([type(self.model).__name__, *changed])})"
+
+
+def check_choices(**given: tuple[Any, tuple]) -> None:
+    """Raises unless each value is among those allowed: check_choices(norm=(norm, NORMS))."""
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+@contextmanager
+def _seed(generator: torch.Generator | None, draws: bool) -> Iterator[int | None]:
+    """One 64-bit seed from the generator, which an error in the block winds back."""
+    source = torch.default_generator if generator is None else generator
+    state = source.get_state() if draws else None
+    try:
+        yield int(torch.randint(-(2**63), 2**63 - 1, (), generator=source, device=source.device)) if draws else None
+    except BaseException:
+        if draws:
+            source.set_state(state)
+        raise
+
+
+def _empty_result(x: Tensor) -> AttackResult:
+    none = torch.zeros(0, dtype=torch.int64, device=x.device)
+    return AttackResult(x.detach().clone(), none.bool(), none.to(x.dtype), none, none.clone(), 0, 0)
