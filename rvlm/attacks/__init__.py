@@ -7,6 +7,7 @@ Every attack is a function and a class of the same name in capitals (`pgd`, `PGD
 promise about the model, the random numbers and the ball, is in `rvlm.attacks.contract`.
 """
 
+from rvlm.attacks.apgd import APGD, apgd
 from rvlm.attacks.checks import AttackWarning
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.fgsm import FGSM, fgsm
@@ -14,4 +15,4 @@ from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import PGD, pgd
 
-__all__ = ["FGSM", "LOSSES", "PGD", "AttackResult", "AttackWarning", "fgsm", "pgd", "scoring"]
+__all__ = ["APGD", "FGSM", "LOSSES", "PGD", "AttackResult", "AttackWarning", "apgd", "fgsm", "pgd", "scoring"]

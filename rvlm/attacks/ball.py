@@ -37,6 +37,14 @@ class Ball:
         part.rows = rows
         return part
 
+    def scaled(self, factor: float) -> "Ball":
+        """Balls with other radii around the same images."""
+        if factor == 1:
+            return self
+        part = Ball(self.x, factor * self.radius, self.norm, self.bounds, self.strict_eps, self.quantize)
+        part.rows = self.rows
+        return part
+
     def per_sample(self, value: float | Tensor) -> Tensor:
         """A float, or a tensor over the whole batch, as one or B elements like x for these samples."""
         value = torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device).reshape(-1)

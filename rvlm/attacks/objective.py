@@ -149,14 +149,15 @@ class Objective:
             raise ValueError(f"the model must return logits [{len(x)}, C], got {got}")
         return output if output.dtype == torch.float64 else output.float()
 
-    def runners_up(self, x: Tensor, most: int) -> Tensor:
-        """The `most` likeliest classes on x that are not the label, likeliest first: int64 [B, most]."""
+    def runners_up(self, x: Tensor, most: int | None) -> Tensor:
+        """The likeliest classes on x that are not the label, likeliest first: int64 [B, most]; None: nine, or all."""
         logits = self.logits(x)
         classes = logits.shape[1]
+        most = min(9, classes - 1) if most is None else most
         if most >= classes:
             raise ValueError(f"targets={most} needs more than {most} classes, the model has {classes}")
         self._check_range(classes)
-        order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(1, descending=True, stable=True)
+        order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order[:, :most]
 
     def _gradient(self, x: Tensor) -> tuple[Scores, Tensor]:

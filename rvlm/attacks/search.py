@@ -86,6 +86,7 @@ def search(
     targets: int | None = None,
     random_start: bool = True,
     on_sphere: bool = False,
+    start_scale: float = 1.0,
     restarts: int = 1,
     x_init: Tensor | None = None,
     survivors: bool = False,
@@ -104,8 +105,10 @@ def search(
     Args:
         name: of the attack, for messages.
         run: see Run.
-        targets: repeat all restarts for each of that many classes, the likeliest wrong ones on x first.
+        targets: with a loss that aims at classes, how many: all restarts are repeated for each of the likeliest wrong
+            ones on x. None: nine, or all of them.
         on_sphere: random starts touch the ball's surface.
+        start_scale: starts lie in a ball that many times as large.
         survivors: a later run is for the samples that no earlier one has fooled.
         eot: gradients of each iterate, averaged.
     """
@@ -117,8 +120,11 @@ def search(
     check_radius("eps", eps, len(x), norm, bounds)
     check_count("restarts", restarts, 1)
     check_count("eot", eot, 1)
-    if loss in AIMED and (targets is None or targeted):
-        raise ValueError(f"{name} does not take loss={loss!r}, which aims at several classes: use apgd, untargeted")
+    aimed = isinstance(loss, str) and loss in AIMED
+    if aimed and (targeted or name != "apgd"):
+        raise ValueError(f"loss={loss!r} aims at one wrong class after another: for untargeted apgd only")
+    if targets is not None and not aimed:
+        raise ValueError(f"targets={targets} needs a loss that aims at classes, {' or '.join(map(repr, AIMED))}")
     if restarts > 1 and not random_start:
         raise ValueError("restarts > 1 repeat the same run without random_start=True")
     if x_init is not None and (x_init.shape != x.shape or x_init.dtype != x.dtype):
@@ -133,15 +139,15 @@ def search(
         x = x.detach().clone() if x.is_inference() else x.detach()
         call = torch.compile(model, dynamic=False) if engine == "compile" else model
         ball = Ball(x, eps, norm, bounds, strict_eps, quantize)
-        runs = restarts * (targets or 1)
-        draws = random_start and (x_init is None or runs > 1)
+        draws = random_start and (x_init is None or restarts > 1 or aimed)
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         with arithmetic(model, x.device, precision), _seed(generator, draws) as seed:
             objective = Objective(call, x, y, loss, targeted, eot)
             if survivors and objective.labels is None:
                 raise ValueError("early_stop='freeze' needs labels or targets y: int64 [B]")
-            aims = None if targets is None else objective.runners_up(x, targets)
+            aims = objective.runners_up(x, targets) if aimed else None
+            runs = restarts * (aims.shape[1] if aimed else 1)
             ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
             for number in range(runs):
                 rows = None
@@ -152,12 +158,13 @@ def search(
                     if len(left) < len(x) and objective.named and engine != "compile":
                         rows = left  # not under torch.compile, which would compile for each number of samples
                 part = ball.at(rows)
-                if aims is not None:
+                around = part.scaled(start_scale)
+                if aimed:
                     objective.target = aims[:, number // restarts]
                 if x_init is not None and number == 0:
-                    start = part.project(x_init.detach())
+                    start = around.project(x_init.detach())
                 elif random_start:
-                    start = part.random_start(seed, number, ids if rows is None else ids[rows], on_sphere)
+                    start = around.random_start(seed, number, ids if rows is None else ids[rows], on_sphere)
                 else:
                     start = part.x.clone()
                 scored = return_info or runs > 1
