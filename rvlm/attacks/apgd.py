@@ -117,7 +117,7 @@ class _AutoSteps:
     def __init__(self, steps: int, rho: float, best: str, larger_eps: bool, callback) -> None:
         self.steps, self.rho, self.best, self.larger_eps, self.callback = steps, rho, best, larger_eps, callback
 
-    def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool) -> tuple[Kept, Tensor]:
+    def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         used = torch.full((len(start),), self.steps, device=start.device)
         if not self.larger_eps:
             best, adversarial = self._run(objective, ball, start, self.steps, _rule(ball, objective, self))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rvlm import ops
 
-__all__ = ["NORMS", "Ball", "rowwise"]
+__all__ = ["NORMS", "Ball", "Noise", "rowwise"]
 
 _STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 NORMS = tuple(_STEPS)
@@ -78,20 +78,17 @@ class Ball:
             moved = rowwise(moved.flatten(1).amax(1), start)
         return torch.where(moved > 1e-6 * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
 
-    def random_start(self, seed: int, stream: int, sample_ids: Tensor | None, on_sphere: bool = False) -> Tensor:
-        """A start that depends on seed, stream (below 2^31) and a sample's id alone.
+    def random_start(self, noise: "Noise", on_sphere: bool = False) -> Tensor:
+        """A start that is uniform in the Linf ball, in L2 has a uniform direction and a radius uniform in [0, eps), and
+        in L1 is Gaussian noise of one pixel range's standard deviation, projected.
 
-        Uniform in the Linf ball; in L2 a uniform direction and a radius uniform in [0, eps); in L1 Gaussian noise of
-        one pixel range's standard deviation, projected. on_sphere: noise stretched until it touches the ball's surface
-        (Linf, L2).
+        on_sphere: the noise is stretched until it touches the ball's surface (Linf, L2).
         """
         lo, hi = self.bounds
         if self.norm == "linf" and not on_sphere:
-            return ops.uniform_start(
-                self.x, self.eps, sample_ids, seed, lo, hi, stream=2 * stream, strict_eps=self.strict_eps
-            )
+            return noise.around(self.x, self.eps, lo, hi, strict_eps=self.strict_eps)
         zeros = torch.zeros_like(self.x, memory_format=torch.contiguous_format)
-        uniform = ops.uniform_start(zeros, 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * stream)
+        uniform = noise.around(zeros)
         if self.norm == "linf":
             largest = uniform.abs().flatten(1).amax(1).clamp(min=1e-12)
             return self.project(self.x + uniform * rowwise(self.eps / largest, self.x))
@@ -102,9 +99,29 @@ class Ball:
             return self.project(self.x + (hi - lo) * 2**0.5 * normal)
         length = self.eps / normal.flatten(1).norm(dim=1)
         if not on_sphere:
-            one = ops.uniform_start(zeros.flatten(1)[:, :1], 1.0, sample_ids, seed, -1.0, 1.0, stream=2 * stream + 1)
-            length = length * (one.squeeze(1) + 1) / 2
+            length = length * (noise.around(zeros.flatten(1)[:, :1], draw=1).squeeze(1) + 1) / 2
         return self.project(self.x + normal * rowwise(length, self.x))
+
+
+class Noise:
+    """Random numbers that depend on a seed, the number of a run and a sample's id alone (`ops.uniform_start`).
+
+    Args:
+        seed: 64 bits.
+        run: number of the run, below 2048.
+        sample_ids: int64 [B].
+    """
+
+    def __init__(self, seed: int, run: int, sample_ids: Tensor) -> None:
+        self.seed, self.run, self.sample_ids = seed, run, sample_ids
+
+    def at(self, rows: Tensor | None) -> "Noise":
+        return self if rows is None else Noise(self.seed, self.run, self.sample_ids[rows])
+
+    def around(self, x: Tensor, radius=1.0, lo=-1.0, hi=1.0, draw: int = 0, **more) -> Tensor:
+        """x plus numbers uniform in [-radius, radius), cut to [lo, hi]; each draw (below 2^20) has its own numbers."""
+        stream = 2 * self.run + draw if draw < 2 else 2**31 + self.run * 2**20 + draw
+        return ops.uniform_start(x, radius, self.sample_ids, self.seed, lo, hi, stream=stream, **more)
 
 
 def rowwise(value: Tensor, x: Tensor) -> Tensor:

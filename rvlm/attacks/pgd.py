@@ -119,7 +119,7 @@ class _Steps:
     def __init__(self, alpha, steps, best, early_stop, callback) -> None:
         self.alpha, self.steps, self.best, self.early_stop, self.callback = alpha, steps, best, early_stop, callback
 
-    def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool) -> tuple[Kept, Tensor]:
+    def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         kept: Kept | None = None
         alpha = ball.per_sample(2.5 * ball.radius / max(self.steps, 1) if self.alpha is None else self.alpha)
         alpha = -alpha if objective.targeted else alpha

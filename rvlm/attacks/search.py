@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from rvlm import ops
-from rvlm.attacks.ball import NORMS, Ball
+from rvlm.attacks.ball import NORMS, Ball, Noise
 from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
 from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 
 __all__ = ["Attack", "Kept", "Run", "check_choices", "check_count", "search"]
+
+MAX_RUNS = 2048  # that have noise of their own
 
 
 @dataclasses.dataclass
@@ -66,9 +68,14 @@ class Kept:
 
 
 class Run(Protocol):
-    """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took."""
+    """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took.
 
-    def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool) -> tuple[Kept, Tensor]: ...
+    scored: the scores of what it keeps are needed. noise: None for an attack that draws nothing.
+    """
+
+    def __call__(
+        self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise: Noise | None
+    ) -> tuple[Kept, Tensor]: ...
 
 
 def search(
@@ -85,6 +92,7 @@ def search(
     targeted: bool = False,
     targets: int | None = None,
     random_start: bool = True,
+    own_start: bool = False,
     on_sphere: bool = False,
     start_scale: float = 1.0,
     restarts: int = 1,
@@ -107,6 +115,7 @@ def search(
         run: see Run.
         targets: with a loss that aims at classes, how many: all restarts are repeated for each of the likeliest wrong
             ones on x. None: nine, or all of them.
+        own_start: a run is handed x, and makes its own random start from the noise.
         on_sphere: random starts touch the ball's surface.
         start_scale: starts lie in a ball that many times as large.
         survivors: a later run is for the samples that no earlier one has fooled.
@@ -148,6 +157,8 @@ def search(
                 raise ValueError("early_stop='freeze' needs labels or targets y: int64 [B]")
             aims = objective.runners_up(x, targets) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
+            if runs > MAX_RUNS:
+                raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
             ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
             for number in range(runs):
                 rows = None
@@ -161,14 +172,15 @@ def search(
                 around = part.scaled(start_scale)
                 if aimed:
                     objective.target = aims[:, number // restarts]
+                noise = Noise(seed, number, ids if rows is None else ids[rows]) if draws else None
                 if x_init is not None and number == 0:
                     start = around.project(x_init.detach())
-                elif random_start:
-                    start = around.random_start(seed, number, ids if rows is None else ids[rows], on_sphere)
+                elif random_start and not own_start:
+                    start = around.random_start(noise, on_sphere)
                 else:
                     start = part.x.clone()
                 scored = return_info or runs > 1
-                kept, steps = run(objective if rows is None else objective.at(rows), part, start, scored)
+                kept, steps = run(objective if rows is None else objective.at(rows), part, start, scored, noise)
                 if rows is None:
                     steps_used += steps
                     chosen = kept if chosen is None else chosen.merge(kept, objective)
