@@ -14,5 +14,19 @@ from rvlm.attacks.fgsm import FGSM, fgsm
 from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import PGD, pgd
+from rvlm.attacks.square import Square, square
 
-__all__ = ["APGD", "FGSM", "LOSSES", "PGD", "AttackResult", "AttackWarning", "apgd", "fgsm", "pgd", "scoring"]
+__all__ = [
+    "APGD",
+    "FGSM",
+    "LOSSES",
+    "PGD",
+    "AttackResult",
+    "AttackWarning",
+    "Square",
+    "apgd",
+    "fgsm",
+    "pgd",
+    "scoring",
+    "square",
+]
