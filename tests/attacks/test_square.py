@@ -75,7 +75,7 @@ def test_the_proposals_are_autoattacks(images, monkeypatch, norm, loss, rescale)
     monkeypatch.setattr(Noise, "around", around)
     found = square(ours, x, y, eps=EPS[norm], norm=norm, queries=150, loss=loss, rescale=rescale, return_info=True)
     # A small window that was cleared before holds rounding errors, which the original divides by 1e-12.
-    close = 1e-5 if rescale and norm != "linf" else 1e-9
+    close = 1e-4 if rescale and norm != "linf" else 1e-9
     assert len(ours.seen) == len(theirs.seen) and (len(theirs.seen) > 100 or found.success.all())
     for mine, wanted in zip(ours.seen, theirs.seen, strict=True):
         assert mine.shape == wanted.shape and (mine - wanted).abs().max() < close
