@@ -10,6 +10,7 @@ promise about the model, the random numbers and the ball, is in `rvlm.attacks.co
 from rvlm.attacks.apgd import APGD, apgd
 from rvlm.attacks.checks import AttackWarning
 from rvlm.attacks.contract import scoring
+from rvlm.attacks.fab import FAB, fab
 from rvlm.attacks.fgsm import FGSM, fgsm
 from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.objective import AttackResult
@@ -18,6 +19,7 @@ from rvlm.attacks.square import Square, square
 
 __all__ = [
     "APGD",
+    "FAB",
     "FGSM",
     "LOSSES",
     "PGD",
@@ -25,6 +27,7 @@ __all__ = [
     "AttackWarning",
     "Square",
     "apgd",
+    "fab",
     "fgsm",
     "pgd",
     "scoring",

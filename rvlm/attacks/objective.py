@@ -160,6 +160,25 @@ class Objective:
         order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order[:, :most]
 
+    def differences(self, x: Tensor, classes: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z_c - z_y [B, K] at x for classes [B, K], and the gradient of each column: a list of K tensors like x."""
+        leaf = x.detach().requires_grad_()
+        with profiling.phase("forward"):
+            output = self.model(leaf)
+        self.count.forwards += len(x)
+        if not output.requires_grad:
+            raise ValueError(NO_GRADIENT)
+        z = output if output.dtype == torch.float64 else output.float()
+        gaps = z.gather(1, classes) - z.gather(1, self.labels[:, None])
+        with profiling.phase("backward"):
+            last = gaps.shape[1] - 1
+            grads = [
+                torch.autograd.grad(gaps[:, k].sum(), leaf, retain_graph=k < last)[0].to(x.dtype)
+                for k in range(gaps.shape[1])
+            ]
+        self.count.backwards += len(grads) * len(x)
+        return gaps.detach().to(x.dtype), grads
+
     def _gradient(self, x: Tensor) -> tuple[Scores, Tensor]:
         leaf = x.detach().requires_grad_()
         if self.fused:
@@ -168,10 +187,7 @@ class Objective:
             scores = self._evaluate(leaf)
             output, of_output = scores.loss, torch.ones_like(scores.loss)
         if not output.requires_grad:
-            raise ValueError(
-                "the loss does not depend on the images: the model's output carries no gradient. Remove detach(), "
-                "no_grad(), .data, numpy or argmax from the model's forward pass."
-            )
+            raise ValueError(NO_GRADIENT)
         with profiling.phase("backward"):
             (grad,) = torch.autograd.grad(output, leaf, of_output, allow_unused=True)
         if grad is None:
@@ -277,6 +293,12 @@ class Objective:
                 AttackWarning,
                 stacklevel=2,
             )
+
+
+NO_GRADIENT = (
+    "the loss does not depend on the images: the model's output carries no gradient. Remove detach(), no_grad(), "
+    ".data, numpy or argmax from the model's forward pass."
+)
 
 
 def _mean(draws: list[Scores]) -> Scores:

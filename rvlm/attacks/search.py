@@ -130,7 +130,7 @@ def search(
     check_count("restarts", restarts, 1)
     check_count("eot", eot, 1)
     aimed = isinstance(loss, str) and loss in AIMED
-    if aimed and (targeted or name != "apgd"):
+    if aimed and (targeted or name not in ("apgd", "fab")):
         raise ValueError(f"loss={loss!r} aims at one wrong class after another: for untargeted apgd only")
     if targets is not None and not aimed:
         raise ValueError(f"targets={targets} needs a loss that aims at classes, {' or '.join(map(repr, AIMED))}")
