@@ -8,6 +8,7 @@ promise about the model, the random numbers and the ball, is in `rvlm.attacks.co
 """
 
 from rvlm.attacks.apgd import APGD, apgd
+from rvlm.attacks.autoattack import AutoAttack, AutoAttackResult, autoattack
 from rvlm.attacks.checks import AttackWarning
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.fab import FAB, fab
@@ -25,8 +26,11 @@ __all__ = [
     "PGD",
     "AttackResult",
     "AttackWarning",
+    "AutoAttack",
+    "AutoAttackResult",
     "Square",
     "apgd",
+    "autoattack",
     "fab",
     "fgsm",
     "pgd",

@@ -81,6 +81,7 @@ class Objective:
     Attributes:
         target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
         count: images so far.
+        seen_classes: of the model's outputs, once it has been asked.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Objective:
         eot: int = 1,
     ) -> None:
         self.model, self.targeted, self.batch, self.eot = model, targeted, len(x), eot
-        self.count, self.target = Count(), None
+        self.count, self.target, self.seen_classes = Count(), None, 0
         self._seen_output = False
         self.named = isinstance(loss, str)
         if self.named and loss not in LOSSES and loss not in AIMED:
@@ -276,7 +277,7 @@ class Objective:
 
     def _first_look(self, logits: Tensor) -> None:
         """Warnings about the model's output, once per attack."""
-        self._seen_output = True
+        self._seen_output, self.seen_classes = True, logits.shape[1]
         broken = (logits.isnan() | (logits == torch.inf)).any(1)  # -inf is a masked class, and fine
         if broken.any():
             bad = broken.sum().item()

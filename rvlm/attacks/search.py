@@ -24,7 +24,7 @@ from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 
-__all__ = ["Attack", "Kept", "Run", "check_choices", "check_count", "search"]
+__all__ = ["Attack", "Kept", "Run", "check_choices", "check_count", "drawn_seed", "empty_result", "search"]
 
 MAX_RUNS = 2048  # that have noise of their own
 
@@ -142,7 +142,7 @@ def search(
         check_grid(x, quantize, strict_eps)
     if len(x) == 0:
         warnings.warn(f"{name} got an empty batch and returns it unchanged", AttackWarning, stacklevel=3)
-        return _empty_result(x) if return_info else x.detach().clone()
+        return empty_result(x) if return_info else x.detach().clone()
 
     with untouched(model, model_mode, compiled=engine == "compile"), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
@@ -151,7 +151,7 @@ def search(
         draws = random_start and (x_init is None or restarts > 1 or aimed)
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        with arithmetic(model, x.device, precision), _seed(generator, draws) as seed:
+        with arithmetic(model, x.device, precision), drawn_seed(generator, draws) as seed:
             objective = Objective(call, x, y, loss, targeted, eot)
             if survivors and objective.labels is None:
                 raise ValueError("early_stop='freeze' needs labels or targets y: int64 [B]")
@@ -239,7 +239,7 @@ def check_count(name: str, value: int, least: int) -> None:
 
 
 @contextmanager
-def _seed(generator: torch.Generator | None, draws: bool) -> Iterator[int | None]:
+def drawn_seed(generator: torch.Generator | None, draws: bool) -> Iterator[int | None]:
     """One 64-bit seed from the generator, which an error in the block winds back."""
     source = torch.default_generator if generator is None else generator
     state = source.get_state() if draws else None
@@ -251,6 +251,6 @@ def _seed(generator: torch.Generator | None, draws: bool) -> Iterator[int | None
         raise
 
 
-def _empty_result(x: Tensor) -> AttackResult:
+def empty_result(x: Tensor) -> AttackResult:
     none = torch.zeros(0, dtype=torch.int64, device=x.device)
     return AttackResult(x.detach().clone(), none.bool(), none.to(x.dtype), none, none.clone(), 0, 0)

@@ -5,49 +5,20 @@ images are scored on the classifier. A sample is robust if it is classified corr
 """
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rvlm.attacks import pgd, scoring
+from rvlm.attacks import scoring
 from rvlm.attacks.losses import margin
+from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
 from rvlm.units import Eps
 
-__all__ = ["AttackSpec", "Evaluation", "evaluate", "parse_attack"]
-
-
-@dataclasses.dataclass(frozen=True)
-class AttackSpec:
-    """One stage of an evaluation: one run of PGD with these settings. `restart` numbers its random start."""
-
-    name: str
-    loss: str = "ce"
-    steps: int = 10
-    random_start: bool = True
-    restart: int = 0
-
-
-def parse_attack(text: str) -> list[AttackSpec]:
-    """Stages of an attack by name.
-
-    "fgsm"; "pgd-10": PGD, 10 steps, cross-entropy; "pgd-50x3": PGD, 50 steps, 3 random starts on cross-entropy and then
-    3 on the margin loss, each on what the ones before left. Step size is 2.5 eps / steps.
-    """
-    if text == "fgsm":
-        return [AttackSpec("fgsm", steps=1, random_start=False)]
-    match = re.fullmatch(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise ValueError(f"unknown attack {text!r}: expected fgsm, pgd-STEPS or pgd-STEPSxRESTARTS, such as pgd-50x3")
-    steps, restarts = int(match[1]), int(match[2] or 1)
-    if match[2] is None:
-        return [AttackSpec(text, steps=steps)]
-    starts = [(loss, k) for loss in ("ce", "margin") for k in range(restarts)]
-    return [AttackSpec(f"pgd-{steps}-{loss}-{k + 1}", loss, steps, restart=k) for loss, k in starts]
+__all__ = ["Evaluation", "evaluate", "parse_attack"]
 
 
 @dataclasses.dataclass
@@ -55,6 +26,7 @@ class Evaluation:
     """What `evaluate` found: per-sample tensors [N], and what was spent. Rates are properties.
 
     Attributes:
+        refused: sentences on stages that the number of classes rules out.
         resolution: [H, W] of the images that were attacked; the model may resize them in its graph.
         index, y: sample numbers and labels.
         pred_clean, pred_adv: predicted classes, -1 where the logits are NaN; pred_adv equals pred_clean where no stage
@@ -67,7 +39,8 @@ class Evaluation:
     """
 
     attack: str
-    stages: list[AttackSpec]
+    stages: list[Stage]
+    refused: list[str]
     eps: Eps
     norm: str
     target: str
@@ -135,7 +108,7 @@ def evaluate(
     Args:
         classifier: pixels [B, 3, H, W] in [0, 1] -> logits [B, C].
         data: what to evaluate on.
-        attack: see `parse_attack`.
+        attack: name of an attack or several, "pgd-10", "autoattack", "apgd-ce,apgd-t"; see `rvlm.attacks.stages`.
         eps: radius in pixel units, "8/255" or 0.031.
         norm: "linf", "l2" or "l1".
         source: craft the images on this classifier instead (transfer).
@@ -150,22 +123,24 @@ def evaluate(
     """
     if not len(data):
         raise ValueError(f"{data.name} has no samples to evaluate")
-    stages, eps = parse_attack(attack), Eps(eps).check(norm)
+    stages, eps = parse_attack(attack, norm), Eps(eps).check(norm)
     began, n = time.perf_counter(), len(data)
     none, target = torch.full((n,), -1), "white-box" if source is None else "transfer"
     result = Evaluation(
-        attack, stages, eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]), data.index,
-        data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
+        attack, stages, [], eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]),
+        data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
         linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
         forwards=0, backwards=0, seconds=0.0,
     )  # fmt: skip
     nonfinite, over, outside, disagreements, images = 0, 0.0, 0.0, 0, []
-    with _bar(progress, n * (1 + sum(stage.steps for stage in stages)), attack) as bar:
+    classes = len(data.class_names)
+    with _bar(progress, n * (1 + sum(stage.cost(classes) for stage in stages)), attack) as bar:
         for rows in torch.arange(n).split(batch_size):
             x, y, _ = data.batch(rows)
             if keep_images:
                 images.append(x)
             logits = _logits(classifier, x.to(device), len(data.class_names))
+            classes = logits.shape[1]
             result.forwards += len(rows)
             pred, broken = _predictions(logits)
             nonfinite += broken
@@ -176,28 +151,24 @@ def evaluate(
         result.pred_adv = result.pred_clean.clone()
         if keep_images:
             result.x_adv = torch.cat(images)
-        for number, stage in enumerate(stages):
+        result.stages, result.refused = usable(stages, classes)
+        for number, stage in enumerate(result.stages):
+            cost = stage.cost(classes)
             survivors = (result.broken_by == -1).nonzero().flatten()
-            bar.total -= (n - len(survivors)) * stage.steps
+            bar.total -= (n - len(survivors)) * cost
             for rows in survivors.split(batch_size) if len(survivors) else ():  # split gives one empty chunk of none
                 x, y, index = data.batch(rows)
-                found = pgd(
+                found = stage(
                     source or classifier,
                     x.to(device),
                     y.to(device),
+                    transfer=source is not None,
                     eps=float(eps),
-                    steps=stage.steps,
                     norm=norm,
-                    loss=stage.loss,
-                    random_start=stage.random_start,
-                    # In transfer the source's verdict decides nothing: its last iterate is what travels.
-                    best="adv" if source is None else "last",
-                    early_stop="freeze" if source is None else None,
                     # One seed per restart; stages that differ in the loss alone start from the same points.
                     generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
                     sample_ids=index,
                     quantize=quantize,
-                    return_info=True,
                 )
                 x_adv = found.x_adv.cpu()
                 logits = _logits(classifier, found.x_adv, len(data.class_names))
@@ -218,7 +189,7 @@ def evaluate(
                 result.broken_by[rows] = torch.where(fooled, number, -1)
                 if keep_images:
                     result.x_adv[rows] = x_adv
-                bar.update(len(rows) * stage.steps)
+                bar.update(len(rows) * cost)
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
     slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * x[0].numel()}[norm]  # half an ulp of every pixel
     result.checks = [

@@ -86,7 +86,8 @@ def write_evaluation(
         },
         "attack": {
             "name": evaluation.attack,
-            "stages": [vars(stage) for stage in evaluation.stages],
+            "stages": [stage.record() for stage in evaluation.stages],
+            "refused": evaluation.refused,
             "seed": evaluation.seed,
             "batch": evaluation.batch_size,
             "precision": "fp32",

@@ -95,10 +95,19 @@ def test_l2(data):
 
 
 def test_attack_names():
-    assert [(s.loss, s.steps, s.restart) for s in parse_attack("pgd-50x2")] == [
+    assert [(s.settings["loss"], s.settings["steps"], s.restart) for s in parse_attack("pgd-50x2")] == [
         ("ce", 50, 0), ("ce", 50, 1), ("margin", 50, 0), ("margin", 50, 1)]  # fmt: skip
-    assert parse_attack("fgsm")[0].random_start is False
-    for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattack", ""):
+    assert parse_attack("fgsm")[0].settings["random_start"] is False
+    assert [s.name for s in parse_attack("autoattack")] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    plus = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert [s.name for s in parse_attack("autoattack-plus")] == plus
+    assert [s.settings["eot"] for s in parse_attack("autoattack-rand")] == [20, 20]
+    both = parse_attack("apgd-ce-50, square-7")
+    assert [s.name for s in both] == ["apgd-ce-50", "square-7"] and both[1].settings == {"queries": 7}
+    in_l1 = [s.settings for s in parse_attack("autoattack", "l1")]
+    assert in_l1[0]["larger_eps"] and in_l1[0]["restarts"] == 5 and in_l1[1]["targets"] == 5
+    assert [s.cost(10) for s in parse_attack("autoattack")] == [100, 900, 1800, 5000]
+    for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattak", "", "pgd-3,", "square-0"):
         with pytest.raises(ValueError, match="expected fgsm, pgd-STEPS"):
             parse_attack(bad)
 
@@ -141,9 +150,8 @@ def test_records(data, tmp_path):
     }
     assert record["attack"]["stages"][0] == {
         "name": "pgd-10",
-        "loss": "ce",
-        "steps": 10,
-        "random_start": True,
+        "attack": "pgd",
+        "settings": {"alpha": None, "steps": 10, "targeted": False, "loss": "ce", "random_start": True, "restarts": 1},
         "restart": 0,
     }
     assert record["metrics"]["per_stage"] == {"pgd-10": 4} and record["data"]["fingerprint"] == data.fingerprint

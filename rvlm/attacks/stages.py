@@ -1,0 +1,144 @@
+"""Attacks by name, as a list of stages that each see what the ones before left.
+
+fgsm            one step of size eps
+pgd-N           PGD, N steps, cross-entropy
+pgd-NxR         PGD, N steps, R random starts on cross-entropy and then R on the margin loss
+apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square    each with the settings of AutoAttack; -N sets steps or queries,
+                as in apgd-ce-50 and square-1000
+autoattack      AutoAttack's standard version: apgd-ce, apgd-t, fab-t, square
+autoattack-plus, autoattack-rand    its other versions: 5 restarts and apgd-dlr and fab as well; only apgd-ce and
+                apgd-dlr with gradients averaged over 20 draws, for models that draw random numbers
+a,b,c           one after the other
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from rvlm.attacks.apgd import apgd
+from rvlm.attacks.fab import fab
+from rvlm.attacks.objective import AttackResult
+from rvlm.attacks.pgd import pgd
+from rvlm.attacks.square import square
+
+__all__ = ["Stage", "parse_attack", "usable"]
+
+FUNCTIONS = {"pgd": pgd, "apgd": apgd, "fab": fab, "square": square}
+COMMON = {
+    "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
+    "quantize", "model_mode", "engine", "callback", "return_info",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One attack with its settings.
+
+    Attributes:
+        name: of the stage.
+        attack: function, by its name.
+        settings: its keywords.
+        restart: numbers the random start of stages that are restarts of one attack.
+        classes: fewest classes that it needs.
+    """
+
+    name: str
+    attack: str
+    settings: dict[str, Any]
+    restart: int = 0
+    classes: int = 2
+
+    def __call__(self, model: Callable, x: Tensor, y: Tensor, *, transfer: bool = False, **more: Any) -> AttackResult:
+        """Runs it. transfer: the images will be scored on another model, so this model's verdict decides nothing."""
+        best = {}
+        if self.attack == "pgd":
+            best = {"best": "last"} if transfer else {"best": "adv", "early_stop": "freeze"}
+        elif self.attack == "apgd":
+            best = {"best": "loss" if transfer else "adv"}
+        return FUNCTIONS[self.attack](model, x, y, **best, **self.settings, **more, return_info=True)
+
+    def record(self) -> dict[str, Any]:
+        """Everything that decides what the stage does but the threat model, for a record."""
+        parameters = inspect.signature(FUNCTIONS[self.attack]).parameters.values()
+        usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in COMMON}
+        return {"name": self.name, "attack": self.attack, "settings": usual | self.settings, "restart": self.restart}
+
+    def cost(self, classes: int) -> int:
+        """Passes through the model, there and back or not, per image that is never fooled."""
+        runs = self.settings.get("restarts", 1)
+        if self.attack == "square":
+            return runs * self.settings["queries"]
+        aims = min(self.settings.get("targets") or 9, classes - 1)
+        if self.attack == "fab":
+            return runs * self.settings["steps"] * (2 * aims if self.settings["aimed"] else classes + 1)
+        if self.settings.get("loss") in ("dlr-targeted", "ce-targeted"):
+            runs *= aims
+        return runs * self.settings["steps"] * self.settings.get("eot", 1)
+
+
+def parse_attack(text: str, norm: str = "linf") -> list[Stage]:
+    """Stages of an attack by name; see the module.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    return [stage for part in text.split(",") for stage in _stages(part.strip(), norm)]
+
+
+def usable(stages: list[Stage], classes: int) -> tuple[list[Stage], list[str]]:
+    """The stages that a number of classes allows, and a sentence for each one that it does not.
+
+    Raises:
+        ValueError: no stage is left.
+    """
+    fit = [stage for stage in stages if stage.classes <= classes]
+    refused = [f"{s.name} needs {s.classes} classes, there are {classes}" for s in stages if s.classes > classes]
+    if not fit:
+        raise ValueError("; ".join(refused))
+    return fit, refused
+
+
+def _stages(name: str, norm: str) -> list[Stage]:
+    one, five = (5, 5) if norm == "l1" else (1, 5)
+    versions = {
+        "autoattack": [("apgd-ce", one), ("apgd-t", 1), ("fab-t", 1), ("square", 1)],
+        "autoattack-plus": [
+            ("apgd-ce", five), ("apgd-dlr", five), ("fab", five), ("square", 1), ("apgd-t", 1), ("fab-t", 1),
+        ],
+    }  # fmt: skip
+    if name in versions:
+        return [_named(part, norm, restarts, name == "autoattack") for part, restarts in versions[name]]
+    if name == "autoattack-rand":
+        rand = [_named(part, norm) for part in ("apgd-ce", "apgd-dlr")]
+        return [dataclasses.replace(stage, settings=stage.settings | {"eot": 20}) for stage in rand]
+    if name == "fgsm":
+        return [Stage("fgsm", "pgd", {"steps": 1, "random_start": False, "loss": "ce"})]
+    if match := re.fullmatch(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?", name):
+        steps = int(match[1])
+        if match[2] is None:
+            return [Stage(name, "pgd", {"steps": steps, "loss": "ce"})]
+        starts = [(loss, k) for loss in ("ce", "margin") for k in range(int(match[2]))]
+        return [Stage(f"pgd-{steps}-{loss}-{k + 1}", "pgd", {"steps": steps, "loss": loss}, k) for loss, k in starts]
+    if match := re.fullmatch(r"(apgd-ce|apgd-dlr|apgd-t|fab|fab-t|square)(?:-([1-9]\d*))?", name):
+        return [_named(match[1], norm, count=int(match[2]) if match[2] else None)]
+    raise ValueError(
+        f"unknown attack {name!r}: expected fgsm, pgd-STEPS, pgd-STEPSxRESTARTS, apgd-ce, apgd-dlr, apgd-t, fab, "
+        "fab-t, square (each may end in -STEPS), autoattack, autoattack-plus, autoattack-rand, or several with commas"
+    )
+
+
+def _named(name: str, norm: str, restarts: int = 1, standard: bool = False, count: int | None = None) -> Stage:
+    full = name if count is None else f"{name}-{count}"
+    if name == "square":
+        return Stage(full, "square", {"queries": count or 5000})
+    settings: dict[str, Any] = {"steps": count or 100, "restarts": restarts}
+    if name in ("fab", "fab-t"):
+        return Stage(full, "fab", settings | {"aimed": name == "fab-t"})
+    loss, classes = {"apgd-ce": ("ce", 2), "apgd-dlr": ("dlr", 3), "apgd-t": ("dlr-targeted", 4)}[name]
+    if standard and norm == "l1":
+        settings |= {"larger_eps": True} | ({"targets": 5} if name == "apgd-t" else {})
+    return Stage(full, "apgd", settings | {"loss": loss}, classes=classes)
