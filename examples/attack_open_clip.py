@@ -18,7 +18,7 @@ generator = torch.Generator().manual_seed(0)
 x = torch.randint(0, 256, (8, 3, clip.size, clip.size), generator=generator) / 255  # your pixels, in [0, 1]
 
 result = pgd(classifier, x, eps=4 / 255, steps=10, quantize=255, best="adv", generator=generator, return_info=True)
-print(f"{result.success.sum()} of 8 predictions changed in {result.backwards} gradient steps")
+print(f"{result.success.sum()} of 8 predictions changed with {result.backwards} image gradients")
 
 stored = (result.x_adv * 255).round().to(torch.uint8)
 assert torch.equal(stored / 255, result.x_adv), "quantize=255 returns valid uint8 images"

@@ -78,11 +78,11 @@ class AttackArgs(DataArgs):
     """Attack a model and keep the adversarial images."""
 
     attack: str = "pgd-10"
-    """fgsm, pgd-STEPS, or pgd-STEPSxRESTARTS (cross-entropy, then the margin loss)."""
+    """fgsm, pgd-N, pgd-NxR, mifgsm, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, autoattack; several with commas."""
     eps: Eps = Eps("8/255")
     """Radius in pixel units: 8/255 or 0.031."""
     norm: str = "linf"
-    """linf or l2."""
+    """linf, l2 or l1."""
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
     save_png: bool = False
@@ -96,11 +96,11 @@ class EvalArgs(DataArgs):
     """Clean and robust accuracy, with intervals, a record and a row per sample."""
 
     attack: str = "pgd-10"
-    """fgsm, pgd-STEPS, or pgd-STEPSxRESTARTS (cross-entropy, then the margin loss)."""
+    """fgsm, pgd-N, pgd-NxR, mifgsm, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, autoattack; several with commas."""
     eps: str = "8/255"
     """Radii in pixel units, separated by commas: 4/255,8/255."""
     norm: str = "linf"
-    """linf or l2."""
+    """linf, l2 or l1."""
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
     out: str | None = None

@@ -14,16 +14,23 @@ from rvlm.attacks.contract import scoring
 from rvlm.attacks.fab import FAB, fab
 from rvlm.attacks.fgsm import FGSM, fgsm
 from rvlm.attacks.losses import LOSSES
+from rvlm.attacks.mifgsm import DI, MIFGSM, NI, SI, TI, VMI, mifgsm
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import PGD, pgd
 from rvlm.attacks.square import Square, square
 
 __all__ = [
     "APGD",
+    "DI",
     "FAB",
     "FGSM",
     "LOSSES",
+    "MIFGSM",
+    "NI",
     "PGD",
+    "SI",
+    "TI",
+    "VMI",
     "AttackResult",
     "AttackWarning",
     "AutoAttack",
@@ -33,6 +40,7 @@ __all__ = [
     "autoattack",
     "fab",
     "fgsm",
+    "mifgsm",
     "pgd",
     "scoring",
     "square",

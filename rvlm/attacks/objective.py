@@ -128,14 +128,17 @@ class Objective:
         with torch.no_grad():
             return _mean([self._evaluate(x) for _ in range(self.eot)])
 
-    def gradient(self, x: Tensor) -> tuple[Scores, Tensor]:
-        """Scores of x and the gradient of the summed loss with respect to x, in x's dtype or a narrower one."""
-        scores, grad = self._gradient(x)
+    def gradient(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> tuple[Scores, Tensor]:
+        """Scores of x and the gradient of the summed loss with respect to x, in x's dtype or a narrower one.
+
+        before: differentiable map of the pixels that stands in front of the model.
+        """
+        scores, grad = self._gradient(x, before)
         if self.eot == 1:
             return scores, grad
         draws = [scores]
         for _ in range(self.eot - 1):
-            scores, another = self._gradient(x)
+            scores, another = self._gradient(x, before)
             draws.append(scores)
             grad = grad + another
         return _mean(draws), grad / self.eot
@@ -180,12 +183,13 @@ class Objective:
         self.count.backwards += len(grads) * len(x)
         return gaps.detach().to(x.dtype), grads
 
-    def _gradient(self, x: Tensor) -> tuple[Scores, Tensor]:
+    def _gradient(self, x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Scores, Tensor]:
         leaf = x.detach().requires_grad_()
+        pixels = leaf if before is None else before(leaf)
         if self.fused:
-            scores, output, of_output = self._evaluate_head(leaf)
+            scores, output, of_output = self._evaluate_head(pixels)
         else:
-            scores = self._evaluate(leaf)
+            scores = self._evaluate(pixels)
             output, of_output = scores.loss, torch.ones_like(scores.loss)
         if not output.requires_grad:
             raise ValueError(NO_GRADIENT)

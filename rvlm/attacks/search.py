@@ -93,6 +93,7 @@ def search(
     targets: int | None = None,
     random_start: bool = True,
     own_start: bool = False,
+    draws: bool = False,
     on_sphere: bool = False,
     start_scale: float = 1.0,
     restarts: int = 1,
@@ -116,6 +117,7 @@ def search(
         targets: with a loss that aims at classes, how many: all restarts are repeated for each of the likeliest wrong
             ones on x. None: nine, or all of them.
         own_start: a run is handed x, and makes its own random start from the noise.
+        draws: a run needs noise, whatever its start.
         on_sphere: random starts touch the ball's surface.
         start_scale: starts lie in a ball that many times as large.
         survivors: a later run is for the samples that no earlier one has fooled.
@@ -134,7 +136,7 @@ def search(
         raise ValueError(f"loss={loss!r} aims at one wrong class after another: for untargeted apgd only")
     if targets is not None and not aimed:
         raise ValueError(f"targets={targets} needs a loss that aims at classes, {' or '.join(map(repr, AIMED))}")
-    if restarts > 1 and not random_start:
+    if restarts > 1 and not (random_start or draws):
         raise ValueError("restarts > 1 repeat the same run without random_start=True")
     if x_init is not None and (x_init.shape != x.shape or x_init.dtype != x.dtype):
         raise ValueError(f"x_init must be like x, {list(x.shape)} {x.dtype}, got {list(x_init.shape)} {x_init.dtype}")
@@ -148,7 +150,7 @@ def search(
         x = x.detach().clone() if x.is_inference() else x.detach()
         call = torch.compile(model, dynamic=False) if engine == "compile" else model
         ball = Ball(x, eps, norm, bounds, strict_eps, quantize)
-        draws = random_start and (x_init is None or restarts > 1 or aimed)
+        draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         with arithmetic(model, x.device, precision), drawn_seed(generator, draws) as seed:

@@ -102,6 +102,7 @@ def test_attack_names():
     plus = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
     assert [s.name for s in parse_attack("autoattack-plus")] == plus
     assert [s.settings["eot"] for s in parse_attack("autoattack-rand")] == [20, 20]
+    assert parse_attack("tifgsm-10")[0].settings == {"steps": 10, "transforms": ["ti", "di"]}
     both = parse_attack("apgd-ce-50, square-7")
     assert [s.name for s in both] == ["apgd-ce-50", "square-7"] and both[1].settings == {"queries": 7}
     in_l1 = [s.settings for s in parse_attack("autoattack", "l1")]

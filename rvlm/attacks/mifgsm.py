@@ -1,0 +1,262 @@
+"""MI-FGSM (Dong et al. 2018, arXiv 1710.06081) and what is put on its gradient to make images that fool other models.
+
+    v_{k+1} = mu v_k + g_k / ||g_k||_1,    x_{k+1} = P(x_k + alpha sign(v_{k+1}))
+
+The gradient g is asked through a chain of transforms, the first one outermost:
+
+    NI   at x + alpha mu v n instead of x: a look ahead (Lin et al. 2020, arXiv 1908.06281; n pixels, since the
+         published code divides by the mean of |g| and not by its sum)
+    SI   mean over copies of x divided by 1, 2, 4, ... (the same paper)
+    DI   at x made smaller and padded at random, in a share of the samples (Xie et al. 2019, arXiv 1803.06978)
+    TI   convolved with a Gaussian (Dong et al. 2019, arXiv 1904.02884)
+    VMI  plus what the last step's gradient differed from the mean of its neighbours' (Wang & He 2021, arXiv 2103.15571)
+
+From the same draws the images are torchattacks' (MI, NI + SI, VMI). TI-FGSM there, and in papers that use it as a
+black-box attack, is transforms=("ti", "di").
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rvlm import ops, profiling
+from rvlm.attacks.ball import Ball, Noise, rowwise
+from rvlm.attacks.checks import check_radius
+from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.search import Attack, Kept, check_count, search
+
+__all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
+
+Ask = Callable[..., tuple[Scores, Tensor]]
+DRAWS = 64  # of one step
+
+
+@dataclasses.dataclass
+class Now:
+    """What a transform may look at: the attack's state before a step. `noise(like)` has new numbers at every call."""
+
+    ball: Ball
+    velocity: Tensor
+    alpha: Tensor
+    mu: float
+    noise: Callable[[Tensor], Tensor]
+    memory: dict
+
+
+class Transform:
+    """Makes a gradient from other gradients."""
+
+    draws = False
+
+    def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
+        """Scores and gradient at x; `ask(x)` has those of the transforms further in, and at last the model's.
+
+        ask(x, f) puts a differentiable map f, from pixels to pixels, in front of the model.
+        """
+        raise NotImplementedError
+
+
+class NI(Transform):
+    def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
+        ahead = rowwise(now.alpha, x) * (now.mu * x[0].numel()) * now.velocity
+        return ask(x + ahead)
+
+
+@dataclasses.dataclass
+class SI(Transform):
+    """copies: how many, the first one being x itself."""
+
+    copies: int = 5
+
+    def __post_init__(self) -> None:
+        check_count("copies", self.copies, 1)
+
+    def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
+        scores, total = ask(x)
+        for k in range(1, self.copies):
+            total = total + ask(x / 2**k)[1] / 2**k  # the derivative of x / 2^k
+        return scores, total / self.copies
+
+
+@dataclasses.dataclass
+class DI(Transform):
+    """smallest: the shortest side, as a share; share: of the samples that are changed. What is left over is 0."""
+
+    smallest: float = 0.9
+    share: float = 0.5
+    draws = True
+
+    def __post_init__(self) -> None:
+        if not (0 < self.smallest <= 1 and 0 <= self.share <= 1):
+            raise ValueError(f"smallest and share must be shares, got {self.smallest} and {self.share}")
+
+    def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
+        size, across, down, coin = now.noise(x.flatten(1)[:, :4]).add(1).div(2).unbind(1)
+        size = torch.where(coin < self.share, self.smallest + (1 - self.smallest) * size, 1.0)
+        spare = (1 - size) / size  # the padding, in half sides of the smaller image
+        affine = torch.zeros(len(x), 2, 3, dtype=x.dtype, device=x.device)
+        affine[:, 0, 0] = affine[:, 1, 1] = 1 / size
+        affine[:, 0, 2], affine[:, 1, 2] = spare * (1 - 2 * across), spare * (1 - 2 * down)
+        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+        return ask(x, lambda v: F.grid_sample(v, grid, align_corners=False))
+
+
+@dataclasses.dataclass
+class TI(Transform):
+    """side: of the kernel in pixels, odd; deviations: how many standard deviations it reaches to each side."""
+
+    side: int = 15
+    deviations: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.side % 2 == 0:
+            raise ValueError(f"side must be an odd number of pixels, got {self.side}")
+
+    def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
+        scores, grad = ask(x)
+        line = torch.exp(-0.5 * torch.linspace(-self.deviations, self.deviations, self.side, dtype=torch.float64) ** 2)
+        line = (line / line.sum()).to(grad.device, grad.dtype).expand(grad.shape[1], 1, 1, -1)
+        blurred = F.conv2d(grad, line, padding="same", groups=grad.shape[1])
+        return scores, F.conv2d(blurred, line.mT, padding="same", groups=grad.shape[1])
+
+
+@dataclasses.dataclass
+class VMI(Transform):
+    """neighbours: how many; beta: how far away, in eps."""
+
+    neighbours: int = 5
+    beta: float = 1.5
+    draws = True
+
+    def __post_init__(self) -> None:
+        check_count("neighbours", self.neighbours, 1)
+        if self.neighbours >= DRAWS - 1:
+            raise ValueError(f"neighbours must be below {DRAWS - 1}, got {self.neighbours}")
+
+    def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
+        scores, grad = ask(x)
+        reach = rowwise(self.beta * now.ball.eps, x)
+        around = sum(ask(x + reach * now.noise(x))[1] for _ in range(self.neighbours)) / self.neighbours
+        before = now.memory.get("variance", 0.0)
+        now.memory["variance"] = around - grad
+        return scores, grad + before
+
+
+NAMES: dict[str, type[Transform]] = {"ni": NI, "si": SI, "di": DI, "ti": TI, "vmi": VMI}
+
+
+def mifgsm(
+    model: Callable[[Tensor], Any],
+    x: Tensor,
+    y: Any = None,
+    *,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor | None = None,
+    steps: int = 10,
+    mu: float = 1.0,
+    transforms: Sequence[str | Transform] = (),
+    targeted: bool = False,
+    loss: str | Callable[[Any, Any], Tensor] = "ce",
+    random_start: bool = False,
+    restarts: int = 1,
+    x_init: Tensor | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+    sample_ids: Tensor | None = None,
+    precision: str | None = None,
+    strict_eps: bool = False,
+    quantize: int | None = None,
+    model_mode: str = "eval",
+    engine: str = "auto",
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    return_info: bool = False,
+) -> Tensor | AttackResult:
+    """MI-FGSM in the Linf ball, with transforms of its gradient. What is not listed means what it means in `pgd`.
+
+    Args:
+        x: images [B, ...]; "di" and "ti" need [B, C, H, W].
+        alpha: step size; None means eps / steps, the papers' choice.
+        mu: decay of the velocity.
+        transforms: names ("ni", "si", "di", "ti", "vmi") or objects of those classes, outermost first.
+
+    Returns:
+        As `pgd`: the last iterate, since this model's verdict decides nothing about the model that will see it.
+    """
+    check_count("steps", steps, 1)
+    if alpha is not None and isinstance(x, Tensor):
+        check_radius("alpha", alpha, len(x), "linf", bounds)
+    chain = [_transform(t) for t in transforms]
+    if any(isinstance(t, DI | TI) for t in chain) and isinstance(x, Tensor) and x.dim() != 4:
+        raise ValueError(f"'di' and 'ti' need images [B, C, H, W], got {list(x.shape)}")
+    run = _Momentum(alpha, steps, mu, chain, callback)
+    return search(
+        "mifgsm", run, model, x, y, eps=eps, norm="linf", loss=loss, bounds=bounds, targeted=targeted,
+        random_start=random_start, draws=any(t.draws for t in chain), restarts=restarts, x_init=x_init,
+        generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
+        model_mode=model_mode, engine=engine, return_info=return_info,
+    )  # fmt: skip
+
+
+class MIFGSM(Attack):
+    """`mifgsm` with its settings fixed: `MIFGSM(model, eps=4/255, transforms=("ti", "di"))(x, y)`."""
+
+    function = mifgsm
+
+
+class _Momentum:
+    """One run."""
+
+    def __init__(self, alpha, steps, mu, chain, callback) -> None:
+        self.alpha, self.steps, self.mu, self.chain, self.callback = alpha, steps, mu, chain, callback
+
+    def __call__(
+        self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise: Noise | None
+    ) -> tuple[Kept, Tensor]:
+        alpha = ball.per_sample(ball.radius / self.steps if self.alpha is None else self.alpha)
+        alpha = -alpha if objective.targeted else alpha
+        now = Now(ball, torch.zeros_like(x_adv), alpha, self.mu, None, {})
+        lo, hi = ball.bounds
+        for k in range(self.steps):
+            seen = ball.as_seen(x_adv)
+            now.noise = _numbers(noise, k)
+            scores, grad = self._ask(objective, now, 0)(seen)
+            if self.callback is not None:
+                self.callback(k, seen, scores.loss)
+            with profiling.phase("step"):
+                ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, "mi", lo, hi)
+        seen = ball.as_seen(ball.nearest_(x_adv) if ball.strict_eps else x_adv)
+        used = torch.full((len(x_adv),), self.steps, device=x_adv.device)
+        return Kept(seen, objective.score(seen) if scored else None), used
+
+    def _ask(self, objective: Objective, now: Now, place: int) -> Ask:
+        """The gradient as the transforms from `place` on make it; a map given with x goes in front of the model."""
+        if place == len(self.chain):
+            return lambda x, before=None: objective.gradient(x, before)
+        inner = self._ask(objective, now, place + 1)
+
+        def ask(x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> tuple[Scores, Tensor]:
+            return self.chain[place](lambda v, after=None: inner(v, _chained(before, after)), x, now)
+
+        return ask
+
+
+def _chained(first, second):
+    return second if first is None else first if second is None else lambda v: second(first(v))
+
+
+def _numbers(noise: Noise | None, step: int) -> Callable[[Tensor], Tensor]:
+    """New numbers uniform in [-1, 1) at every call."""
+    draws = iter(range(2 + DRAWS * step, 2 + DRAWS * (step + 1)))
+    return lambda like: noise.around(torch.zeros_like(like, memory_format=torch.contiguous_format), draw=next(draws))
+
+
+def _transform(given: str | Transform) -> Transform:
+    if isinstance(given, str) and given in NAMES:
+        return NAMES[given]()
+    if isinstance(given, Transform):
+        return given
+    raise ValueError(f"transforms are {', '.join(map(repr, NAMES))} or objects of their classes, got {given!r}")
