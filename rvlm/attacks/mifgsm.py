@@ -157,6 +157,7 @@ def mifgsm(
     eps: float | Tensor = 8 / 255,
     alpha: float | Tensor | None = None,
     steps: int = 10,
+    norm: str = "linf",
     mu: float = 1.0,
     transforms: Sequence[str | Transform] = (),
     targeted: bool = False,
@@ -175,11 +176,12 @@ def mifgsm(
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
     return_info: bool = False,
 ) -> Tensor | AttackResult:
-    """MI-FGSM in the Linf ball, with transforms of its gradient. What is not listed means what it means in `pgd`.
+    """MI-FGSM with transforms of its gradient. What is not listed means what it means in `pgd`.
 
     Args:
         x: images [B, ...]; "di" and "ti" need [B, C, H, W].
         alpha: step size; None means eps / steps, the papers' choice.
+        norm: "linf", or "l2" and "l1" with the steps of `pgd` along the velocity.
         mu: decay of the velocity.
         transforms: names ("ni", "si", "di", "ti", "vmi") or objects of those classes, outermost first.
 
@@ -188,13 +190,13 @@ def mifgsm(
     """
     check_count("steps", steps, 1)
     if alpha is not None and isinstance(x, Tensor):
-        check_radius("alpha", alpha, len(x), "linf", bounds)
+        check_radius("alpha", alpha, len(x), norm, bounds)
     chain = [_transform(t) for t in transforms]
     if any(isinstance(t, DI | TI) for t in chain) and isinstance(x, Tensor) and x.dim() != 4:
         raise ValueError(f"'di' and 'ti' need images [B, C, H, W], got {list(x.shape)}")
     run = _Momentum(alpha, steps, mu, chain, callback)
     return search(
-        "mifgsm", run, model, x, y, eps=eps, norm="linf", loss=loss, bounds=bounds, targeted=targeted,
+        "mifgsm", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, draws=any(t.draws for t in chain), restarts=restarts, x_init=x_init,
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
         model_mode=model_mode, engine=engine, return_info=return_info,
@@ -227,7 +229,12 @@ class _Momentum:
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
             with profiling.phase("step"):
-                ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, "mi", lo, hi)
+                if ball.norm == "linf":
+                    ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, "mi", lo, hi)
+                    continue
+                length = rowwise(grad.flatten(1).norm(1, dim=1), grad)
+                now.velocity.mul_(self.mu).add_(torch.where(length > 0, grad / length, 0.0))
+                ball.step(x_adv, now.velocity, alpha)
         seen = ball.as_seen(ball.nearest_(x_adv) if ball.strict_eps else x_adv)
         used = torch.full((len(x_adv),), self.steps, device=x_adv.device)
         return Kept(seen, objective.score(seen) if scored else None), used

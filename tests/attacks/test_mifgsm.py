@@ -104,6 +104,10 @@ def test_class_and_options(build, batch):
     model, (x, y) = build("mlp"), batch()
     attack = MIFGSM(model, steps=3, transforms=("si",))
     assert torch.equal(attack(x, y), mifgsm(model, x, y, steps=3, transforms=[SI()]))
+    for norm, order, eps in (("l2", 2, 0.4), ("l1", 1, 4.0)):
+        found = mifgsm(model, x, y, norm=norm, eps=eps, return_info=True)
+        assert ((found.x_adv - x).flatten(1).norm(order, dim=1) <= eps + 1e-9).all()
+        assert (found.loss > F.cross_entropy(model(x), y, reduction="none")).all()
     strict = mifgsm(model.float(), x.float(), y, strict_eps=True)
     assert (strict.double() - x.float().double()).abs().max() <= EPS
     result = mifgsm(model.double(), x, y, transforms=["si"], steps=3, return_info=True)

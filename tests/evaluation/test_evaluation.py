@@ -28,7 +28,11 @@ GAPS = torch.tensor([-40, -20, -9, -7, -3, 3, 7, 9, 20, 40])
 
 @pytest.fixture
 def data():
-    pixels = (128 + GAPS).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    return toy(4)
+
+
+def toy(side):
+    pixels = (128 + GAPS).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, side, side)
     y = (GAPS > 0).long()
     y[0] = 1  # wrong when clean
     return Data("toy", "test", ["dark", "bright"], y, torch.arange(10), lambda i: pixels[i], n_total=10)
@@ -111,6 +115,29 @@ def test_attack_names():
     for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattak", "", "pgd-3,", "square-0"):
         with pytest.raises(ValueError, match="expected fgsm, pgd-STEPS"):
             parse_attack(bad)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "fgsm",
+        "pgd-2",
+        "pgd-2x2",
+        "mifgsm-2",
+        "tifgsm-2",
+        "apgd-ce-3",
+        "fab-3",
+        "fab-t-3",
+        "square-3",
+        "apgd-ce-2,square-2",
+    ],
+)
+@pytest.mark.parametrize("transfer", [False, True])
+@pytest.mark.parametrize("norm, eps", [("linf", "8/255"), ("l2", "0.2"), ("l1", "1.0")])
+def test_every_attack_runs_by_name(attack, transfer, norm, eps):
+    found = run(toy(6), attack=attack, norm=norm, eps=eps, source=Threshold() if transfer else None)
+    assert all(check["ok"] for check in found.checks) and found.n_clean == 9 and found.n_robust <= 9
+    assert found.target == ("transfer" if transfer else "white-box")
 
 
 def test_bad_evaluations(data):
