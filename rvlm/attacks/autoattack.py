@@ -119,6 +119,7 @@ def autoattack(
                 found = stage(model, x[rows], y[rows], eps=radius, generator=draws, sample_ids=ids[rows], **common)
                 count.forwards += found.forwards
                 count.backwards += found.backwards
+                count.zeros += found.zero_gradients
                 steps_used[rows] += found.steps_used
                 hit = rows[found.success]
                 x_adv[hit], broken_by[hit] = found.x_adv[found.success], number
@@ -130,7 +131,7 @@ def autoattack(
     final, last = scored(x_adv, y)
     forwards = count.forwards + last.count.forwards
     return AutoAttackResult(
-        x_adv, final.fooled, final.loss, final.pred, steps_used, forwards, count.backwards,
+        x_adv, final.fooled, final.loss, final.pred, steps_used, forwards, count.backwards, count.zeros,
         [stage.name for stage in stages], refused, broken_by, robust,
     )  # fmt: skip
 

@@ -36,10 +36,11 @@ class Scores:
 
 @dataclasses.dataclass
 class Count:
-    """Images that went through the model."""
+    """Images that went through the model, and how many gradients were zero in every pixel (on the device)."""
 
     forwards: int = 0
     backwards: int = 0
+    zeros: Tensor | int = 0
 
 
 @dataclasses.dataclass
@@ -53,6 +54,7 @@ class AttackResult:
         pred: int64 [B], predicted class of x_adv; None if the model's outputs are not logits.
         steps_used: int64 [B], steps a sample moved in all restarts.
         forwards, backwards: images that went through the model, there and back.
+        zero_gradients: how many of those gradients were exactly zero in every pixel, and so showed no way.
     """
 
     x_adv: Tensor
@@ -62,6 +64,7 @@ class AttackResult:
     steps_used: Tensor
     forwards: int
     backwards: int
+    zero_gradients: int = 0
 
 
 class Objective:
@@ -81,6 +84,7 @@ class Objective:
     Attributes:
         target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
         count: images so far.
+        watched: whether gradients are looked at for zeros, which costs a pass over them.
         seen_classes: of the model's outputs, once it has been asked.
     """
 
@@ -94,7 +98,7 @@ class Objective:
         eot: int = 1,
     ) -> None:
         self.model, self.targeted, self.batch, self.eot = model, targeted, len(x), eot
-        self.count, self.target, self.seen_classes = Count(), None, 0
+        self.count, self.target, self.watched, self.seen_classes = Count(), None, False, 0
         self._seen_output = False
         self.named = isinstance(loss, str)
         if self.named and loss not in LOSSES and loss not in AIMED:
@@ -200,6 +204,8 @@ class Objective:
                 "the gradient does not reach the images: the model computes its output from a detached copy of them."
             )
         self.count.backwards += len(x)
+        if self.watched:
+            self.count.zeros = self.count.zeros + (grad == 0).flatten(1).all(1).sum()
         return Scores(scores.loss.detach(), scores.fooled, scores.pred), grad
 
     def better(self, new: Tensor, old: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ def search(
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         with arithmetic(model, x.device, precision), drawn_seed(generator, draws) as seed:
             objective = Objective(call, x, y, loss, targeted, eot)
+            objective.watched = return_info
             if survivors and objective.labels is None:
                 raise ValueError("early_stop='freeze' needs labels or targets y: int64 [B]")
             aims = objective.runners_up(x, targets) if aimed else None
@@ -194,7 +195,7 @@ def search(
         verdict = chosen.scores
         if precision is not None:
             verdict = objective.score(chosen.x_adv)  # reference precision
-        counts = objective.count.forwards, objective.count.backwards
+        counts = objective.count.forwards, objective.count.backwards, int(objective.count.zeros)
         return AttackResult(chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts)
 
 

@@ -1,18 +1,24 @@
 """A report card for a model that somebody wants to attack or defend: the mistakes that make robustness figures wrong.
 
 Each check looks for one of them on a batch of data: pixels in another range, dropout left on, randomness, a softmax,
-gradients that are cut, zero or saturated. A model that fails one can look robust without being so.
+gradients that are cut, zero or saturated. Then small attacks are compared with each other: steps must raise the loss,
+many steps must beat one, gradients must beat a black box, and a huge eps must break everything (Athalye et al. 2018,
+arXiv 1802.00420; Pintor et al. 2022, arXiv 2106.09947). A model that fails one can look robust without being so.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rvlm.attacks.checks import are_probabilities
+from rvlm.attacks.checks import AttackWarning, are_probabilities
 from rvlm.attacks.contract import untouched
+from rvlm.attacks.fgsm import fgsm
+from rvlm.attacks.pgd import pgd
+from rvlm.attacks.square import square
 
 __all__ = ["Finding", "check"]
 
@@ -26,8 +32,15 @@ class Finding:
     message: str
 
 
-def check(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Finding]:
-    """Runs all checks on pixels x [B, 3, H, W] in [0, 1] with labels y [B]. The model is left as it was."""
+EPS, HUGE = 8 / 255, 0.5  # radii of the attacks that are compared
+LARGER = 0.05  # share of the samples by which a weaker attack may be the better one
+
+
+def check(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, attacks: bool = True) -> list[Finding]:
+    """Runs all checks on pixels x [B, 3, H, W] in [0, 1] with labels y [B]. The model is left as it was.
+
+    attacks: run the small attacks, too, unless the model's gradient is unusable; about 160 passes over the batch.
+    """
     findings = [_eval_mode(model)]
     with untouched(model, "keep"), torch.inference_mode(False):
         with torch.no_grad():
@@ -43,7 +56,12 @@ def check(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Findi
                 findings += [_batch(logits, alone), _probabilities(logits), _saturation(logits, y)]
                 findings.append(_value_range(model, x, y, logits))
             findings.append(_gradient(model, x, y))
-    return findings
+    cut = any(not finding.ok for finding in findings if finding.id in ("gradient", "value_range"))
+    if not attacks or cut:
+        return findings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttackWarning)  # what they say stands on the card already
+        return findings + _attacks(model, x, y)
 
 
 def _eval_mode(model: Callable) -> Finding:
@@ -140,3 +158,52 @@ def _gradient(model: Callable, x: Tensor, y: Tensor) -> Finding:
         return Finding("gradient", False, f"the gradient is exactly zero for {dead:.0%} of the images: rounding, "
                        "thresholds or saturation hide it (use BPDA or a black-box attack)")  # fmt: skip
     return Finding("gradient", True, f"non-zero for {1 - dead:.0%} of the images")
+
+
+def _attacks(model: Callable, x: Tensor, y: Tensor) -> list[Finding]:
+    """What attacks of different strength find on the samples that are right when clean."""
+    with untouched(model, "eval"), torch.no_grad():
+        right = model(x).argmax(1) == y
+    if not right.any():
+        return [Finding("attacks", False, "no sample is classified correctly, so there is nothing to attack")]
+    x, y, losses = x[right], y[right], []
+    settings = {"loss": "margin", "return_info": True}
+    seed = torch.Generator().manual_seed(0)
+    one = fgsm(model, x, y, eps=EPS, **settings).success
+    ten = pgd(
+        model, x, y, eps=EPS, steps=10, best="adv", generator=seed,
+        callback=lambda k, x_adv, loss: losses.append(loss.detach().clone()), **settings,
+    ).success  # fmt: skip
+    rose = (torch.stack(losses).amax(0) > losses[0]).float().mean().item()
+    findings = [
+        Finding(
+            "loss_rises",
+            rose >= 0.9,
+            f"ten steps raise the loss of {rose:.0%} of the images"
+            + ("" if rose >= 0.9 else ": the gradient does not point uphill"),
+        ),  # fmt: skip
+        _weaker("many_steps", one, ten, "one step", "ten steps", "the gradient holds at the clean image alone"),
+    ]
+    left = ~ten
+    found = torch.zeros_like(ten)
+    if left.any():
+        found[left] = square(model, x[left], y[left], eps=EPS, queries=100, generator=seed, return_info=True).success
+    share = found.float().mean().item()
+    findings.append(
+        Finding("black_box", share <= LARGER, f"random search fools {share:.0%} of the images that ten steps did not"
+                + ("" if share <= LARGER else ": gradients are hidden or mislead; use Square, transfer or BPDA"))
+    )  # fmt: skip
+    far = pgd(model, x, y, eps=HUGE, steps=20, best="adv", generator=seed, **settings).success
+    robust = 1 - far.float().mean().item()
+    findings.append(
+        Finding("eps_sweep", robust <= LARGER, f"at eps {HUGE}, where nothing can be robust, {robust:.0%} are"
+                + ("" if robust <= LARGER else ": the attack fails, not the perturbation"))
+    )  # fmt: skip
+    return findings
+
+
+def _weaker(id: str, weak: Tensor, strong: Tensor, first: str, second: str, why: str) -> Finding:
+    """The stronger attack must fool at least as many, up to LARGER."""
+    shares = [flags.float().mean().item() for flags in (weak, strong)]
+    ok = shares[0] <= shares[1] + LARGER
+    return Finding(id, ok, f"{first} fools {shares[0]:.0%}, {second} {shares[1]:.0%}" + ("" if ok else f": {why}"))

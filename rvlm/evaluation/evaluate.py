@@ -2,6 +2,9 @@
 
 `white-box`: the attack sees all of the classifier that is scored. `transfer`: it sees another one, `source`, and its
 images are scored on the classifier. A sample is robust if it is classified correctly when clean and after every stage.
+
+Diagnostics act and stand in the record's checks: a stage on cross-entropy that meets gradients of exactly zero is
+repeated on the margin loss, and a black-box stage that finds what gradients did not find is named.
 """
 
 import dataclasses
@@ -19,6 +22,11 @@ from rvlm.evaluation.metrics import wilson
 from rvlm.units import Eps
 
 __all__ = ["Evaluation", "evaluate", "parse_attack"]
+
+ZERO_GRADIENTS = (
+    0.1  # share of a stage's gradients from which on it is repeated on the margin loss, and the record says so
+)
+BLACK_BOX_GAIN = 0.002  # AutoAttack's threshold
 
 
 @dataclasses.dataclass
@@ -132,7 +140,7 @@ def evaluate(
         linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
         forwards=0, backwards=0, seconds=0.0,
     )  # fmt: skip
-    nonfinite, over, outside, disagreements, images = 0, 0.0, 0.0, 0, []
+    nonfinite, over, outside, disagreements, images, vanished = 0, 0.0, 0.0, 0, [], []
     classes = len(data.class_names)
     with _bar(progress, n * (1 + sum(stage.cost(classes) for stage in stages)), attack) as bar:
         for rows in torch.arange(n).split(batch_size):
@@ -152,7 +160,9 @@ def evaluate(
         if keep_images:
             result.x_adv = torch.cat(images)
         result.stages, result.refused = usable(stages, classes)
-        for number, stage in enumerate(result.stages):
+        number = -1
+        while (number := number + 1) < len(result.stages):
+            stage, zeros, gradients = result.stages[number], 0, 0
             cost = stage.cost(classes)
             survivors = (result.broken_by == -1).nonzero().flatten()
             bar.total -= (n - len(survivors)) * cost
@@ -174,6 +184,7 @@ def evaluate(
                 logits = _logits(classifier, found.x_adv, len(data.class_names))
                 result.forwards += found.forwards + len(rows)
                 result.backwards += found.backwards
+                gradients, zeros = gradients + found.backwards, zeros + found.zero_gradients
                 delta = (x_adv.double() - x.double()).flatten(1)
                 length = delta.norm({"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
                 over = max(over, (length - float(eps)).max().item())
@@ -190,6 +201,11 @@ def evaluate(
                 if keep_images:
                     result.x_adv[rows] = x_adv
                 bar.update(len(rows) * cost)
+            if zeros > ZERO_GRADIENTS * gradients:
+                vanished.append(f"{stage.name}: {zeros / gradients:.0%}")
+                if (switched := _on_the_margin(stage)) is not None:
+                    result.stages.insert(number + 1, switched)
+                    bar.total += len(survivors) * switched.cost(classes)
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
     slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * x[0].numel()}[norm]  # half an ulp of every pixel
     result.checks = [
@@ -209,9 +225,36 @@ def evaluate(
             "ok": disagreements == 0,
             "detail": f"{disagreements} verdicts changed when re-scored",
         },
+        {
+            "id": "gradients_nonzero",
+            "ok": not vanished,
+            "detail": f"gradients that are zero in every pixel, {', '.join(vanished) or 'hardly any'}"
+            + (": something hides them, so attack with BPDA or a black box" if vanished else ""),
+        },
+        _black_box(result),
     ]
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _on_the_margin(stage: Stage) -> Stage | None:
+    """The stage again on the margin loss, whose gradient does not vanish where a softmax is certain."""
+    if stage.attack not in ("pgd", "mifgsm", "apgd") or stage.settings.get("loss", "ce") != "ce":
+        return None
+    return dataclasses.replace(stage, name=f"{stage.name}-margin", settings=stage.settings | {"loss": "margin"})
+
+
+def _black_box(result: Evaluation) -> dict:
+    """Square must find next to nothing that gradients did not: AutoAttack's sign of gradients that mislead."""
+    seen, gain = False, 0
+    for number, stage in enumerate(result.stages):
+        if stage.attack == "square":
+            gain += int((result.broken_by == number).sum()) if seen else 0
+        else:
+            seen = True
+    share = gain / len(result)
+    detail = f"a black-box attack broke {share:.1%} of the samples that attacks with gradients had left"
+    return {"id": "black_box_gain", "ok": share <= BLACK_BOX_GAIN, "detail": detail}
 
 
 def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> Tensor:

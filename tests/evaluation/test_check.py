@@ -49,6 +49,41 @@ class BatchDependent(Good):
         return super().forward(x) - super().forward(x).mean(0)
 
 
+def turned(x):
+    """x, with the sign of its gradient turned around."""
+    return 2 * x.detach() - x
+
+
+def on_grid(x):
+    return ((255 * x - (255 * x).round()).abs().flatten(1).amax(1) < 1e-3).view(-1, 1, 1, 1)
+
+
+class Downhill(Good):
+    """Every gradient points the wrong way."""
+
+    def forward(self, x):
+        return super().forward(turned(x))
+
+
+class HonestOnTheGrid(Good):
+    """The gradient is right at images that were stored as uint8, and wrong at whatever an attack makes of them."""
+
+    def forward(self, x):
+        return super().forward(torch.where(on_grid(x), x, turned(x)))
+
+
+class Far(Good):
+    """Right whatever happens, by a memory of the data that no attack can reach through the gradient."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def forward(self, x):
+        near = (x[:, None] - self.x).flatten(2).norm(dim=2).argmin(1)
+        return super().forward(x) * 0.01 + nn.functional.one_hot(self.y[near], 2)
+
+
 def card(model, batch):
     return {finding.id: finding for finding in check(model, *batch)}
 
@@ -68,7 +103,7 @@ MISTAKES = {
 def test_a_good_model_passes_everything(batch):
     findings = card(Good().eval(), batch)
     assert all(f.ok for f in findings.values()), findings
-    assert set(findings) == set(MISTAKES)
+    assert set(findings) == set(MISTAKES) | {"loss_rises", "many_steps", "black_box", "eps_sweep"}
 
 
 def test_a_masked_class_is_no_mistake(batch):
@@ -82,6 +117,19 @@ def test_each_mistake_is_found(batch, mistake):
     assert not findings[mistake].ok
     others = {id for id, f in findings.items() if not f.ok} - {mistake}
     assert others <= ({"per_sample"} if mistake == "determinism" else set()), others
+
+
+def test_attacks_that_fail_are_found(batch):
+    x, y = (255 * batch[0]).round() / 255, batch[1]
+    downhill = card(Downhill().eval(), (x, y))
+    for id in ("loss_rises", "black_box", "eps_sweep"):
+        assert not downhill[id].ok, id
+    assert "does not point uphill" in downhill["loss_rises"].message
+    honest = card(HonestOnTheGrid().eval(), (x, y))
+    assert not honest["many_steps"].ok and "clean image alone" in honest["many_steps"].message
+    far = card(Far(x, y).eval(), (x, y))
+    assert not far["eps_sweep"].ok
+    assert "loss_rises" not in {f.id for f in check(Good().eval(), x, y, attacks=False)}
 
 
 @pytest.mark.parametrize("model, word", [

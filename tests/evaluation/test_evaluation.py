@@ -140,6 +140,55 @@ def test_every_attack_runs_by_name(attack, transfer, norm, eps):
     assert found.target == ("transfer" if transfer else "white-box")
 
 
+class Certain(Threshold):
+    """So large logits that float32 cross-entropy is exactly 0, and with it its gradient."""
+
+    def forward(self, x):
+        return 1e4 * super().forward(x)
+
+
+class Quantised(Threshold):
+    """Input in nine levels: no gradient at all."""
+
+    def forward(self, x):
+        return super().forward((8 * x).round() / 8)
+
+
+class Misleading(Threshold):
+    """The right logits with the gradient turned around."""
+
+    def forward(self, x):
+        turned = 2 * x.detach() - x
+        return super().forward(turned)
+
+
+def checks_of(found):
+    return {item["id"]: item for item in found.checks}
+
+
+def test_saturated_logits_switch_the_loss():
+    found = evaluate(Certain(), toy(6), attack="pgd-10", eps="8/255", progress=False)
+    assert [stage.name for stage in found.stages] == ["pgd-10", "pgd-10-margin"]
+    assert found.robust == pytest.approx(0.5), "the verdicts of the same model with small logits"
+    assert (found.broken_by == 1).sum() == 4 and not checks_of(found)["gradients_nonzero"]["ok"]
+    assert "pgd-10: " in checks_of(found)["gradients_nonzero"]["detail"]
+    fine = evaluate(Threshold(), toy(6), attack="pgd-10", eps="8/255", progress=False)
+    assert len(fine.stages) == 1 and checks_of(fine)["gradients_nonzero"]["ok"]
+
+
+def test_a_quantised_input_is_flagged():
+    found = evaluate(Quantised(), toy(6), attack="apgd-ce-10,square-50", eps="24/255", progress=False)
+    assert not checks_of(found)["gradients_nonzero"]["ok"] and "BPDA" in checks_of(found)["gradients_nonzero"]["detail"]
+    assert [stage.name for stage in found.stages] == ["apgd-ce-10", "apgd-ce-10-margin", "square-50"]
+
+
+def test_misleading_gradients_are_flagged_by_the_black_box():
+    found = evaluate(Misleading(), toy(6), attack="pgd-10,square-100", eps="8/255", progress=False)
+    assert (found.broken_by == 1).any() and not checks_of(found)["black_box_gain"]["ok"]
+    honest = evaluate(Threshold(), toy(6), attack="pgd-10,square-100", eps="8/255", progress=False)
+    assert checks_of(honest)["black_box_gain"]["ok"]
+
+
 def test_bad_evaluations(data):
     with pytest.raises(ValueError, match="did you mean 8/255"):
         run(data, eps="8")
