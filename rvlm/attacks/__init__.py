@@ -18,9 +18,11 @@ from rvlm.attacks.mifgsm import DI, MIFGSM, NI, SI, TI, VMI, mifgsm
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import PGD, pgd
 from rvlm.attacks.square import Square, square
+from rvlm.attacks.wrappers import BPDA, Joint, LowFrequency
 
 __all__ = [
     "APGD",
+    "BPDA",
     "DI",
     "FAB",
     "FGSM",
@@ -35,6 +37,8 @@ __all__ = [
     "AttackWarning",
     "AutoAttack",
     "AutoAttackResult",
+    "Joint",
+    "LowFrequency",
     "Square",
     "apgd",
     "autoattack",

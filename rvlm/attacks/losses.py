@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rvlm import ops
 
-__all__ = ["AIMED", "LOSSES", "ce", "dlr", "margin"]
+__all__ = ["AIMED", "LOSSES", "ce", "cosine", "dlr", "margin", "squared_l2"]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -23,6 +23,19 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, margin / (z_(1) - z_(3)): blind to the scale of the logits (Croce & Hein 2020)."""
     return ops.attack_loss(logits, y, "dlr")[0]
+
+
+def squared_l2(embedding: Tensor, reference: Tensor) -> Tensor:
+    """||f(x) - f_0||^2 per sample: what FARE's attack raises (Schlarmann et al. 2024, arXiv 2402.12336).
+
+    For attacks on embeddings: pgd(clip.encode_pixels, x, clip.encode_pixels(x).detach(), loss=squared_l2).
+    """
+    return (embedding - reference).square().flatten(1).sum(1)
+
+
+def cosine(embedding: Tensor, reference: Tensor) -> Tensor:
+    """1 - cos(f(x), f_0) per sample; used like `squared_l2`."""
+    return 1 - F.cosine_similarity(embedding.flatten(1), reference.flatten(1), dim=1)
 
 
 AIMED = ("dlr-targeted", "ce-targeted")  # raised by untargeted attacks that aim at one wrong class after another
