@@ -104,7 +104,7 @@ class EvalArgs(DataArgs):
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
     out: str | None = None
-    """Run folder; default runs/eval-DATE."""
+    """Run folder; default runs/eval-DATE. Give the folder of a run that was killed to go on with it."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -74,10 +75,12 @@ def eval(args: EvalArgs) -> int:
     data, model, source = _load(args)
     run = _Run("eval", args)
     rows, curve = [], []
+    states = run.out / "state"  # a run that was killed goes on with the same command
     for eps in radii:
         found = evaluate(
             model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
             batch_size=args.batch_size, seed=args.seed, device=_device(args.device),
+            state=states / f"{str(eps).replace('/', '-')}.npz",
         )  # fmt: skip
         rows.append(write_evaluation(run.out, args.model, found, data, model))
         curve.append((str(eps), found.robust, *found.robust_ci))
@@ -85,7 +88,9 @@ def eval(args: EvalArgs) -> int:
     if len(radii) > 1:
         zero = [("0", found.clean, *found.clean_ci)]
         accuracy_over_eps(run.out / "accuracy.png", {f"{args.model}, {args.attack}": zero + curve})
-    return run.finish(rows)
+    code = run.finish(rows)
+    shutil.rmtree(states)
+    return code
 
 
 def attack(args: AttackArgs) -> int:

@@ -8,17 +8,18 @@ repeated on the margin loss, and a black-box stage that finds what gradients did
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rvlm.attacks import scoring
+from rvlm.attacks import AttackResult, scoring
 from rvlm.attacks.losses import margin
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.resume import Keeper, Tally
 from rvlm.units import Eps
 
 __all__ = ["Evaluation", "evaluate", "parse_attack"]
@@ -110,6 +111,7 @@ def evaluate(
     keep_images: bool = False,
     quantize: int | None = None,
     progress: bool = True,
+    state: str | Path | None = None,
 ) -> Evaluation:
     """Evaluates a classifier under an attack.
 
@@ -125,48 +127,47 @@ def evaluate(
         keep_images: keep x_adv in memory and return it.
         quantize: 255 makes every adversarial image valid uint8.
         progress: show a bar.
+        state: file to save progress in, at every chunk of a stage (at most once a second); an evaluation that finds
+            one goes on there, with the same result. Delete it when it is no longer needed.
 
     Raises:
-        ValueError: empty data, bad attack or eps, or a classifier with fewer outputs than classes.
+        ValueError: empty data, bad attack or eps, a classifier with fewer outputs than classes, or a state file of
+            another evaluation.
     """
     if not len(data):
         raise ValueError(f"{data.name} has no samples to evaluate")
+    if state is not None and keep_images:
+        raise ValueError("keep_images holds images in memory, which a state file does not save: choose one")
     stages, eps = parse_attack(attack, norm), Eps(eps).check(norm)
-    began, n = time.perf_counter(), len(data)
-    none, target = torch.full((n,), -1), "white-box" if source is None else "transfer"
+    n, target = len(data), "white-box" if source is None else "transfer"
+    none = torch.full((n,), -1)
     result = Evaluation(
         attack, stages, [], eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]),
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
         linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
         forwards=0, backwards=0, seconds=0.0,
     )  # fmt: skip
-    nonfinite, over, outside, disagreements, images, vanished = 0, 0.0, 0.0, 0, [], []
-    classes = len(data.class_names)
-    with _bar(progress, n * (1 + sum(stage.cost(classes) for stage in stages)), attack) as bar:
-        for rows in torch.arange(n).split(batch_size):
-            x, y, _ = data.batch(rows)
-            if keep_images:
-                images.append(x)
-            logits = _logits(classifier, x.to(device), len(data.class_names))
-            classes = logits.shape[1]
-            result.forwards += len(rows)
-            pred, broken = _predictions(logits)
-            nonfinite += broken
-            result.pred_clean[rows] = pred
-            result.margin[rows] = margin(logits, y)
-            result.broken_by[rows] = torch.where(pred == y, -1, -2)
-            bar.update(len(rows))
-        result.pred_adv = result.pred_clean.clone()
-        if keep_images:
-            result.x_adv = torch.cat(images)
-        result.stages, result.refused = usable(stages, classes)
-        number = -1
-        while (number := number + 1) < len(result.stages):
-            stage, zeros, gradients = result.stages[number], 0, 0
-            cost = stage.cost(classes)
-            survivors = (result.broken_by == -1).nonzero().flatten()
+    keeper = Keeper(state, result, data, {"classifier": classifier, "source": source}, {"quantize": quantize})
+    tally = keeper.tally
+    classes = tally.classes or len(data.class_names)
+    costs = [stage.cost(classes) for stage in tally.stages or stages]
+    with _bar(progress, n * (1 + sum(costs)), attack) as bar:
+        bar.update(min(tally.chunk * batch_size, n) if tally.stage < 0 else n)
+        bar.total -= n * sum(costs[: max(tally.stage, 0)])
+        if tally.stage < 0:
+            _clean(classifier, data, result, tally, device, keep_images, bar, keeper)
+            tally.stages, result.refused = usable(stages, tally.classes)
+            tally.stage, tally.chunk = 0, 0
+            keeper.save()
+        result.stages = tally.stages
+        while tally.stage < len(tally.stages):
+            stage, cost = tally.stages[tally.stage], tally.stages[tally.stage].cost(tally.classes)
+            # Those that this stage has broken already were its survivors, too.
+            survivors = ((result.broken_by == -1) | (result.broken_by == tally.stage)).nonzero().flatten()
             bar.total -= (n - len(survivors)) * cost
-            for rows in survivors.split(batch_size) if len(survivors) else ():  # split gives one empty chunk of none
+            chunks = survivors.split(batch_size) if len(survivors) else ()  # split gives one empty chunk of none
+            bar.update(sum(map(len, chunks[: tally.chunk])) * cost)
+            for rows in chunks[tally.chunk :]:
                 x, y, index = data.batch(rows)
                 found = stage(
                     source or classifier,
@@ -180,61 +181,87 @@ def evaluate(
                     sample_ids=index,
                     quantize=quantize,
                 )
-                x_adv = found.x_adv.cpu()
-                logits = _logits(classifier, found.x_adv, len(data.class_names))
-                result.forwards += found.forwards + len(rows)
-                result.backwards += found.backwards
-                gradients, zeros = gradients + found.backwards, zeros + found.zero_gradients
-                delta = (x_adv.double() - x.double()).flatten(1)
-                length = delta.norm({"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
-                over = max(over, (length - float(eps)).max().item())
-                outside = max(outside, -x_adv.min().item(), x_adv.max().item() - 1)
-                pred, broken = _predictions(logits)
-                nonfinite += broken
-                fooled = pred != y
-                if source is None:
-                    disagreements += int((fooled != found.success.cpu()).sum())
-                result.pred_adv[rows] = pred
-                result.margin[rows] = margin(logits, y)
-                result.linf[rows] = delta.abs().amax(1)
-                result.broken_by[rows] = torch.where(fooled, number, -1)
-                if keep_images:
-                    result.x_adv[rows] = x_adv
+                _take(found, classifier, rows, x, y, result, tally, len(data.class_names))
+                tally.chunk += 1
                 bar.update(len(rows) * cost)
-            if zeros > ZERO_GRADIENTS * gradients:
-                vanished.append(f"{stage.name}: {zeros / gradients:.0%}")
+                keeper.save_now_and_then()
+            if tally.zeros > ZERO_GRADIENTS * tally.gradients:
+                tally.vanished.append(f"{stage.name}: {tally.zeros / tally.gradients:.0%}")
                 if (switched := _on_the_margin(stage)) is not None:
-                    result.stages.insert(number + 1, switched)
-                    bar.total += len(survivors) * switched.cost(classes)
+                    tally.stages.insert(tally.stage + 1, switched)
+                    bar.total += len(survivors) * switched.cost(tally.classes)
+            tally.stage, tally.chunk, tally.zeros, tally.gradients = tally.stage + 1, 0, 0, 0
+            keeper.save()
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
-    slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * x[0].numel()}[norm]  # half an ulp of every pixel
-    result.checks = [
-        {"id": "eps_respected", "ok": over <= slack, "detail": f"largest excess over eps {over:.2e}"},
-        {
-            "id": "box_respected",
-            "ok": outside <= 0,
-            "detail": f"largest distance outside [0, 1] {max(outside, 0.0):.2e}",
-        },
-        {
-            "id": "logits_finite",
-            "ok": nonfinite == 0,
-            "detail": f"{nonfinite} images with NaN logits, counted as wrong",
-        },
-        {
-            "id": "verdict_rescored",
-            "ok": disagreements == 0,
-            "detail": f"{disagreements} verdicts changed when re-scored",
-        },
-        {
-            "id": "gradients_nonzero",
-            "ok": not vanished,
-            "detail": f"gradients that are zero in every pixel, {', '.join(vanished) or 'hardly any'}"
-            + (": something hides them, so attack with BPDA or a black box" if vanished else ""),
-        },
-        _black_box(result),
-    ]
-    result.seconds = time.perf_counter() - began
+    slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * data.batch(slice(0, 1))[0].numel()}[norm]  # an ulp of every pixel
+    result.checks = _checks(result, tally, slack)
+    result.seconds = keeper.seconds()
     return result
+
+
+def _clean(classifier, data: Data, result: Evaluation, tally: Tally, device, keep_images: bool, bar, keeper) -> None:
+    """Predictions on clean images."""
+    images = []
+    for rows in torch.arange(len(data)).split(result.batch_size)[tally.chunk :]:
+        x, y, _ = data.batch(rows)
+        if keep_images:
+            images.append(x)
+        logits = _logits(classifier, x.to(device), len(data.class_names))
+        tally.classes = logits.shape[1]
+        result.forwards += len(rows)
+        pred, broken = _predictions(logits)
+        tally.nonfinite += broken
+        result.pred_clean[rows] = result.pred_adv[rows] = pred
+        result.margin[rows] = margin(logits, y)
+        result.broken_by[rows] = torch.where(pred == y, -1, -2)
+        tally.chunk += 1
+        bar.update(len(rows))
+        keeper.save_now_and_then()
+    if keep_images:
+        result.x_adv = torch.cat(images)
+
+
+def _take(
+    found: AttackResult, classifier, rows: Tensor, x: Tensor, y: Tensor, result: Evaluation, tally: Tally, classes: int
+) -> None:
+    """Scores the images of a stage on the classifier and enters them."""
+    x_adv = found.x_adv.cpu()
+    logits = _logits(classifier, found.x_adv, classes)
+    result.forwards += found.forwards + len(rows)
+    result.backwards += found.backwards
+    tally.gradients, tally.zeros = tally.gradients + found.backwards, tally.zeros + found.zero_gradients
+    delta = (x_adv.double() - x.double()).flatten(1)
+    length = delta.norm({"linf": torch.inf, "l2": 2, "l1": 1}[result.norm], dim=1)
+    tally.over = max(tally.over, (length - float(result.eps)).max().item())
+    tally.outside = max(tally.outside, -x_adv.min().item(), x_adv.max().item() - 1)
+    pred, broken = _predictions(logits)
+    tally.nonfinite += broken
+    fooled = pred != y
+    if result.target == "white-box":
+        tally.disagreements += int((fooled != found.success.cpu()).sum())
+    result.pred_adv[rows] = pred
+    result.margin[rows] = margin(logits, y)
+    result.linf[rows] = delta.abs().amax(1)
+    result.broken_by[rows] = torch.where(fooled, tally.stage, -1)
+    if result.x_adv is not None:
+        result.x_adv[rows] = x_adv
+
+
+def _checks(result: Evaluation, tally: Tally, slack: float) -> list[dict]:
+    vanished = ", ".join(tally.vanished)
+    hidden = ": something hides them, so attack with BPDA or a black box"
+    lines = [
+        ("eps_respected", tally.over <= slack, f"largest excess over eps {tally.over:.2e}"),
+        ("box_respected", tally.outside <= 0, f"largest distance outside [0, 1] {max(tally.outside, 0.0):.2e}"),
+        ("logits_finite", tally.nonfinite == 0, f"{tally.nonfinite} images with NaN logits, counted as wrong"),
+        ("verdict_rescored", not tally.disagreements, f"{tally.disagreements} verdicts changed when re-scored"),
+        (
+            "gradients_nonzero",
+            not vanished,
+            f"gradients that are zero in every pixel, {vanished or 'hardly any'}" + (hidden if vanished else ""),
+        ),
+    ]
+    return [*({"id": id, "ok": ok, "detail": detail} for id, ok, detail in lines), _black_box(result)]
 
 
 def _on_the_margin(stage: Stage) -> Stage | None:

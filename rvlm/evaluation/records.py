@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import rvlm
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import Evaluation
+from rvlm.evaluation.resume import weights_sha
 from rvlm.files import write_bytes
 from rvlm.models import ZeroShotClassifier
 
@@ -121,7 +122,7 @@ def _describe(
     """The sections model, input and text of a record; what cannot be seen of a foreign callable is None."""
     names = _sha(data.class_names)
     if not isinstance(classifier, ZeroShotClassifier):
-        weights = _weights_sha(classifier) if isinstance(classifier, nn.Module) else None
+        weights = weights_sha(classifier) if isinstance(classifier, nn.Module) else None
         name = getattr(classifier, "__qualname__", type(classifier).__name__)
         model = {"source": "callable", "name": name, "sha256": weights, "method": method}
         return {"model": model, "input": {"attack_res": resolution}, "text": {"classnames_sha": names}}
@@ -131,7 +132,7 @@ def _describe(
         "model": {
             "source": "open_clip",
             "name": clip.name,
-            "sha256": _weights_sha(clip),
+            "sha256": weights_sha(clip),
             "method": method,
             "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
         },
@@ -201,15 +202,6 @@ def _git() -> dict[str, Any]:
         return {"git": commit, "dirty": bool(run(["git", "status", "--porcelain", "-uno"]).stdout)}
     except (OSError, subprocess.CalledProcessError):
         return {"git": None, "dirty": None}
-
-
-def _weights_sha(model: nn.Module) -> str:
-    """Hash of names and values of everything in the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _sha(content: Any) -> str:

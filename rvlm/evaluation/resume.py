@@ -1,0 +1,130 @@
+"""Progress of an evaluation on disk, so that one that was killed goes on where it was.
+
+A state file holds what is known of every sample, the sums so far and the next (stage, chunk), and a description of the
+evaluation: data, weights, attack, everything that decides the result. A file of another evaluation is refused. It is
+replaced as a whole, so that a crash or a full disk leaves the last one.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rvlm.attacks.stages import Stage
+from rvlm.files import write_bytes
+
+__all__ = ["Keeper", "Tally", "weights_sha"]
+
+SCHEMA = "rvlm.state/1"
+COLUMNS = ("pred_clean", "pred_adv", "broken_by", "linf", "margin")
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over the samples so far, and where to go on: stage -1 is the pass over clean images."""
+
+    stage: int = -1
+    chunk: int = 0
+    classes: int = 0
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+    vanished: list[str] = dataclasses.field(default_factory=list)
+    zeros: int = 0
+    gradients: int = 0
+    nonfinite: int = 0
+    disagreements: int = 0
+    over: float = 0.0
+    outside: float = 0.0
+
+
+class Keeper:
+    """Saves and restores; without a path it does neither.
+
+    Args:
+        path: of the state file.
+        result: Evaluation, filled in from the file if there is one.
+        data: what is evaluated.
+        models: by role, to be recognised by their weights.
+        settings: more that decides the result.
+    """
+
+    def __init__(self, path: str | Path | None, result, data, models: dict[str, Any], settings: dict[str, Any]) -> None:
+        self.path, self.result = None if path is None else Path(path), result
+        self.tally, self.began, self.before, self.saved = Tally(), time.perf_counter(), 0.0, 0.0
+        if self.path is None:
+            return
+        self.key = {
+            "schema": SCHEMA, "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
+            "target": result.target, "seed": result.seed, "batch_size": result.batch_size, "data": data.name,
+            "fingerprint": data.fingerprint, "samples": _sha(json.dumps(data.index.tolist()).encode()),
+            **{role: _name(model) for role, model in models.items()}, **settings,
+        }  # fmt: skip
+        if self.path.exists():
+            self._restore()
+
+    def seconds(self) -> float:
+        """Spent so far, in all attempts."""
+        return self.before + time.perf_counter() - self.began
+
+    def save_now_and_then(self) -> None:
+        if time.perf_counter() - self.saved > 1.0:
+            self.save()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        tally = dataclasses.asdict(self.tally)
+        sums = {name: getattr(self.result, name) for name in ("forwards", "backwards", "refused")}
+        about = {"key": self.key, "tally": tally, "result": sums, "seconds": self.seconds()}
+        buffer = io.BytesIO()
+        columns = {name: getattr(self.result, name).numpy() for name in COLUMNS}
+        np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+        write_bytes(self.path, buffer.getvalue())
+        self.saved = time.perf_counter()
+
+    def _restore(self) -> None:
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                about = json.loads(file["about"].tobytes())
+                columns = {name: torch.from_numpy(file[name].copy()) for name in COLUMNS}
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.path} is no state of an evaluation ({error}): remove it to begin anew") from None
+        theirs = about["key"]
+        differ = [name for name in self.key | theirs if self.key.get(name) != theirs.get(name)]
+        if differ:
+            what = "; ".join(f"{name} was {theirs.get(name)!r}, is {self.key.get(name)!r}" for name in differ)
+            raise ValueError(f"{self.path} belongs to another evaluation ({what}): remove it, or write elsewhere")
+        for name, column in columns.items():
+            getattr(self.result, name).copy_(column)
+        for name, value in about["result"].items():
+            setattr(self.result, name, value)
+        self.tally = Tally(**about["tally"])
+        self.tally.stages = [Stage(**stage) for stage in self.tally.stages]
+        self.before = about["seconds"]
+
+
+def weights_sha(model: nn.Module) -> str:
+    """Hash of names and values of everything in the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _name(model: Any) -> str | None:
+    """Class and weights; of a plain callable its name alone, since nothing else can be seen."""
+    if model is None:
+        return None
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    return f"{name} {weights_sha(model)}" if isinstance(model, nn.Module) else name
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
