@@ -13,6 +13,7 @@ from rvlm.attacks.checks import AttackWarning
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.fab import FAB, fab
 from rvlm.attacks.fgsm import FGSM, fgsm
+from rvlm.attacks.fmn import FMN, fmn
 from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.mifgsm import DI, MIFGSM, NI, SI, TI, VMI, mifgsm
 from rvlm.attacks.objective import AttackResult
@@ -26,6 +27,7 @@ __all__ = [
     "DI",
     "FAB",
     "FGSM",
+    "FMN",
     "LOSSES",
     "MIFGSM",
     "NI",
@@ -44,6 +46,7 @@ __all__ = [
     "autoattack",
     "fab",
     "fgsm",
+    "fmn",
     "mifgsm",
     "pgd",
     "scoring",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rvlm import ops
 
-__all__ = ["NORMS", "Ball", "Noise", "rowwise"]
+__all__ = ["NORMS", "Ball", "Noise", "rowwise", "whole_box"]
 
 _STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 NORMS = tuple(_STEPS)
@@ -127,3 +127,9 @@ class Noise:
 def rowwise(value: Tensor, x: Tensor) -> Tensor:
     """value [B] in a shape that broadcasts against x [B, ...]."""
     return value.view(-1, *[1] * (x.dim() - 1))
+
+
+def whole_box(x: Tensor, norm: str, bounds: tuple[float, float]) -> float:
+    """A radius that holds the whole box."""
+    width = bounds[1] - bounds[0]
+    return width * {"linf": 1.0, "l2": x[:1].numel() ** 0.5, "l1": float(x[:1].numel())}[norm]

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rvlm import ops, profiling
+from rvlm import profiling
 from rvlm.attacks.ball import Ball, Noise, rowwise
-from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.nearest import DUAL, ORDER, Nearest
+from rvlm.attacks.objective import AttackResult, Objective
 from rvlm.attacks.search import Attack, Kept, check_count, search
 
 __all__ = ["FAB", "fab"]
-
-ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
-DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
 
 def fab(
@@ -31,7 +29,7 @@ def fab(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    eps: float | Tensor = 8 / 255,
+    eps: float | Tensor | None = 8 / 255,
     steps: int = 100,
     norm: str = "linf",
     aimed: bool = True,
@@ -54,12 +52,13 @@ def fab(
     """FAB-T, or FAB with aimed=False. What is not listed means what it means in `pgd`.
 
     Args:
+        eps: radius; None looks for the nearest image at any distance.
         steps: of a run; each is two forward passes and one backward pass (aimed=False: one for each class).
         aimed: one run for each of `targets` wrong classes, likeliest first.
         targets: how many; None means nine, or all if there are fewer.
         alpha_max, eta, beta: pull to x, overshoot across the plane, and the step back.
         restarts: runs (per target class); the first starts from x, the others from noise of length eps / 2. A run is
-            for the samples that no earlier one has fooled within eps.
+            for the samples that no earlier one has fooled within eps, or, without eps, for all.
         quantize: the result is rounded inside the ball, and scored so.
         callback: called as callback(step, x_adv, distance of the nearest candidate) after every step.
 
@@ -76,10 +75,12 @@ def fab(
     for name, value in (("alpha_max", alpha_max), ("beta", beta)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if eps is None and restarts > 1:
+        raise ValueError("restarts > 1 start from noise of length eps / 2: give eps")
     run = _Boundary(steps, aimed, alpha_max, eta, beta, restarts, callback)
     return search(
         "fab", run, model, x, y, eps=eps, norm=norm, loss="ce-targeted" if aimed else "margin", bounds=bounds,
-        targets=targets, random_start=restarts > 1, own_start=True, restarts=restarts, survivors=True,
+        targets=targets, random_start=restarts > 1, own_start=True, restarts=restarts, survivors=eps is not None,
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
         model_mode=model_mode, engine=engine, return_info=return_info,
     )  # fmt: skip
@@ -101,10 +102,9 @@ class _Boundary:
     def __call__(self, objective: Objective, ball: Ball, x: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         clean, norm, (lo, hi) = ball.x, ball.norm, ball.bounds
         point = self._start(ball, noise)
-        nearest = clean.clone()
         logits = objective.logits(clean)
-        classes, wrong = logits.shape[1], logits.argmax(1) != objective.labels
-        distance = torch.where(wrong, 0.0, torch.inf).to(clean.dtype)
+        classes = logits.shape[1]
+        nearest = Nearest(ball, logits.argmax(1) != objective.labels)
         both, rows = torch.cat([clean, clean]), len(clean)
         for k in range(self.steps):
             gap, w = self._plane(objective, point, norm, classes)
@@ -117,17 +117,11 @@ class _Boundary:
                 moved = (point + self.eta * d[:rows]) * (1 - a) + (clean + self.eta * d[rows:]) * a
                 point = torch.empty_like(clean).copy_(moved.clamp(lo, hi))
             wrong = objective.logits(point).argmax(1) != objective.labels
-            length = (point - clean).flatten(1).norm(ORDER[norm], dim=1)
-            closer = wrong & (length < distance)
-            ops.keep_best_(nearest, point, closer)
-            distance = torch.where(closer, length, distance)
+            nearest.take(point, wrong)
             point = torch.where(rowwise(wrong, point), clean + (point - clean) * self.beta, point)
             if self.callback is not None:
-                self.callback(k, point, distance)
-        x_adv = ball.as_seen(ball.project(nearest))
-        pred = objective.logits(x_adv).argmax(1)
-        scores = Scores(-distance, pred != objective.labels, pred)
-        return Kept(x_adv, scores), torch.full((rows,), self.steps, device=x.device)
+                self.callback(k, point, nearest.distance)
+        return nearest.kept(objective), torch.full((rows,), self.steps, device=x.device)
 
     def _start(self, ball: Ball, noise: Noise | None) -> Tensor:
         if noise is None or noise.run % self.restarts == 0:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rvlm import ops
-from rvlm.attacks.ball import NORMS, Ball, Noise
+from rvlm.attacks.ball import NORMS, Ball, Noise, whole_box
 from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
 from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.losses import AIMED
@@ -85,7 +85,7 @@ def search(
     x: Tensor,
     y: Any,
     *,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
     norm: str,
     loss: str | Callable[[Any, Any], Tensor],
     bounds: tuple[float, float],
@@ -113,6 +113,7 @@ def search(
 
     Args:
         name: of the attack, for messages.
+        eps: None means the whole box.
         run: see Run.
         targets: with a loss that aims at classes, how many: all restarts are repeated for each of the likeliest wrong
             ones on x. None: nine, or all of them.
@@ -128,7 +129,8 @@ def search(
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     check_images(x, bounds)
-    check_radius("eps", eps, len(x), norm, bounds)
+    if eps is not None:
+        check_radius("eps", eps, len(x), norm, bounds)
     check_count("restarts", restarts, 1)
     check_count("eot", eot, 1)
     aimed = isinstance(loss, str) and loss in AIMED
@@ -149,7 +151,7 @@ def search(
     with untouched(model, model_mode, compiled=engine == "compile"), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
         call = torch.compile(model, dynamic=False) if engine == "compile" else model
-        ball = Ball(x, eps, norm, bounds, strict_eps, quantize)
+        ball = Ball(x, whole_box(x, norm, bounds) if eps is None else eps, norm, bounds, strict_eps, quantize)
         draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rvlm.attacks.apgd import apgd
 from rvlm.attacks.fab import fab
+from rvlm.attacks.fmn import fmn
 from rvlm.attacks.mifgsm import mifgsm
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import pgd
@@ -28,7 +29,7 @@ from rvlm.attacks.square import square
 
 __all__ = ["Stage", "parse_attack", "usable"]
 
-FUNCTIONS = {"pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "square": square}
+FUNCTIONS = {"pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square}
 COMMON = {
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
     "quantize", "model_mode", "engine", "callback", "return_info",
@@ -124,14 +125,16 @@ def _stages(name: str, norm: str) -> list[Stage]:
             return [Stage(name, "pgd", {"steps": steps, "loss": "ce"})]
         starts = [(loss, k) for loss in ("ce", "margin") for k in range(int(match[2]))]
         return [Stage(f"pgd-{steps}-{loss}-{k + 1}", "pgd", {"steps": steps, "loss": loss}, k) for loss, k in starts]
+    if match := re.fullmatch(r"fmn-([1-9]\d*)", name):
+        return [Stage(name, "fmn", {"steps": int(match[1])})]
     if match := re.fullmatch(r"(mi|ti)fgsm-([1-9]\d*)", name):
         chain = ["ti", "di"] if match[1] == "ti" else []
         return [Stage(name, "mifgsm", {"steps": int(match[2]), "transforms": chain})]
     if match := re.fullmatch(r"(apgd-ce|apgd-dlr|apgd-t|fab|fab-t|square)(?:-([1-9]\d*))?", name):
         return [_named(match[1], norm, count=int(match[2]) if match[2] else None)]
     raise ValueError(
-        f"unknown attack {name!r}: expected fgsm, pgd-STEPS, pgd-STEPSxRESTARTS, mifgsm-STEPS, tifgsm-STEPS, apgd-ce, "
-        "apgd-dlr, apgd-t, fab, fab-t, square (these may end in -STEPS), autoattack, autoattack-plus, autoattack-rand, "
+        f"unknown attack {name!r}: expected fgsm, pgd-STEPS, pgd-STEPSxRESTARTS, mifgsm-STEPS, tifgsm-STEPS, fmn-STEPS, "
+        "apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square (these may end in -STEPS), autoattack, autoattack-plus, autoattack-rand, "
         "or several with commas"
     )
 

@@ -213,6 +213,21 @@ def test_quantized_and_strict(build, batch):
         assert ((x_adv.double() - x.double()).flatten(1).norm(order, dim=1) <= EPS[norm]).all()
 
 
+@pytest.mark.parametrize("norm, loss, kernels", [
+    ("linf", "dlr", {"apgd_step_": 7, "attack_loss": 8, "keep_best_": 7 * 3}),
+    ("l2", "ce", {"l2_step_": 7 * 2, "keep_best_": 7 * 3}),
+    ("l1", "ce", {"sparse_step": 7, "l1_project": 7}),
+])  # fmt: skip
+def test_steps_are_the_fused_ones(build, batch, norm, loss, kernels):
+    """A loss, a step and the book-keeping, one op each per step; starts and checkpoints add a few."""
+    model, (x, y) = build("mlp", torch.float32), batch(torch.float32)
+    with torch.profiler.profile() as profile:
+        apgd(model, x, y, eps=EPS[norm], norm=norm, steps=7, loss=loss, generator=fixed())
+    calls = {event.key: event.count for event in profile.key_averages()}
+    for name, least in kernels.items():
+        assert least <= calls[f"rvlm::{name}"] <= least + 20, (name, calls[f"rvlm::{name}"])
+
+
 def test_class(build, batch):
     model, (x, y) = build("mlp"), batch()
     attack = APGD(model, eps=4 / 255, steps=5, loss="dlr")

@@ -127,6 +127,7 @@ def test_attack_names():
         "tifgsm-2",
         "apgd-ce-3",
         "fab-3",
+        "fmn-3",
         "fab-t-3",
         "square-3",
         "apgd-ce-2,square-2",
