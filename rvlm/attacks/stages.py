@@ -61,7 +61,10 @@ class Stage:
             best = {"best": "last"} if transfer else {"best": "adv", "early_stop": "freeze"}
         elif self.attack == "apgd":
             best = {"best": "loss" if transfer else "adv"}
-        return FUNCTIONS[self.attack](model, x, y, **best, **self.settings, **more, return_info=True)
+        function = FUNCTIONS[self.attack]
+        if "generator" not in inspect.signature(function).parameters:
+            more.pop("generator", None)  # it draws nothing
+        return function(model, x, y, **best, **self.settings, **more, return_info=True)
 
     def record(self) -> dict[str, Any]:
         """Everything that decides what the stage does but the threat model, for a record."""
@@ -133,9 +136,9 @@ def _stages(name: str, norm: str) -> list[Stage]:
     if match := re.fullmatch(r"(apgd-ce|apgd-dlr|apgd-t|fab|fab-t|square)(?:-([1-9]\d*))?", name):
         return [_named(match[1], norm, count=int(match[2]) if match[2] else None)]
     raise ValueError(
-        f"unknown attack {name!r}: expected fgsm, pgd-STEPS, pgd-STEPSxRESTARTS, mifgsm-STEPS, tifgsm-STEPS, fmn-STEPS, "
-        "apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square (these may end in -STEPS), autoattack, autoattack-plus, autoattack-rand, "
-        "or several with commas"
+        f"unknown attack {name!r}: expected fgsm, pgd-STEPS, pgd-STEPSxRESTARTS, mifgsm-STEPS, tifgsm-STEPS, "
+        "fmn-STEPS, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square (the last six may end in -STEPS), autoattack, "
+        "autoattack-plus, autoattack-rand, or several with commas"
     )
 
 
