@@ -27,6 +27,7 @@ COLUMNS = {
     "multi_teacher_kl": ("device_us", "compile_seconds"),
     "clip_head_loss": ("device_us", "compile_seconds"),
     "attack_loss": ("device_us", "compile_seconds"),
+    "autoattack": ("robust",),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }
 LOSING = 0.98  # below this the implementation is slower than what it is compared with

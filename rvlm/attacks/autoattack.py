@@ -102,7 +102,7 @@ def autoattack(
 
     with drawn_seed(generator, True) as seed:
         x = x.detach()
-        ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+        ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
         clean, objective = scored(x, y)
         y, count = objective.labels, objective.count
         stages, refused = usable(stages, objective.seen_classes)

@@ -80,9 +80,9 @@ def fab(
     run = _Boundary(steps, aimed, alpha_max, eta, beta, restarts, callback)
     return search(
         "fab", run, model, x, y, eps=eps, norm=norm, loss="ce-targeted" if aimed else "margin", bounds=bounds,
-        targets=targets, random_start=restarts > 1, own_start=True, restarts=restarts, survivors=eps is not None,
-        generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
-        model_mode=model_mode, engine=engine, return_info=return_info,
+        may_aim=True, targets=targets, distances=True, random_start=restarts > 1, own_start=True, restarts=restarts,
+        survivors=eps is not None, generator=generator, sample_ids=sample_ids, precision=precision,
+        strict_eps=strict_eps, quantize=quantize, model_mode=model_mode, engine=engine, return_info=return_info,
     )  # fmt: skip
 
 

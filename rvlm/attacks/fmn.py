@@ -73,8 +73,8 @@ def fmn(
     run = _Shrinking(alpha, gamma, steps, callback)
     return search(
         "fmn", run, model, x, y, eps=eps, norm=norm, loss="margin", bounds=bounds, targeted=targeted,
-        random_start=False, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
-        model_mode=model_mode, engine=engine, return_info=return_info,
+        distances=True, random_start=False, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps,
+        quantize=quantize, model_mode=model_mode, engine=engine, return_info=return_info,
     )  # fmt: skip
 
 

@@ -133,6 +133,8 @@ class _Steps:
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
             if self.early_stop == "freeze":
+                if scores.fooled is None:
+                    raise ValueError("early_stop='freeze' needs a model that returns logits [B, C]")
                 active = active & ~scores.fooled
             elif cycle is not None:
                 active = cycle.last_step > k

@@ -90,7 +90,9 @@ def search(
     loss: str | Callable[[Any, Any], Tensor],
     bounds: tuple[float, float],
     targeted: bool = False,
+    may_aim: bool = False,
     targets: int | None = None,
+    distances: bool = False,
     random_start: bool = True,
     own_start: bool = False,
     draws: bool = False,
@@ -115,8 +117,10 @@ def search(
         name: of the attack, for messages.
         eps: None means the whole box.
         run: see Run.
+        may_aim: whether the loss may be one that aims at classes.
         targets: with a loss that aims at classes, how many: all restarts are repeated for each of the likeliest wrong
             ones on x. None: nine, or all of them.
+        distances: the loss of what a run keeps is minus a distance, and stays so when the verdict is re-scored.
         own_start: a run is handed x, and makes its own random start from the noise.
         draws: a run needs noise, whatever its start.
         on_sphere: random starts touch the ball's surface.
@@ -134,7 +138,7 @@ def search(
     check_count("restarts", restarts, 1)
     check_count("eot", eot, 1)
     aimed = isinstance(loss, str) and loss in AIMED
-    if aimed and (targeted or name not in ("apgd", "fab")):
+    if aimed and (targeted or not may_aim):
         raise ValueError(f"loss={loss!r} aims at one wrong class after another: for untargeted apgd only")
     if targets is not None and not aimed:
         raise ValueError(f"targets={targets} needs a loss that aims at classes, {' or '.join(map(repr, AIMED))}")
@@ -164,7 +168,7 @@ def search(
             runs = restarts * (aims.shape[1] if aimed else 1)
             if runs > MAX_RUNS:
                 raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
-            ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+            ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
             for number in range(runs):
                 rows = None
                 if survivors and chosen is not None:
@@ -197,6 +201,8 @@ def search(
         verdict = chosen.scores
         if precision is not None:
             verdict = objective.score(chosen.x_adv)  # reference precision
+            if distances:
+                verdict.loss = chosen.scores.loss
         counts = objective.count.forwards, objective.count.backwards, int(objective.count.zeros)
         return AttackResult(chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts)
 

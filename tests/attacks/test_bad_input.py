@@ -60,6 +60,12 @@ def test_bad_arguments(build, change, error, message):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_freezing_needs_logits(build):
+    model = build("linear", torch.float32)
+    with pytest.raises(ValueError, match="needs a model that returns logits"):
+        pgd(lambda x: {"logits": model(x)}, X, Y, early_stop="freeze", loss=lambda out, y: out["logits"].sum(1))
+
+
 @pytest.mark.parametrize("output, message", [
     (lambda x: x.flatten(1).detach()[:, :5], "carries no gradient"),
     (lambda x: torch.ones(len(x), 5, requires_grad=True) * 2, "does not reach the images"),

@@ -161,6 +161,13 @@ def test_quantized_and_class(build, batch):
     assert torch.equal(attack(x, y), fab(model, x, y, steps=3)) and repr(attack) == "FAB(Sequential, steps=3)"
 
 
+def test_the_distance_survives_another_precision(build, batch):
+    model, (x, _) = build("conv", torch.float32), batch(torch.float32)
+    y = model(x).argmax(1)
+    found = fab(model, x, y, steps=5, eps=0.5, precision="bf16", return_info=True)
+    assert (found.loss <= 0).all() and torch.equal(found.success, model(found.x_adv).argmax(1) != y)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(steps=0), "steps must be an integer >= 1"),
     (dict(targets=0), "targets must be an integer >= 1"),

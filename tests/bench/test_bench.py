@@ -73,11 +73,11 @@ def test_gpu_script_runs_dry(tmp_path):
     done = quick(["bash", str(BENCH / "run_gpu.sh"), str(tmp_path)], RVLM_BENCH_CPU="1", PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    parts = {"info", "tests", "steps", "iterates", "losses", "attention", "filters", "pgd", "memcheck"}
+    parts = {"info", "tests", "steps", "iterates", "losses", "attention", "filters", "pgd", "attacks", "memcheck"}
     assert {part["name"] for part in result["parts"]["parts"]} == parts
     groups = {"linf_step_", "l2_step_", "uniform_start", "apgd_step_", "keep_best_", "l1_project", "l1_step_"}
     groups |= {"anchored_residual", "anchored_attention", "prefix_attention"}
-    groups |= {"multi_teacher_kl", "attack_loss", "clip_head_loss", "gaussian_filter", "pgd-10"}
+    groups |= {"multi_teacher_kl", "attack_loss", "clip_head_loss", "gaussian_filter", "pgd-10", "autoattack"}
     assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()
