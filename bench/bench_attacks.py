@@ -12,13 +12,10 @@ from rvlm.attacks import apgd, fab, square
 
 ON_GPU = torch.cuda.is_available()
 EPS = 4 / 255
-CASES = [("tiny-vit", 4)] if QUICK else [("tiny-vit", 128), ("tiny-vit", 16)]
-PARTS = {
-    "apgd-ce": 3 if QUICK else 20,
-    "apgd-t": 2 if QUICK else 10,
-    "fab-t": 2 if QUICK else 10,
-    "square": 20 if QUICK else 200,
-}
+CASES = [4] if QUICK else [64, 8]
+PARTS = {"apgd-ce": 10, "apgd-t": 5, "fab-t": 5, "square": 100}  # steps, queries
+if QUICK:
+    PARTS = dict.fromkeys(PARTS, 2)
 
 
 def ours(part: str, model, x, y):
@@ -61,13 +58,13 @@ def classifier(device):
     return ZeroShotClassifier(load_clip(name, device), data.class_names, data.template).to(device).eval(), data
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"B{case[1]}")
+@pytest.mark.parametrize("batch", CASES, ids=lambda batch: f"B{batch}")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("impl", ["rvlm", "pyautoattack"])
 @pytest.mark.benchmark(group="autoattack")
-def test_part(impl, part, case, classifier, device, compare, benchmark):
+def test_part(impl, part, batch, classifier, device, compare, benchmark):
     model, data = classifier
-    x, y, _ = data.batch(slice(0, case[1]))
+    x, y, _ = data.batch(slice(0, batch))
     x, y = x.to(device), y.to(device)
     attack = ours if impl == "rvlm" else theirs
     with torch.no_grad():
