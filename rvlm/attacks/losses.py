@@ -1,13 +1,14 @@
 """Losses that an attack raises (or, targeted, lowers): callables (logits [B, C], labels [B]) -> [B]."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from rvlm import ops
 
-__all__ = ["AIMED", "LOSSES", "ce", "cosine", "dlr", "margin", "squared_l2"]
+__all__ = ["AIMED", "LOSSES", "ce", "cosine", "dlr", "given", "margin", "squared_l2"]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -36,6 +37,14 @@ def squared_l2(embedding: Tensor, reference: Tensor) -> Tensor:
 def cosine(embedding: Tensor, reference: Tensor) -> Tensor:
     """1 - cos(f(x), f_0) per sample; used like `squared_l2`."""
     return 1 - F.cosine_similarity(embedding.flatten(1), reference.flatten(1), dim=1)
+
+
+def given(losses: Tensor, y: Any) -> Tensor:
+    """The model's outputs [B] themselves, for a model that maps pixels to losses: a caption's, an answer's.
+
+    pgd(lambda x: captioner(x, captions), x, loss=given, best="loss"); targeted=True lowers them.
+    """
+    return losses
 
 
 AIMED = ("dlr-targeted", "ce-targeted")  # raised by untargeted attacks that aim at one wrong class after another

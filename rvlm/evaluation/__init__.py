@@ -4,8 +4,9 @@ from rvlm.evaluation.check import Finding, check
 from rvlm.evaluation.evaluate import Evaluation, evaluate, parse_attack
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.records import summary_row, write_evaluation, write_json
+from rvlm.evaluation.transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
-    "Evaluation", "Finding", "check", "evaluate", "parse_attack", "summary_row", "wilson",
-    "write_evaluation", "write_json",
+    "Evaluation", "Finding", "TransferMatrix", "check", "evaluate", "parse_attack", "summary_row", "transfer_matrix",
+    "wilson", "write_evaluation", "write_json",
 ]  # fmt: skip

@@ -151,7 +151,7 @@ def evaluate(
     tally = keeper.tally
     classes = tally.classes or len(data.class_names)
     costs = [stage.cost(classes) for stage in tally.stages or stages]
-    with _bar(progress, n * (1 + sum(costs)), attack) as bar:
+    with progress_bar(progress, n * (1 + sum(costs)), attack) as bar:
         bar.update(min(tally.chunk * batch_size, n) if tally.stage < 0 else n)
         bar.total -= n * sum(costs[: max(tally.stage, 0)])
         if tally.stage < 0:
@@ -206,10 +206,10 @@ def _clean(classifier, data: Data, result: Evaluation, tally: Tally, device, kee
         x, y, _ = data.batch(rows)
         if keep_images:
             images.append(x)
-        logits = _logits(classifier, x.to(device), len(data.class_names))
+        logits = logits_of(classifier, x.to(device), len(data.class_names))
         tally.classes = logits.shape[1]
         result.forwards += len(rows)
-        pred, broken = _predictions(logits)
+        pred, broken = predictions(logits)
         tally.nonfinite += broken
         result.pred_clean[rows] = result.pred_adv[rows] = pred
         result.margin[rows] = margin(logits, y)
@@ -226,7 +226,7 @@ def _take(
 ) -> None:
     """Scores the images of a stage on the classifier and enters them."""
     x_adv = found.x_adv.cpu()
-    logits = _logits(classifier, found.x_adv, classes)
+    logits = logits_of(classifier, found.x_adv, classes)
     result.forwards += found.forwards + len(rows)
     result.backwards += found.backwards
     tally.gradients, tally.zeros = tally.gradients + found.backwards, tally.zeros + found.zero_gradients
@@ -234,7 +234,7 @@ def _take(
     length = delta.norm({"linf": torch.inf, "l2": 2, "l1": 1}[result.norm], dim=1)
     tally.over = max(tally.over, (length - float(result.eps)).max().item())
     tally.outside = max(tally.outside, -x_adv.min().item(), x_adv.max().item() - 1)
-    pred, broken = _predictions(logits)
+    pred, broken = predictions(logits)
     tally.nonfinite += broken
     fooled = pred != y
     if result.target == "white-box":
@@ -284,7 +284,7 @@ def _black_box(result: Evaluation) -> dict:
     return {"id": "black_box_gain", "ok": share <= BLACK_BOX_GAIN, "detail": detail}
 
 
-def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> Tensor:
+def logits_of(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> Tensor:
     with scoring(classifier):
         logits = classifier(x)
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < classes:
@@ -292,13 +292,13 @@ def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> 
     return logits.float().cpu()
 
 
-def _predictions(logits: Tensor) -> tuple[Tensor, int]:
+def predictions(logits: Tensor) -> tuple[Tensor, int]:
     """Classes [B], -1 (so never right) where a logit is NaN, and how many of those. -inf is a masked class."""
     broken = logits.isnan().any(1)
     return torch.where(broken, -1, logits.argmax(1)), int(broken.sum())
 
 
-def _bar(shown: bool, total: int, title: str):
+def progress_bar(shown: bool, total: int, title: str):
     from tqdm import tqdm
 
     return tqdm(total=total, desc=title, disable=not shown, unit="img-step", unit_scale=True, mininterval=0.5)

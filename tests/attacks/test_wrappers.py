@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rvlm.attacks import BPDA, Joint, LowFrequency, apgd, losses, pgd
+from rvlm.attacks import BPDA, Joint, LowFrequency, apgd, losses, mifgsm, pgd, square
 from rvlm.ops import gaussian_filter
 
 EPS = 8 / 255
@@ -115,3 +115,20 @@ def test_attacks_on_embeddings(build, batch, loss, attack):
         model, noise, reference, loss=loss, targeted=True, eps=EPS, best="loss", generator=fixed(), return_info=True
     )
     assert (back.loss < loss(model(noise), reference)).all(), "targeted: toward the reference"
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd, mifgsm, square])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_models_that_return_a_loss_per_image(build, batch, attack, targeted):
+    """As a captioner does: pixels to the loss of a caption, for a whole batch."""
+    model, (x, y) = build("vit"), batch()
+    captioner = lambda v: F.cross_entropy(model(v), y, reduction="none")  # noqa: E731
+    more = {"queries": 60} if attack is square else {"steps": 8}
+    more |= {"best": "loss"} if attack in (pgd, apgd) else {}
+    found = attack(captioner, x, loss=losses.given, targeted=targeted, generator=fixed(), return_info=True, **more)
+    assert found.success is None and found.pred is None
+    moved = captioner(found.x_adv) - captioner(x)
+    assert (moved < 0).all() if targeted else (moved > 0).all()
+    assert torch.allclose(found.loss, captioner(found.x_adv))
+    whole = attack(captioner, x, loss=losses.given, targeted=targeted, generator=fixed(), **more)
+    assert torch.equal(whole, found.x_adv)

@@ -1,0 +1,100 @@
+"""Who is fooled by whose images: attacks crafted on every source and scored on every target."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from rvlm.attacks.stages import parse_attack, usable
+from rvlm.data import Data
+from rvlm.evaluation.evaluate import logits_of, predictions, progress_bar
+from rvlm.units import Eps
+
+__all__ = ["TransferMatrix", "transfer_matrix"]
+
+
+@dataclasses.dataclass
+class TransferMatrix:
+    """What `transfer_matrix` found.
+
+    Attributes:
+        sources, targets: names.
+        clean: accuracy of each target on clean images [T].
+        robust: accuracy of target t on the images of source s [S, T]: right when clean and on those of every stage.
+        correct: the same per sample, bool [S, T, N].
+        attack, eps, norm, seed, samples: what was run.
+    """
+
+    sources: list[str]
+    targets: list[str]
+    clean: Tensor
+    robust: Tensor
+    correct: Tensor
+    attack: str
+    eps: str
+    norm: str
+    seed: int
+    samples: int
+
+    def markdown(self) -> str:
+        """A table in per cent: a row per source, a column per target."""
+        head = f"| {self.attack}, {self.norm} {self.eps}: images of | " + " | ".join(self.targets) + " |"
+        lines = [head, "| --- " * (len(self.targets) + 1) + "|"]
+        for name, row in [("(clean)", self.clean), *zip(self.sources, self.robust, strict=True)]:
+            lines.append(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in row.tolist()) + " |")
+        return "\n".join(lines)
+
+
+def transfer_matrix(
+    sources: Mapping[str, Callable[[Tensor], Tensor]],
+    targets: Mapping[str, Callable[[Tensor], Tensor]],
+    data: Data,
+    *,
+    attack: str = "pgd-10",
+    eps: str | float = "8/255",
+    norm: str = "linf",
+    batch_size: int = 100,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> TransferMatrix:
+    """Crafts every sample's images once on each source, whatever the targets say, and scores them on all targets.
+
+    A source that is among the targets gives the white-box cell, for the images that it finds worst itself.
+
+    Args:
+        sources, targets: classifiers by name, pixels [B, 3, H, W] in [0, 1] -> logits [B, C].
+        data: what to attack.
+        attack: see `rvlm.attacks.stages`.
+        eps, norm, batch_size, seed, device, progress: as in `evaluate`.
+
+    Raises:
+        ValueError: nothing to evaluate, a bad attack or eps, or a classifier with fewer outputs than classes.
+    """
+    if not (sources and targets and len(data)):
+        raise ValueError(f"{len(sources)} sources, {len(targets)} targets, {len(data)} samples: all must be some")
+    stages, eps = parse_attack(attack, norm), Eps(eps).check(norm)
+    n, classes = len(data), len(data.class_names)
+    clean = torch.zeros(len(targets), n, dtype=torch.bool)
+    correct = torch.zeros(len(sources), len(targets), n, dtype=torch.bool)
+    cost = sum(stage.cost(classes) for stage in stages)
+    with progress_bar(progress, n * len(sources) * cost, f"transfer, {attack}") as bar:
+        for rows in torch.arange(n).split(batch_size):
+            x, y, index = data.batch(rows)
+            x, y = x.to(device), y.to(device)
+            for t, target in enumerate(targets.values()):
+                clean[t, rows] = predictions(logits_of(target, x, classes))[0] == y.cpu()
+            correct[:, :, rows] = clean[:, rows]
+            for s, source in enumerate(sources.values()):
+                usable_here, _ = usable(stages, logits_of(source, x[:1], classes).shape[1])
+                for stage in usable_here:
+                    draws = torch.Generator().manual_seed(seed * 1000 + stage.restart)
+                    x_adv = stage(
+                        source, x, y, transfer=True, eps=float(eps), norm=norm, generator=draws, sample_ids=index
+                    ).x_adv
+                    for t, target in enumerate(targets.values()):
+                        correct[s, t, rows] &= predictions(logits_of(target, x_adv, classes))[0] == y.cpu()
+                bar.update(len(rows) * cost)
+    shares = clean.double().mean(1), correct.double().mean(2)
+    return TransferMatrix(list(sources), list(targets), *shares, correct, attack, str(eps), norm, seed, n)
