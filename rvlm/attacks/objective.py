@@ -99,7 +99,7 @@ class Objective:
     ) -> None:
         self.model, self.targeted, self.batch, self.eot = model, targeted, len(x), eot
         self.count, self.target, self.watched, self.seen_classes = Count(), None, False, 0
-        self._seen_output = False
+        self._seen_output, self.labels = False, None
         self.named = isinstance(loss, str)
         if self.named and loss not in LOSSES and loss not in AIMED:
             known = ", ".join((*LOSSES, *AIMED))
@@ -155,7 +155,11 @@ class Objective:
         if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"the model must return logits [{len(x)}, C], got {got}")
-        return output if output.dtype == torch.float64 else output.float()
+        output = output if output.dtype == torch.float64 else output.float()
+        if not self._seen_output and self.labels is not None:
+            self._check_range(output.shape[1])
+            self._first_look(output)
+        return output
 
     def runners_up(self, x: Tensor, most: int | None) -> Tensor:
         """The likeliest classes on x that are not the label, likeliest first: int64 [B, most]; None: nine, or all."""
@@ -164,7 +168,6 @@ class Objective:
         most = min(9, classes - 1) if most is None else most
         if most >= classes:
             raise ValueError(f"targets={most} needs more than {most} classes, the model has {classes}")
-        self._check_range(classes)
         order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order[:, :most]
 
