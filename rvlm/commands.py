@@ -46,6 +46,7 @@ def info(args: InfoArgs) -> int:
 
 
 def ls(args: LsArgs) -> int:
+    from rvlm.attacks.stages import PATTERNS
     from rvlm.data import TEMPLATES
     from rvlm.methods import list_methods, method_class
     from rvlm.models import tiny, zoo
@@ -53,7 +54,7 @@ def ls(args: LsArgs) -> int:
     lists = {
         "models": [*zoo.NAMES, *tiny.ARCHITECTURES, "ARCH[:PRETRAINED] of open_clip", "hf-hub:ORG/NAME", "FOLDER"],
         "methods": [f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()],
-        "attacks": ["fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS"],
+        "attacks": [*PATTERNS, "several, separated by commas"],
         "datasets": ["digits", "npz:PATH", "folder:PATH"],
         "templates": [*TEMPLATES, "openai", "simple"],
         "recipes": recipes(),

@@ -3,8 +3,9 @@
     from rvlm.attacks import pgd
     x_adv = pgd(model, x, y, eps=4 / 255, steps=10)
 
-Every attack is a function and a class of the same name in capitals (`pgd`, `PGD`). The contract they share, what they
-promise about the model, the random numbers and the ball, is in `rvlm.attacks.contract`.
+Every attack is a function and a class of the same name (`pgd`, `PGD`; `square`, `Square`). The contract that they
+share, what they promise about the model, is in `rvlm.attacks.contract`, the frame that they run in in
+`rvlm.attacks.search`; `rvlm.attacks.stages` has them by name.
 """
 
 from rvlm.attacks.apgd import APGD, apgd

@@ -27,9 +27,14 @@ from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import pgd
 from rvlm.attacks.square import square
 
-__all__ = ["Stage", "parse_attack", "usable"]
+__all__ = ["PATTERNS", "Stage", "parse_attack", "usable"]
 
 FUNCTIONS = {"pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square}
+PATTERNS = (
+    "fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS", "fmn-STEPS",
+    *(f"{name}[-STEPS]" for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
+    "autoattack", "autoattack-plus", "autoattack-rand",
+)  # fmt: skip
 COMMON = {
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
     "quantize", "model_mode", "engine", "callback", "return_info",
@@ -135,11 +140,7 @@ def _stages(name: str, norm: str) -> list[Stage]:
         return [Stage(name, "mifgsm", {"steps": int(match[2]), "transforms": chain})]
     if match := re.fullmatch(r"(apgd-ce|apgd-dlr|apgd-t|fab|fab-t|square)(?:-([1-9]\d*))?", name):
         return [_named(match[1], norm, count=int(match[2]) if match[2] else None)]
-    raise ValueError(
-        f"unknown attack {name!r}: expected fgsm, pgd-STEPS, pgd-STEPSxRESTARTS, mifgsm-STEPS, tifgsm-STEPS, "
-        "fmn-STEPS, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square (the last six may end in -STEPS), autoattack, "
-        "autoattack-plus, autoattack-rand, or several with commas"
-    )
+    raise ValueError(f"unknown attack {name!r}: expected {', '.join(PATTERNS)}, or several separated by commas")
 
 
 def _named(name: str, norm: str, restarts: int = 1, standard: bool = False, count: int | None = None) -> Stage:
