@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball
+from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
 
@@ -97,8 +98,9 @@ def apgd(
         raise ValueError("larger_eps=True is for norm='l1'")
     run = _AutoSteps(steps, rho, best, larger_eps, callback)
     return search(
-        "apgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted, may_aim=True,
-        targets=targets, random_start=random_start, on_sphere=True, start_scale=RADII[0] if larger_eps else 1.0,
+        "apgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
+        aimed=isinstance(loss, str) and loss in AIMED, targets=targets, random_start=random_start, on_sphere=True,
+        start_scale=RADII[0] if larger_eps else 1.0,
         restarts=restarts, x_init=x_init, survivors=best == "adv" and isinstance(loss, str), generator=generator,
         sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize, model_mode=model_mode,
         engine=engine, eot=eot, return_info=return_info,

@@ -5,10 +5,12 @@ from torch import Tensor
 
 from rvlm import ops
 
-__all__ = ["NORMS", "Ball", "Noise", "rowwise", "whole_box"]
+__all__ = ["DUAL", "NORMS", "ORDER", "Ball", "Noise", "rowwise", "whole_box"]
 
 _STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 NORMS = tuple(_STEPS)
+ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}  # of a norm, and of its dual
+DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
 
 class Ball:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rvlm import profiling
-from rvlm.attacks.ball import Ball, Noise, rowwise
-from rvlm.attacks.nearest import DUAL, ORDER, Nearest
+from rvlm.attacks.ball import DUAL, ORDER, Ball, Noise, rowwise
+from rvlm.attacks.nearest import Nearest
 from rvlm.attacks.objective import AttackResult, Objective
 from rvlm.attacks.search import Attack, Kept, check_count, search
 
@@ -79,8 +79,8 @@ def fab(
         raise ValueError("restarts > 1 start from noise of length eps / 2: give eps")
     run = _Boundary(steps, aimed, alpha_max, eta, beta, restarts, callback)
     return search(
-        "fab", run, model, x, y, eps=eps, norm=norm, loss="ce-targeted" if aimed else "margin", bounds=bounds,
-        may_aim=True, targets=targets, distances=True, random_start=restarts > 1, own_start=True, restarts=restarts,
+        "fab", run, model, x, y, eps=eps, norm=norm, loss="margin", bounds=bounds,
+        aimed=aimed, targets=targets, distances=True, random_start=restarts > 1, own_start=True, restarts=restarts,
         survivors=eps is not None, generator=generator, sample_ids=sample_ids, precision=precision,
         strict_eps=strict_eps, quantize=quantize, model_mode=model_mode, engine=engine, return_info=return_info,
     )  # fmt: skip

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rvlm import profiling
-from rvlm.attacks.ball import Ball, rowwise
-from rvlm.attacks.nearest import DUAL, Nearest
+from rvlm.attacks.ball import DUAL, Ball, rowwise
+from rvlm.attacks.nearest import Nearest
 from rvlm.attacks.objective import AttackResult, Objective
 from rvlm.attacks.search import Attack, Kept, check_count, search
 

@@ -4,14 +4,11 @@ import torch
 from torch import Tensor
 
 from rvlm import ops
-from rvlm.attacks.ball import Ball
+from rvlm.attacks.ball import ORDER, Ball
 from rvlm.attacks.objective import Objective, Scores
 from rvlm.attacks.search import Kept
 
-__all__ = ["DUAL", "ORDER", "Nearest"]
-
-ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
-DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
+__all__ = ["Nearest"]
 
 
 class Nearest:

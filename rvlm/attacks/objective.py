@@ -15,6 +15,8 @@ from rvlm.attacks.losses import AIMED, LOSSES
 
 __all__ = ["AttackResult", "Objective", "Scores"]
 
+MOST_TARGETS = 9  # classes that an attack aims at unless told otherwise: AutoAttack's
+
 
 @dataclasses.dataclass
 class Scores:
@@ -162,10 +164,13 @@ class Objective:
         return output
 
     def runners_up(self, x: Tensor, most: int | None) -> Tensor:
-        """The likeliest classes on x that are not the label, likeliest first: int64 [B, most]; None: nine, or all."""
+        """The likeliest classes on x that are not the label, likeliest first: int64 [B, most].
+
+        None: MOST_TARGETS, or all if there are fewer.
+        """
         logits = self.logits(x)
         classes = logits.shape[1]
-        most = min(9, classes - 1) if most is None else most
+        most = min(MOST_TARGETS, classes - 1) if most is None else most
         if most >= classes:
             raise ValueError(f"targets={most} needs more than {most} classes, the model has {classes}")
         order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)

@@ -90,7 +90,7 @@ def search(
     loss: str | Callable[[Any, Any], Tensor],
     bounds: tuple[float, float],
     targeted: bool = False,
-    may_aim: bool = False,
+    aimed: bool = False,
     targets: int | None = None,
     distances: bool = False,
     random_start: bool = True,
@@ -117,9 +117,8 @@ def search(
         name: of the attack, for messages.
         eps: None means the whole box.
         run: see Run.
-        may_aim: whether the loss may be one that aims at classes.
-        targets: with a loss that aims at classes, how many: all restarts are repeated for each of the likeliest wrong
-            ones on x. None: nine, or all of them.
+        aimed: all restarts are repeated for each of the likeliest wrong classes on x, which is the objective's target.
+        targets: how many of them; None: nine, or all.
         distances: the loss of what a run keeps is minus a distance, and stays so when the verdict is re-scored.
         own_start: a run is handed x, and makes its own random start from the noise.
         draws: a run needs noise, whatever its start.
@@ -137,8 +136,7 @@ def search(
         check_radius("eps", eps, len(x), norm, bounds)
     check_count("restarts", restarts, 1)
     check_count("eot", eot, 1)
-    aimed = isinstance(loss, str) and loss in AIMED
-    if aimed and (targeted or not may_aim):
+    if isinstance(loss, str) and loss in AIMED and (targeted or not aimed):
         raise ValueError(f"loss={loss!r} aims at one wrong class after another: for untargeted apgd only")
     if targets is not None and not aimed:
         raise ValueError(f"targets={targets} needs a loss that aims at classes, {' or '.join(map(repr, AIMED))}")

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rvlm.attacks.ball import Ball, Noise, rowwise
+from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.objective import AttackResult, Objective
 from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
 
 __all__ = ["Square", "square"]
 
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
-ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
 TINY = 1e-12
 
 
@@ -76,7 +75,7 @@ def square(
         As `pgd`; ValueError: images that are not [B, C, H, W] or too small.
     """
     check_count("queries", queries, 1)
-    check_choices(norm=(norm, tuple(ORDER)))
+    check_choices(norm=(norm, NORMS))
     if queries >= 2**20 - 2:
         raise ValueError(f"queries must be below 2^20 - 2, got {queries}")
     if not 0 < p_init <= 1:
@@ -110,7 +109,7 @@ class _Squares:
         seen = ball.as_seen(moves.start(ball, noise))
         kept = Kept(seen.clone(), objective.score(seen))
         used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        rows: Tensor | None = None
+        rows, part, target, draws = None, ball, objective, noise
         every = 1 if not x.is_cuda else 32  # asking a GPU who is left waits for it; a fooled sample does not change
         compact = objective.named and objective.labels is not None
         for query in range(self.queries):
@@ -118,10 +117,10 @@ class _Squares:
                 left = (~kept.fooled).nonzero().flatten()
                 if not len(left):
                     break
-                rows = left if len(left) < len(x) else None
-            part, target = ball.at(rows), objective if rows is None else objective.at(rows)
+                if len(left) < len(part.x):
+                    rows, part, target, draws = left, ball.at(left), objective.at(left), noise.at(left)
             mine = kept if rows is None else kept.at(rows)
-            draw = noise.at(rows).around(part.x.new_zeros(len(part.x), 4 + 3 * x.shape[1]), draw=2 + query)
+            draw = draws.around(part.x.new_zeros(len(part.x), 4 + 3 * x.shape[1]), draw=2 + query)
             proposal = part.as_seen(moves.propose(part, mine.x_adv, self._side(query, x), draw))
             scores = target.score(proposal)
             if self.callback is not None:

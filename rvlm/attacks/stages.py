@@ -22,8 +22,9 @@ from torch import Tensor
 from rvlm.attacks.apgd import apgd
 from rvlm.attacks.fab import fab
 from rvlm.attacks.fmn import fmn
+from rvlm.attacks.losses import AIMED
 from rvlm.attacks.mifgsm import mifgsm
-from rvlm.attacks.objective import AttackResult
+from rvlm.attacks.objective import MOST_TARGETS, AttackResult
 from rvlm.attacks.pgd import pgd
 from rvlm.attacks.square import square
 
@@ -71,23 +72,29 @@ class Stage:
             more.pop("generator", None)  # it draws nothing
         return function(model, x, y, **best, **self.settings, **more, return_info=True)
 
-    def record(self) -> dict[str, Any]:
-        """Everything that decides what the stage does but the threat model, for a record."""
+    def every_setting(self) -> dict[str, Any]:
+        """Its settings and the function's defaults: what decides what it does but the threat model."""
         parameters = inspect.signature(FUNCTIONS[self.attack]).parameters.values()
         usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in COMMON}
-        return {"name": self.name, "attack": self.attack, "settings": usual | self.settings, "restart": self.restart}
+        return usual | self.settings
+
+    def record(self) -> dict[str, Any]:
+        """The stage in a record."""
+        every = self.every_setting()
+        return {"name": self.name, "attack": self.attack, "settings": every, "restart": self.restart}
 
     def cost(self, classes: int) -> int:
         """Passes through the model, there and back or not, per image that is never fooled."""
-        runs = self.settings.get("restarts", 1)
+        given = self.every_setting()
+        runs = given.get("restarts", 1)
         if self.attack == "square":
-            return runs * self.settings["queries"]
-        aims = min(self.settings.get("targets") or 9, classes - 1)
+            return runs * given["queries"]
+        aims = min(given.get("targets") or MOST_TARGETS, classes - 1)
         if self.attack == "fab":
-            return runs * self.settings["steps"] * (2 * aims if self.settings["aimed"] else classes + 1)
-        if self.settings.get("loss") in ("dlr-targeted", "ce-targeted"):
+            return runs * given["steps"] * (2 * aims if given["aimed"] else classes + 1)
+        if given.get("loss") in AIMED:
             runs *= aims
-        return runs * self.settings["steps"] * self.settings.get("eot", 1)
+        return runs * given["steps"] * given.get("eot", 1)
 
 
 def parse_attack(text: str, norm: str = "linf") -> list[Stage]:
@@ -146,8 +153,8 @@ def _stages(name: str, norm: str) -> list[Stage]:
 def _named(name: str, norm: str, restarts: int = 1, standard: bool = False, count: int | None = None) -> Stage:
     full = name if count is None else f"{name}-{count}"
     if name == "square":
-        return Stage(full, "square", {"queries": count or 5000})
-    settings: dict[str, Any] = {"steps": count or 100, "restarts": restarts}
+        return Stage(full, "square", {"queries": count} if count else {})
+    settings: dict[str, Any] = {"restarts": restarts} | ({"steps": count} if count else {})
     if name in ("fab", "fab-t"):
         return Stage(full, "fab", settings | {"aimed": name == "fab-t"})
     loss, classes = {"apgd-ce": ("ce", 2), "apgd-dlr": ("dlr", 3), "apgd-t": ("dlr-targeted", 4)}[name]

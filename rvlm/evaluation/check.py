@@ -174,36 +174,23 @@ def _attacks(model: Callable, x: Tensor, y: Tensor) -> list[Finding]:
         model, x, y, eps=EPS, steps=10, best="adv", generator=seed,
         callback=lambda k, x_adv, loss: losses.append(loss.detach().clone()), **settings,
     ).success  # fmt: skip
-    rose = (torch.stack(losses).amax(0) > losses[0]).float().mean().item()
-    findings = [
-        Finding(
-            "loss_rises",
-            rose >= 0.9,
-            f"ten steps raise the loss of {rose:.0%} of the images"
-            + ("" if rose >= 0.9 else ": the gradient does not point uphill"),
-        ),  # fmt: skip
-        _weaker("many_steps", one, ten, "one step", "ten steps", "the gradient holds at the clean image alone"),
-    ]
-    left = ~ten
-    found = torch.zeros_like(ten)
+    left, searched = ~ten, torch.zeros_like(ten)
     if left.any():
-        found[left] = square(model, x[left], y[left], eps=EPS, queries=100, generator=seed, return_info=True).success
-    share = found.float().mean().item()
-    findings.append(
-        Finding("black_box", share <= LARGER, f"random search fools {share:.0%} of the images that ten steps did not"
-                + ("" if share <= LARGER else ": gradients are hidden or mislead; use Square, transfer or BPDA"))
-    )  # fmt: skip
+        searched[left] = square(model, x[left], y[left], eps=EPS, queries=100, generator=seed, return_info=True).success
     far = pgd(model, x, y, eps=HUGE, steps=20, best="adv", generator=seed, **settings).success
-    robust = 1 - far.float().mean().item()
-    findings.append(
-        Finding("eps_sweep", robust <= LARGER, f"at eps {HUGE}, where nothing can be robust, {robust:.0%} are"
-                + ("" if robust <= LARGER else ": the attack fails, not the perturbation"))
-    )  # fmt: skip
-    return findings
+    rising = torch.stack(losses).amax(0) > losses[0]
+    rose, first, many, share, robust = (flags.float().mean().item() for flags in (rising, one, ten, searched, ~far))
+    return [
+        _judged("loss_rises", rose >= 0.9, f"ten steps raise the loss of {rose:.0%} of the images",
+                "the gradient does not point uphill"),
+        _judged("many_steps", first <= many + LARGER, f"one step fools {first:.0%}, ten steps {many:.0%}",
+                "the gradient holds at the clean image alone"),
+        _judged("black_box", share <= LARGER, f"random search fools {share:.0%} of the images that ten steps did not",
+                "gradients are hidden or mislead; use Square, transfer or BPDA"),
+        _judged("eps_sweep", robust <= LARGER, f"at eps {HUGE}, where nothing can be robust, {robust:.0%} are",
+                "the attack fails, not the perturbation"),
+    ]  # fmt: skip
 
 
-def _weaker(id: str, weak: Tensor, strong: Tensor, first: str, second: str, why: str) -> Finding:
-    """The stronger attack must fool at least as many, up to LARGER."""
-    shares = [flags.float().mean().item() for flags in (weak, strong)]
-    ok = shares[0] <= shares[1] + LARGER
-    return Finding(id, ok, f"{first} fools {shares[0]:.0%}, {second} {shares[1]:.0%}" + ("" if ok else f": {why}"))
+def _judged(id: str, ok: bool, said: str, otherwise: str) -> Finding:
+    return Finding(id, ok, said if ok else f"{said}: {otherwise}")

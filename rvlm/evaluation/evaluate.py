@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks import AttackResult, scoring
+from rvlm.attacks.ball import ORDER
 from rvlm.attacks.losses import margin
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
@@ -231,7 +232,7 @@ def _take(
     result.backwards += found.backwards
     tally.gradients, tally.zeros = tally.gradients + found.backwards, tally.zeros + found.zero_gradients
     delta = (x_adv.double() - x.double()).flatten(1)
-    length = delta.norm({"linf": torch.inf, "l2": 2, "l1": 1}[result.norm], dim=1)
+    length = delta.norm(ORDER[result.norm], dim=1)
     tally.over = max(tally.over, (length - float(result.eps)).max().item())
     tally.outside = max(tally.outside, -x_adv.min().item(), x_adv.max().item() - 1)
     pred, broken = predictions(logits)
