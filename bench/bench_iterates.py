@@ -107,3 +107,23 @@ def test_l1_step(shape, impl, device, copy_ceiling, compare, benchmark):
     inputs = rotation(shape, device, EPS, "cold")
     least = 4 * 4 * torch.Size(shape).numel()
     bench(impl, fused, lines, inputs, f"{list(shape)} cold", least, 2e-5, device, copy_ceiling, compare, benchmark)
+
+
+@by_shape
+@by_impl
+@pytest.mark.parametrize("kind", ["mi", "sign"])
+@pytest.mark.benchmark(group="momentum_step_")
+def test_momentum_step(shape, impl, kind, device, copy_ceiling, compare, benchmark):
+    velocity = torch.zeros(shape, device=device)
+    step, radius = torch.tensor([EPS / 4], device=device), torch.tensor([EPS], device=device)
+
+    def fused(batch):
+        return ops.momentum_step_(batch.x_adv, velocity.zero_(), batch.grad, batch.x, step, radius, 0.9, kind)
+
+    def lines(batch):
+        return eager.momentum_step(batch.x_adv, velocity.zero_(), batch.grad, batch.x, EPS / 4, EPS, 0.9, kind)
+
+    inputs = rotation(shape, device, EPS, "cold")
+    least = 6 * 4 * torch.Size(shape).numel()  # reads iterate, velocity, gradient and image, writes the first two
+    case = f"{list(shape)} {kind} cold"
+    bench(impl, fused, lines, inputs, case, least, 1e-6, device, copy_ceiling, compare, benchmark)

@@ -114,3 +114,27 @@ def test_clip_head_loss(shape, impl, device, compare):
         return eager.attack_loss(leaf @ head, y, "ce")
 
     bench(impl, fused, lines, embedding, f"{list(shape)} ce", compare)
+
+
+@by_shape
+@by_impl
+@pytest.mark.benchmark(group="fold_teachers")
+def test_fold_teachers(shape, impl, device, compare):
+    generator = torch.Generator(device).manual_seed(0)
+    teachers = 3 * torch.randn(TEACHERS, *shape, device=device, generator=generator)
+    weights = torch.rand(TEACHERS, shape[0], device=device, generator=generator)
+
+    def lines(teachers):
+        return (weights[:, :, None] * (teachers / 2.0).softmax(2)).sum(0)
+
+    forward = compiled(lines) if impl == "compile" else lines
+    job = (lambda: ops.fold_teachers(teachers, weights, 2.0)) if impl in BACKENDS else lambda: forward(teachers)
+    with ops.use_backend(impl if impl in BACKENDS else "auto"):
+        if impl in BACKENDS:
+            skip_if_missing(job)
+        began = time.perf_counter()
+        torch.testing.assert_close(job(), lines(teachers), rtol=1e-4, atol=1e-6)
+        info = {"case": f"{list(shape)}, {TEACHERS} teachers", "impl": impl, "peer": "eager"}
+        if impl == "compile":
+            info["compile_seconds"] = time.perf_counter() - began
+        compare(job, lambda: lines(teachers), **info, **device_time(job))

@@ -18,13 +18,14 @@ COLUMNS = {
     "uniform_start": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
     **{
         name: ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds")
-        for name in ("apgd_step_", "keep_best_", "l1_project", "l1_step_")
+        for name in ("apgd_step_", "keep_best_", "l1_project", "l1_step_", "momentum_step_")
     },
     "gaussian_filter": ("largest_error",),
     "anchored_attention": ("device_us",),
     "prefix_attention": ("device_us",),
     "anchored_residual": ("device_us", "compile_seconds"),
     "multi_teacher_kl": ("device_us", "compile_seconds"),
+    "fold_teachers": ("device_us", "compile_seconds"),
     "clip_head_loss": ("device_us", "compile_seconds"),
     "attack_loss": ("device_us", "compile_seconds"),
     "autoattack": ("robust",),

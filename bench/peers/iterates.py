@@ -46,3 +46,16 @@ def l1_project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
     mu = bends.gather(1, past) - (eps - before) / moving.gather(1, past).clamp(min=1)
     mu = torch.where(length[:, -1:] <= eps, 0.0, mu)
     return (x + (torch.sign(u) * (size - mu).clamp(min=0)).view_as(x)).clamp(0, 1)
+
+
+def momentum_step(
+    x_adv: Tensor, velocity: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, mu: float, kind: str
+) -> Tensor:
+    """MI-FGSM's step, or the one that takes signs twice; the velocity is updated in place."""
+    if kind == "mi":
+        length = grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
+        velocity.mul_(mu).add_(grad / length)
+    else:
+        velocity.copy_(torch.sign(mu * velocity + torch.sign(grad)))
+    delta = torch.clamp(x_adv + alpha * velocity.sign() - x, -eps, eps)
+    return torch.clamp(x + delta, 0.0, 1.0)

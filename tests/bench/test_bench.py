@@ -75,9 +75,26 @@ def test_gpu_script_runs_dry(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     parts = {"info", "tests", "steps", "iterates", "losses", "attention", "filters", "pgd", "attacks", "memcheck"}
     assert {part["name"] for part in result["parts"]["parts"]} == parts
-    groups = {"linf_step_", "l2_step_", "uniform_start", "apgd_step_", "keep_best_", "l1_project", "l1_step_"}
+    groups = {
+        "linf_step_",
+        "l2_step_",
+        "uniform_start",
+        "apgd_step_",
+        "keep_best_",
+        "l1_project",
+        "l1_step_",
+        "momentum_step_",
+    }
     groups |= {"anchored_residual", "anchored_attention", "prefix_attention"}
-    groups |= {"multi_teacher_kl", "attack_loss", "clip_head_loss", "gaussian_filter", "pgd-10", "autoattack"}
+    groups |= {
+        "multi_teacher_kl",
+        "attack_loss",
+        "clip_head_loss",
+        "gaussian_filter",
+        "pgd-10",
+        "autoattack",
+        "fold_teachers",
+    }
     assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()
@@ -152,6 +169,13 @@ def test_lines_of_the_iterates_are_the_ops(peers):
     got = peers.iterates.apgd_step(x_prev, x_adv, grad, x, step.view(-1, 1, 1, 1), 0.03, 0.75)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     assert torch.equal(peers.iterates.keep_best(x.clone(), x_adv, flag), ops.keep_best_(x.clone(), x_adv, flag))
+    for kind in ("mi", "sign"):
+        v, w, moved = torch.rand_like(x), torch.zeros_like(x), x_adv.clone()
+        w.copy_(v)
+        got = peers.iterates.momentum_step(x_adv, v, grad, x, 0.01, 0.03, 0.9, kind)
+        ops.momentum_step_(moved, w, grad, x, 0.01, 0.03, 0.9, kind)
+        torch.testing.assert_close(got, moved, rtol=0, atol=1e-6)
+        torch.testing.assert_close(v, w, rtol=1e-5, atol=1e-7)
     for eps in (0.1, 10.0, 1000.0):
         torch.testing.assert_close(
             peers.iterates.l1_project(x_adv, x, eps), ops.l1_project(x_adv, x, eps), rtol=0, atol=1e-5
