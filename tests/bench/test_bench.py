@@ -1,5 +1,6 @@
 """The benchmarks run, and what they compare with is what they say."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -92,9 +93,10 @@ def test_gpu_script_runs_dry(tmp_path):
         "clip_head_loss",
         "gaussian_filter",
         "pgd-10",
-        "autoattack",
         "fold_teachers",
     }
+    if importlib.util.find_spec("pyautoattack"):  # an oracle; without it the part is skipped
+        groups.add("autoattack")
     assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()
