@@ -12,6 +12,8 @@ from rvlm.attacks.apgd import APGD, apgd
 from rvlm.attacks.autoattack import AutoAttack, AutoAttackResult, autoattack
 from rvlm.attacks.checks import AttackWarning
 from rvlm.attacks.contract import scoring
+from rvlm.attacks.cw import CW, cw
+from rvlm.attacks.deepfool import DeepFool, deepfool
 from rvlm.attacks.fab import FAB, fab
 from rvlm.attacks.fgsm import FGSM, fgsm
 from rvlm.attacks.fmn import FMN, fmn
@@ -25,6 +27,7 @@ from rvlm.attacks.wrappers import BPDA, Joint, LowFrequency
 __all__ = [
     "APGD",
     "BPDA",
+    "CW",
     "DI",
     "FAB",
     "FGSM",
@@ -40,11 +43,14 @@ __all__ = [
     "AttackWarning",
     "AutoAttack",
     "AutoAttackResult",
+    "DeepFool",
     "Joint",
     "LowFrequency",
     "Square",
     "apgd",
     "autoattack",
+    "cw",
+    "deepfool",
     "fab",
     "fgsm",
     "fmn",

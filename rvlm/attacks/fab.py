@@ -132,9 +132,9 @@ class _Boundary:
         """The difference z_c - z_y [B] and its gradient [B, ...] for the class aimed at, or the one that is nearest."""
         samples = torch.arange(len(point), device=point.device)
         if self.aimed:
-            gap, (w,) = objective.differences(point, objective.target[:, None])
+            gap, (w,), _ = objective.differences(point, objective.target[:, None])
             return gap[:, 0], w
-        gap, w = objective.differences(point, torch.arange(classes, device=point.device).expand(len(point), -1))
+        gap, w, _ = objective.differences(point, torch.arange(classes, device=point.device).expand(len(point), -1))
         size = torch.stack([g.flatten(1).norm(DUAL[norm], dim=1) for g in w], 1)
         far = (gap.abs() / (1e-12 + size)).scatter(1, objective.labels[:, None], torch.inf)
         nearest = far.argmin(1)

@@ -163,21 +163,23 @@ class Objective:
             self._first_look(output)
         return output
 
-    def runners_up(self, x: Tensor, most: int | None) -> Tensor:
+    def runners_up(self, x: Tensor, most: int | None, at_most: int = MOST_TARGETS) -> Tensor:
         """The likeliest classes on x that are not the label, likeliest first: int64 [B, most].
 
-        None: MOST_TARGETS, or all if there are fewer.
+        most: None means at_most, or all if there are fewer.
         """
         logits = self.logits(x)
         classes = logits.shape[1]
-        most = min(MOST_TARGETS, classes - 1) if most is None else most
+        most = min(at_most, classes - 1) if most is None else most
         if most >= classes:
             raise ValueError(f"targets={most} needs more than {most} classes, the model has {classes}")
         order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order[:, :most]
 
-    def differences(self, x: Tensor, classes: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """z_c - z_y [B, K] at x for classes [B, K], and the gradient of each column: a list of K tensors like x."""
+    def differences(self, x: Tensor, classes: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """z_c - z_y [B, K] at x for classes [B, K], the gradient of each column (a list of K tensors like x), and the
+        predicted classes [B].
+        """
         leaf = x.detach().requires_grad_()
         with profiling.phase("forward"):
             output = self.model(leaf)
@@ -193,7 +195,7 @@ class Objective:
                 for k in range(gaps.shape[1])
             ]
         self.count.backwards += len(grads) * len(x)
-        return gaps.detach().to(x.dtype), grads
+        return gaps.detach().to(x.dtype), grads, z.detach().argmax(1)
 
     def _gradient(self, x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Scores, Tensor]:
         leaf = x.detach().requires_grad_()

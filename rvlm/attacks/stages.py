@@ -3,6 +3,8 @@
 fgsm            one step of size eps
 pgd-N           PGD, N steps, cross-entropy
 pgd-NxR         PGD, N steps, R random starts on cross-entropy and then R on the margin loss
+mifgsm-N, tifgsm-N    momentum; momentum, input diversity and translations, for images that are to transfer
+fmn-N, cw-N, deepfool-N    smallest changes in N steps (cw: a round), which count where they are within eps
 apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square    each with the settings of AutoAttack; -N sets steps or queries,
                 as in apgd-ce-50 and square-1000
 autoattack      AutoAttack's standard version: apgd-ce, apgd-t, fab-t, square
@@ -20,6 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from rvlm.attacks.apgd import apgd
+from rvlm.attacks.cw import cw
+from rvlm.attacks.deepfool import deepfool
 from rvlm.attacks.fab import fab
 from rvlm.attacks.fmn import fmn
 from rvlm.attacks.losses import AIMED
@@ -30,9 +34,13 @@ from rvlm.attacks.square import square
 
 __all__ = ["PATTERNS", "Stage", "parse_attack", "usable"]
 
-FUNCTIONS = {"pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square}
+FUNCTIONS = {
+    "pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square,
+    "cw": cw, "deepfool": deepfool,
+}  # fmt: skip
 PATTERNS = (
-    "fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS", "fmn-STEPS",
+    "fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS", "fmn-STEPS", "cw-STEPS",
+    "deepfool-STEPS",
     *(f"{name}[-STEPS]" for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
     "autoattack", "autoattack-plus", "autoattack-rand",
 )  # fmt: skip
@@ -89,6 +97,10 @@ class Stage:
         runs = given.get("restarts", 1)
         if self.attack == "square":
             return runs * given["queries"]
+        if self.attack == "cw":
+            return given["steps"] * (given["rounds"] or 9)
+        if self.attack == "deepfool":
+            return given["steps"] * min(given["candidates"], classes)
         aims = min(given.get("targets") or MOST_TARGETS, classes - 1)
         if self.attack == "fab":
             return runs * given["steps"] * (2 * aims if given["aimed"] else classes + 1)
@@ -140,8 +152,10 @@ def _stages(name: str, norm: str) -> list[Stage]:
             return [Stage(name, "pgd", {"steps": steps, "loss": "ce"})]
         starts = [(loss, k) for loss in ("ce", "margin") for k in range(int(match[2]))]
         return [Stage(f"pgd-{steps}-{loss}-{k + 1}", "pgd", {"steps": steps, "loss": loss}, k) for loss, k in starts]
-    if match := re.fullmatch(r"fmn-([1-9]\d*)", name):
-        return [Stage(name, "fmn", {"steps": int(match[1])})]
+    if match := re.fullmatch(r"(fmn|cw|deepfool)-([1-9]\d*)", name):
+        if norm == "l1" and match[1] != "fmn":
+            raise ValueError(f"{name} knows the norms 'linf' and 'l2', got 'l1'")
+        return [Stage(name, match[1], {"steps": int(match[2])})]
     if match := re.fullmatch(r"(mi|ti)fgsm-([1-9]\d*)", name):
         chain = ["ti", "di"] if match[1] == "ti" else []
         return [Stage(name, "mifgsm", {"steps": int(match[2]), "transforms": chain})]

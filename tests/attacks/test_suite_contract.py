@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from rvlm.attacks import AttackWarning, apgd, autoattack, fab, fgsm, fmn, mifgsm, pgd, square
+from rvlm.attacks import AttackWarning, apgd, autoattack, cw, deepfool, fab, fgsm, fmn, mifgsm, pgd, square
 
 from .test_contract import CALLERS, Counting, assert_same, state
 
@@ -21,12 +21,14 @@ SUITE = {
     "fab": part(fab, steps=3, aimed=False),
     "fab-t": part(fab, steps=3, targets=2),
     "fmn": part(fmn, steps=4),
+    "cw": part(cw, steps=4, rounds=2, norm="linf"),
+    "deepfool": part(deepfool, steps=3, norm="linf"),
     "square": part(square, queries=6),
     "mifgsm": part(mifgsm, steps=2, transforms=["vmi", "ni", "si", "di", "ti"]),
     "autoattack": part(autoattack, version="custom", attacks=["apgd-ce-3", "fab-t-2", "square-3"]),
 }
-DRAWS_NOTHING = {"fgsm", "fmn", "fab", "fab-t"}
-NO_GENERATOR = {"fmn"}
+NO_GENERATOR = {"fmn", "cw", "deepfool"}
+DRAWS_NOTHING = {"fgsm", "fab", "fab-t", *NO_GENERATOR}
 
 
 def drawn(name):

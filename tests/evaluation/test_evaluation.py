@@ -141,6 +141,15 @@ def test_every_attack_runs_by_name(attack, transfer, norm, eps):
     assert found.target == ("transfer" if transfer else "white-box")
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_smallest_changes_by_name(norm):
+    found = run(toy(6), attack="cw-2,deepfool-2", norm=norm, eps="0.1")
+    assert [stage.name for stage in found.stages] == ["cw-2", "deepfool-2"]
+    assert [stage.cost(10) for stage in found.stages] == [18, 20]
+    with pytest.raises(ValueError, match="deepfool-2 knows the norms 'linf' and 'l2', got 'l1'"):
+        run(toy(6), attack="deepfool-2", norm="l1", eps="0.1")
+
+
 class Certain(Threshold):
     """So large logits that float32 cross-entropy is exactly 0, and with it its gradient."""
 
