@@ -21,6 +21,7 @@ from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.mifgsm import DI, MIFGSM, NI, SI, TI, VMI, mifgsm
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import PGD, pgd
+from rvlm.attacks.retrieval import SGA, CoAttack, caption_sets, coattack, sga
 from rvlm.attacks.square import Square, square
 from rvlm.attacks.wrappers import BPDA, Joint, LowFrequency
 
@@ -36,6 +37,7 @@ __all__ = [
     "MIFGSM",
     "NI",
     "PGD",
+    "SGA",
     "SI",
     "TI",
     "VMI",
@@ -43,12 +45,15 @@ __all__ = [
     "AttackWarning",
     "AutoAttack",
     "AutoAttackResult",
+    "CoAttack",
     "DeepFool",
     "Joint",
     "LowFrequency",
     "Square",
     "apgd",
     "autoattack",
+    "caption_sets",
+    "coattack",
     "cw",
     "deepfool",
     "fab",
@@ -57,5 +62,6 @@ __all__ = [
     "mifgsm",
     "pgd",
     "scoring",
+    "sga",
     "square",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rvlm import ops
 
-__all__ = ["DUAL", "NORMS", "ORDER", "Ball", "Noise", "rowwise", "whole_box"]
+__all__ = ["DUAL", "NORMS", "ORDER", "Ball", "Noise", "normal", "rowwise", "whole_box"]
 
 _STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 NORMS = tuple(_STEPS)
@@ -94,15 +94,13 @@ class Ball:
         if self.norm == "linf":
             largest = uniform.abs().flatten(1).amax(1).clamp(min=1e-12)
             return self.project(self.x + uniform * rowwise(self.eps / largest, self.x))
-        # A normal direction by the inverse error function, from the same counter-based uniform numbers as for Linf.
-        edge = 1 - torch.finfo(torch.float32).eps
-        normal = torch.erfinv(uniform.clamp(-edge, edge))
+        direction = normal(uniform)
         if self.norm == "l1":
-            return self.project(self.x + (hi - lo) * 2**0.5 * normal)
-        length = self.eps / normal.flatten(1).norm(dim=1)
+            return self.project(self.x + (hi - lo) * direction)
+        length = self.eps / direction.flatten(1).norm(dim=1)
         if not on_sphere:
             length = length * (noise.around(zeros.flatten(1)[:, :1], draw=1).squeeze(1) + 1) / 2
-        return self.project(self.x + normal * rowwise(length, self.x))
+        return self.project(self.x + direction * rowwise(length, self.x))
 
 
 class Noise:
@@ -124,6 +122,12 @@ class Noise:
         """x plus numbers uniform in [-radius, radius), cut to [lo, hi]; each draw (below 2^20) has its own numbers."""
         stream = 2 * self.run + draw if draw < 2 else 2**31 + self.run * 2**20 + draw
         return ops.uniform_start(x, radius, self.sample_ids, self.seed, lo, hi, stream=stream, **more)
+
+
+def normal(uniform: Tensor) -> Tensor:
+    """Standard normal numbers from numbers uniform in [-1, 1), by the inverse error function."""
+    edge = 1 - torch.finfo(torch.float32).eps
+    return 2**0.5 * torch.erfinv(uniform.clamp(-edge, edge))
 
 
 def rowwise(value: Tensor, x: Tensor) -> Tensor:

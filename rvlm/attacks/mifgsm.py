@@ -51,6 +51,7 @@ class Transform:
     """Makes a gradient from other gradients."""
 
     draws = False
+    images = False  # needs [B, C, H, W]
 
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
         """Scores and gradient at x; `ask(x)` has those of the transforms further in, and at last the model's.
@@ -88,7 +89,7 @@ class DI(Transform):
 
     smallest: float = 0.9
     share: float = 0.5
-    draws = True
+    draws = images = True
 
     def __post_init__(self) -> None:
         if not (0 < self.smallest <= 1 and 0 <= self.share <= 1):
@@ -111,6 +112,7 @@ class TI(Transform):
 
     side: int = 15
     deviations: float = 3.0
+    images = True
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.side % 2 == 0:
@@ -192,8 +194,8 @@ def mifgsm(
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
     chain = [_transform(t) for t in transforms]
-    if any(isinstance(t, DI | TI) for t in chain) and isinstance(x, Tensor) and x.dim() != 4:
-        raise ValueError(f"'di' and 'ti' need images [B, C, H, W], got {list(x.shape)}")
+    if isinstance(x, Tensor) and x.dim() != 4 and (picky := [type(t).__name__ for t in chain if t.images]):
+        raise ValueError(f"{', '.join(picky)}: needs images [B, C, H, W], got {list(x.shape)}")
     run = _Momentum(alpha, steps, mu, chain, callback)
     return search(
         "mifgsm", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,

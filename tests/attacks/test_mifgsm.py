@@ -122,7 +122,7 @@ def test_class_and_options(build, batch):
     (dict(steps=0), "steps must be an integer >= 1"),
     (dict(restarts=2), "same run"),
     (dict(alpha=-1.0), "alpha must be finite and not negative"),
-    (dict(transforms=["ti"], x=torch.rand(6, 12)), r"need images \[B, C, H, W\]"),
+    (dict(transforms=["ti"], x=torch.rand(6, 12)), r"TI: needs images \[B, C, H, W\]"),
 ])  # fmt: skip
 def test_bad_input(build, batch, change, message):
     x, y = batch()
