@@ -44,9 +44,6 @@ class LsArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class DataArgs(Arguments):
-    model: str = "digits-vit"
-    """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, a checkpoint or run folder, digits-vit, digits-rn,
-    digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
     data: str = "digits"
     """digits, npz:PATH or folder:PATH."""
     split: str = "test"
@@ -66,7 +63,14 @@ class DataArgs(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
-class CheckArgs(DataArgs):
+class ModelArgs(DataArgs):
+    model: str = "digits-vit"
+    """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, a checkpoint or run folder, digits-vit, digits-rn,
+    digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckArgs(ModelArgs):
     """A report card on a model: pixel range, eval mode, determinism, probabilities, gradients, saturation."""
 
     limit: int | None = 64
@@ -74,11 +78,11 @@ class CheckArgs(DataArgs):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AttackArgs(DataArgs):
+class AttackArgs(ModelArgs):
     """Attack a model and keep the adversarial images."""
 
     attack: str = "pgd-10"
-    """fgsm, pgd-N, pgd-NxR, mifgsm, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, autoattack; several with commas."""
+    """pgd-N, autoattack, or another of `rvlm ls attacks`; several with commas, each sees what the others left."""
     eps: Eps = Eps("8/255")
     """Radius in pixel units: 8/255 or 0.031."""
     norm: str = "linf"
@@ -92,11 +96,11 @@ class AttackArgs(DataArgs):
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvalArgs(DataArgs):
+class EvalArgs(ModelArgs):
     """Clean and robust accuracy, with intervals, a record and a row per sample."""
 
     attack: str = "pgd-10"
-    """fgsm, pgd-N, pgd-NxR, mifgsm, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, autoattack; several with commas."""
+    """pgd-N, autoattack, or another of `rvlm ls attacks`; several with commas, each sees what the others left."""
     eps: str = "8/255"
     """Radii in pixel units, separated by commas: 4/255,8/255."""
     norm: str = "linf"
@@ -105,6 +109,26 @@ class EvalArgs(DataArgs):
     """Craft the images on this model instead (transfer)."""
     out: str | None = None
     """Run folder; default runs/eval-DATE. Give the folder of a run that was killed to go on with it."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class AnalyzeArgs(DataArgs):
+    """Look into models. transfer: who is fooled by whose images, as a table and a picture."""
+
+    what: str = "transfer"
+    """What to look at: transfer."""
+    models: str = "digits-vit,digits-rn"
+    """Models, separated by commas, each as --model elsewhere."""
+    targets: str | None = None
+    """Score the images on these instead, separated by commas; default the models themselves."""
+    attack: str = "pgd-10"
+    """pgd-N, tifgsm-N, or another of `rvlm ls attacks`; several with commas."""
+    eps: Eps = Eps("8/255")
+    """Radius in pixel units: 8/255 or 0.031."""
+    norm: str = "linf"
+    """linf, l2 or l1."""
+    out: str | None = None
+    """Run folder; default runs/analyze-DATE."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -146,6 +170,7 @@ COMMANDS: dict[str, type] = {
     "attack": AttackArgs,
     "eval": EvalArgs,
     "check": CheckArgs,
+    "analyze": AnalyzeArgs,
     "train": TrainArgs,
 }
 

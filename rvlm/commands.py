@@ -6,7 +6,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rvlm.arguments import (
     CHECK_FAILED,
+    AnalyzeArgs,
     AttackArgs,
     CheckArgs,
     DataArgs,
@@ -25,9 +27,10 @@ from rvlm.arguments import (
     TrainArgs,
     recipes,
 )
+from rvlm.ranks import Ranks, joined
 from rvlm.units import Eps
 
-__all__ = ["attack", "check", "demo", "eval", "info", "ls", "train"]
+__all__ = ["analyze", "attack", "check", "demo", "eval", "info", "ls", "train"]
 
 
 def demo(args: DemoArgs) -> int:
@@ -72,26 +75,30 @@ def eval(args: EvalArgs) -> int:
     from rvlm.report import accuracy_over_eps
 
     radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
-    parse_attack(args.attack)
-    data, model, source = _load(args)
-    run = _Run("eval", args)
-    rows, curve = [], []
-    states = run.out / "state"  # a run that was killed goes on with the same command
-    for eps in radii:
-        found = evaluate(
-            model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
-            batch_size=args.batch_size, seed=args.seed, device=_device(args.device),
-            state=states / f"{str(eps).replace('/', '-')}.npz",
-        )  # fmt: skip
-        rows.append(write_evaluation(run.out, args.model, found, data, model))
-        curve.append((str(eps), found.robust, *found.robust_ci))
-        _warn(found)
-    if len(radii) > 1:
-        zero = [("0", found.clean, *found.clean_ci)]
-        accuracy_over_eps(run.out / "accuracy.png", {f"{args.model}, {args.attack}": zero + curve})
-    code = run.finish(rows)
-    shutil.rmtree(states)
-    return code
+    parse_attack(args.attack, args.norm)
+    with _together(args) as ranks:
+        data, model, source = _load(args, ranks)
+        run = _Run("eval", args) if ranks.first else None
+        rows, curve = [], []
+        for eps in radii:
+            found = evaluate(
+                model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
+                batch_size=args.batch_size, seed=args.seed, device=_device(args.device),
+                # A run that was killed goes on with the same command.
+                state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
+            )  # fmt: skip
+            if run is not None:
+                rows.append(write_evaluation(run.out, args.model, found, data, model, processes=ranks.size))
+                curve.append((str(eps), found.robust, *found.robust_ci))
+                _warn(found)
+        if run is None:
+            return 0
+        if len(radii) > 1:
+            zero = [("0", found.clean, *found.clean_ci)]
+            accuracy_over_eps(run.out / "accuracy.png", {f"{args.model}, {args.attack}": zero + curve})
+        code = run.finish(rows)
+        shutil.rmtree(run.out / "state")
+        return code
 
 
 def attack(args: AttackArgs) -> int:
@@ -100,25 +107,28 @@ def attack(args: AttackArgs) -> int:
     from rvlm.report.plots import class_words, image_grid, pick_rows
 
     args.eps.check(args.norm)
-    parse_attack(args.attack)
-    data, model, source = _load(args)
-    run = _Run("attack", args)
-    found = evaluate(
-        model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
-        batch_size=args.batch_size, seed=args.seed, device=_device(args.device), keep_images=True,
-        quantize=255 if args.save_png else None,
-    )  # fmt: skip
-    row = write_evaluation(run.out, args.model, found, data, model)
-    _warn(found)
-    save_images(run.out / "adversarial.safetensors", found)
-    if args.save_png:
-        pngs = save_pngs(run.out / "png", found, model)
-        print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
-        row["png"] = pngs
-    some = pick_rows(found.broken_by, found.y)
-    words = [class_words(data.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
-    image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
-    return run.finish([row])
+    parse_attack(args.attack, args.norm)
+    with _together(args) as ranks:
+        data, model, source = _load(args, ranks)
+        run = _Run("attack", args) if ranks.first else None
+        found = evaluate(
+            model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
+            batch_size=args.batch_size, seed=args.seed, device=_device(args.device), keep_images=True,
+            quantize=255 if args.save_png else None,
+        )  # fmt: skip
+        if run is None:
+            return 0
+        row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size)
+        _warn(found)
+        save_images(run.out / "adversarial.safetensors", found)
+        if args.save_png:
+            pngs = save_pngs(run.out / "png", found, model)
+            print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
+            row["png"] = pngs
+        some = pick_rows(found.broken_by, found.y)
+        words = [class_words(data.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
+        image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
+        return run.finish([row])
 
 
 def check(args: CheckArgs) -> int:
@@ -127,7 +137,7 @@ def check(args: CheckArgs) -> int:
 
     from rvlm.evaluation import check as run_checks
 
-    data, model, _ = _load(args)
+    data, model, _ = _load(args, Ranks())
     x, y, _ = data.batch(slice(None))
     findings = run_checks(model, x.to(_device(args.device)), y.to(_device(args.device)))
     console = Console()
@@ -135,6 +145,38 @@ def check(args: CheckArgs) -> int:
         mark = Text("ok  ", "green") if finding.ok else Text("FAIL", "bold red")
         console.print(mark, Text(f"{finding.id:<13}{finding.message}"))
     return 0 if all(finding.ok for finding in findings) else CHECK_FAILED
+
+
+def analyze(args: AnalyzeArgs) -> int:
+    if args.what != "transfer":
+        raise ValueError(f"cannot analyze {args.what!r}: expected transfer")
+    return _analyze_transfer(args)
+
+
+def _analyze_transfer(args: AnalyzeArgs) -> int:
+    from rvlm.data import load_data
+    from rvlm.evaluation import parse_attack, transfer_matrix, write_transfer
+    from rvlm.report import transfer_heat_map
+
+    args.eps.check(args.norm)
+    parse_attack(args.attack, args.norm)
+    sources = [name.strip() for name in args.models.split(",")]
+    targets = [name.strip() for name in args.targets.split(",")] if args.targets else sources
+    with _together(args) as ranks:
+        with ranks.first_before_others():
+            data = load_data(args.data, args.split, size=args.size, limit=args.limit)
+            models = {name: _load_model(name, args, data) for name in dict.fromkeys(sources + targets)}
+        run = _Run("analyze", args) if ranks.first else None
+        found = transfer_matrix(
+            {name: models[name] for name in sources}, {name: models[name] for name in targets}, data,
+            attack=args.attack, eps=args.eps, norm=args.norm, batch_size=args.batch_size, seed=args.seed,
+            device=_device(args.device),
+        )  # fmt: skip
+        if run is None:
+            return 0
+        rows = write_transfer(run.out, found, data, models)
+        transfer_heat_map(run.out / "transfer.png", found)
+        return run.finish(rows, found.markdown())
 
 
 def train(args: tuple[TrainArgs, Any]) -> int:
@@ -171,13 +213,23 @@ def train(args: tuple[TrainArgs, Any]) -> int:
     return run.finish(rows)
 
 
-def _load(args: DataArgs):
+@contextmanager
+def _together(args: DataArgs) -> Iterator[Ranks]:
+    """The processes that torchrun started with this command, which must have the same settings."""
+    with joined() as ranks:
+        if len(set(ranks.gather(args.config_text))) > 1:
+            raise ValueError("the processes were started with different settings: give all of them the same")
+        yield ranks
+
+
+def _load(args: DataArgs, ranks: Ranks):
     """The data, the model and, for transfer, the source model of a command."""
     from rvlm.data import load_data
 
-    data = load_data(args.data, args.split, size=args.size, limit=args.limit)
-    source = getattr(args, "source", None)
-    return data, _load_model(args.model, args, data), None if source is None else _load_model(source, args, data)
+    with ranks.first_before_others():  # models of the zoo are trained on first use
+        data = load_data(args.data, args.split, size=args.size, limit=args.limit)
+        source = getattr(args, "source", None)
+        return data, _load_model(args.model, args, data), None if source is None else _load_model(source, args, data)
 
 
 def _load_model(spec: str, args: DataArgs, data) -> Callable[[Tensor], Tensor]:
@@ -211,7 +263,7 @@ def _from_file(spec: str) -> Callable[[Tensor], Tensor]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return torch.device(name)
 
 
@@ -234,7 +286,8 @@ class _Run:
         self.manifest = {"command": shlex.join(["rvlm", *sys.argv[1:]]), "env": environment(), "status": "running"}
         write_json(self.out / "manifest.json", self.manifest)
 
-    def finish(self, rows: list[dict[str, Any]]) -> int:
+    def finish(self, rows: list[dict[str, Any]], table: str | None = None) -> int:
+        """Writes the summary and prints it, or the table given instead."""
         from rich.console import Console
 
         from rvlm.report import rich_table
@@ -242,6 +295,9 @@ class _Run:
         self.write_json(self.out / "summary.json", {"schema": "rvlm.summary/1", "rows": rows})
         self.manifest |= {"status": "complete", "seconds": round(time.time() - self.began, 1)}
         self.write_json(self.out / "manifest.json", self.manifest)
-        Console().print(rich_table(rows))
+        if table is None:
+            Console().print(rich_table(rows))
+        else:
+            print(table)
         print(f"written to {self.out}")
         return 0

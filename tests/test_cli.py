@@ -1,15 +1,18 @@
 """The command line: help without torch, errors that say what to do, runs that leave complete folders."""
 
+import contextlib
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from rvlm.cli import COMMANDS, main
+from rvlm.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,33 @@ def test_transfer(cache, tmp_path):
     argv = ["eval", "--model", cache, "--source", "tiny-rn", "--attack", "fgsm", "--limit", "20", "--out", tmp_path]
     assert run(*argv) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["rows"][0]["target"] == "transfer"
+
+
+def test_analyze_transfer(cache, tmp_path, capsys):
+    argv = ["analyze", "transfer", "--models", f"{cache},tiny-rn", "--targets", cache, "--attack", "fgsm"]
+    assert run(*argv, "--limit", "20", "--out", tmp_path) == 0
+    assert "| (clean) |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [(row["source"], row["name"], row["target"]) for row in rows] == [
+        (cache, cache, "white-box"), ("tiny-rn", cache, "transfer")
+    ]  # fmt: skip
+    record = json.loads((tmp_path / rows[0]["record"]).read_text())
+    assert record["robust_acc"] == [[row["robust"]] for row in rows] and record["status"] == "partial"
+    assert record["models"]["tiny-rn"]["model"]["sha256"]
+    assert np.load(tmp_path / record["samples"])["correct"].shape == (2, 1, 20)
+    assert (tmp_path / "transfer.png").is_file() and (tmp_path / "transfer.csv").is_file()
+    assert run("analyze", "cka") == 2
+    assert "expected transfer" in capsys.readouterr().err
+
+
+def test_processes_with_different_settings_are_refused(monkeypatch, capsys):
+    class Two(Ranks):
+        def gather(self, mine):
+            return [mine, mine + "seed: 1"]
+
+    monkeypatch.setattr("rvlm.commands.joined", lambda: contextlib.nullcontext(Two()))
+    assert run("eval") == 2
+    assert "different settings" in capsys.readouterr().err
 
 
 def test_check_of_a_users_file(tmp_path, capsys):

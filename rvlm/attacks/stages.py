@@ -34,6 +34,7 @@ from rvlm.attacks.square import square
 
 __all__ = ["PATTERNS", "Stage", "parse_attack", "usable"]
 
+BACKWARD = 2  # forward passes that a backward pass costs, about
 FUNCTIONS = {
     "pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square,
     "cw": cw, "deepfool": deepfool,
@@ -92,21 +93,21 @@ class Stage:
         return {"name": self.name, "attack": self.attack, "settings": every, "restart": self.restart}
 
     def cost(self, classes: int) -> int:
-        """Passes through the model, there and back or not, per image that is never fooled."""
+        """Passes through the model per image that is never fooled; a backward pass counts as two forward ones."""
         given = self.every_setting()
-        runs = given.get("restarts", 1)
+        runs, steps = given.get("restarts", 1), given.get("steps", 0)
         if self.attack == "square":
             return runs * given["queries"]
-        if self.attack == "cw":
-            return given["steps"] * (given["rounds"] or 9)
-        if self.attack == "deepfool":
-            return given["steps"] * min(given["candidates"], classes)
         aims = min(given.get("targets") or MOST_TARGETS, classes - 1)
-        if self.attack == "fab":
-            return runs * given["steps"] * (2 * aims if given["aimed"] else classes + 1)
+        if self.attack == "fab":  # asks for the verdict at every step, too
+            return runs * steps * (aims * (2 + BACKWARD) if given["aimed"] else 2 + BACKWARD * classes)
+        if self.attack == "deepfool":
+            return steps * (1 + BACKWARD * (min(given["candidates"], classes) - 1))
+        if self.attack == "cw":
+            runs = given["rounds"] or 9
         if given.get("loss") in AIMED:
             runs *= aims
-        return runs * given["steps"] * given.get("eot", 1)
+        return runs * steps * given.get("eot", 1) * (1 + BACKWARD)
 
 
 def parse_attack(text: str, norm: str = "linf") -> list[Stage]:

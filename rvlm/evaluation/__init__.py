@@ -3,10 +3,10 @@
 from rvlm.evaluation.check import Finding, check
 from rvlm.evaluation.evaluate import Evaluation, evaluate, parse_attack
 from rvlm.evaluation.metrics import wilson
-from rvlm.evaluation.records import summary_row, write_evaluation, write_json
+from rvlm.evaluation.records import summary_row, write_evaluation, write_json, write_transfer
 from rvlm.evaluation.transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
     "Evaluation", "Finding", "TransferMatrix", "check", "evaluate", "parse_attack", "summary_row", "transfer_matrix",
-    "wilson", "write_evaluation", "write_json",
+    "wilson", "write_evaluation", "write_json", "write_transfer",
 ]  # fmt: skip

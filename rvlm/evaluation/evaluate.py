@@ -5,10 +5,13 @@ images are scored on the classifier. A sample is robust if it is classified corr
 
 Diagnostics act and stand in the record's checks: a stage on cross-entropy that meets gradients of exactly zero is
 repeated on the margin loss, and a black-box stage that finds what gradients did not find is named.
+
+Samples are cut into chunks of a fixed size. Under torchrun every process takes one chunk of a wave, and after the wave
+all know all results: how many processes there are changes nothing but the time.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.resume import Keeper, Tally
+from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
 __all__ = ["Evaluation", "evaluate", "parse_attack"]
@@ -43,6 +47,7 @@ class Evaluation:
             attacked the sample.
         broken_by: number of the stage that fooled it, -1 robust, -2 wrong when clean.
         linf: largest |x_adv - x| of the sample, in float64.
+        distance: |x_adv - x| in the threat's norm, in float64.
         margin: largest other logit minus the label's, on x_adv.
         x_adv: adversarial images [N, 3, H, W] if they were asked for (clean ones where no stage attacked).
         checks: list of {"id", "ok", "detail"}.
@@ -63,6 +68,7 @@ class Evaluation:
     pred_adv: Tensor
     broken_by: Tensor
     linf: Tensor
+    distance: Tensor
     margin: Tensor
     x_adv: Tensor | None
     checks: list[dict]
@@ -131,6 +137,8 @@ def evaluate(
         state: file to save progress in, at every chunk of a stage (at most once a second); an evaluation that finds
             one goes on there, with the same result. Delete it when it is no longer needed.
 
+    In a process group (see `rvlm.ranks`) every process calls this with the same arguments and gets the same result.
+
     Raises:
         ValueError: empty data, bad attack or eps, a classifier with fewer outputs than classes, or a state file of
             another evaluation.
@@ -145,18 +153,57 @@ def evaluate(
     result = Evaluation(
         attack, stages, [], eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]),
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
-        linf=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n), x_adv=None, checks=[],
-        forwards=0, backwards=0, seconds=0.0,
+        linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
+        x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0,
     )  # fmt: skip
-    keeper = Keeper(state, result, data, {"classifier": classifier, "source": source}, {"quantize": quantize})
-    tally = keeper.tally
-    classes = tally.classes or len(data.class_names)
-    costs = [stage.cost(classes) for stage in tally.stages or stages]
-    with progress_bar(progress, n * (1 + sum(costs)), attack) as bar:
-        bar.update(min(tally.chunk * batch_size, n) if tally.stage < 0 else n)
-        bar.total -= n * sum(costs[: max(tally.stage, 0)])
+    ranks = Ranks()
+    keeper = Keeper(
+        state if ranks.first else None, result, data, {"classifier": classifier, "source": source},
+        {"quantize": quantize},
+    )  # fmt: skip
+    keeper.adopt(ranks.share(keeper.known()))
+    tally, classes = keeper.tally, len(data.class_names)
+
+    def in_waves(chunks: Sequence[Tensor], work: Callable[[Tensor], _Part], cost: int) -> None:
+        """The chunks that are left of a stage."""
+        while wave := chunks[tally.chunk : tally.chunk + ranks.size]:
+            mine = work(wave[ranks.rank]) if ranks.rank < len(wave) else None
+            for part in ranks.gather(mine)[: len(wave)]:
+                part.enter(result, tally)
+            tally.chunk += len(wave)
+            bar.update(sum(map(len, wave)) * cost)
+            keeper.save_now_and_then()
+
+    def clean(rows: Tensor) -> _Part:
+        x, y, _ = data.batch(rows)
+        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images)
+
+    def attacked(rows: Tensor) -> _Part:
+        x, y, index = data.batch(rows)
+        found = stage(
+            source or classifier,
+            x.to(device),
+            y.to(device),
+            transfer=source is not None,
+            eps=float(eps),
+            norm=norm,
+            # One seed per restart; stages that differ in the loss alone start from the same points.
+            generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
+            sample_ids=index,
+            quantize=quantize,
+        )
+        part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images)
+        part.spent(found)
+        if source is None:
+            part.disagreements = int(((part.pred != y) != found.success.cpu()).sum())
+        return part
+
+    costs = [stage.cost(tally.classes or classes) for stage in tally.stages or stages]
+    already = min(tally.chunk * batch_size, n) if tally.stage < 0 else n
+    total = n * (1 + sum(costs[max(tally.stage, 0) :]))
+    with progress_bar(progress and ranks.first, total, attack, already) as bar:
         if tally.stage < 0:
-            _clean(classifier, data, result, tally, device, keep_images, bar, keeper)
+            in_waves(torch.arange(n).split(batch_size), clean, 1)
             tally.stages, result.refused = usable(stages, tally.classes)
             tally.stage, tally.chunk = 0, 0
             keeper.save()
@@ -165,32 +212,14 @@ def evaluate(
             stage, cost = tally.stages[tally.stage], tally.stages[tally.stage].cost(tally.classes)
             # Those that this stage has broken already were its survivors, too.
             survivors = ((result.broken_by == -1) | (result.broken_by == tally.stage)).nonzero().flatten()
-            bar.total -= (n - len(survivors)) * cost
             chunks = survivors.split(batch_size) if len(survivors) else ()  # split gives one empty chunk of none
-            bar.update(sum(map(len, chunks[: tally.chunk])) * cost)
-            for rows in chunks[tally.chunk :]:
-                x, y, index = data.batch(rows)
-                found = stage(
-                    source or classifier,
-                    x.to(device),
-                    y.to(device),
-                    transfer=source is not None,
-                    eps=float(eps),
-                    norm=norm,
-                    # One seed per restart; stages that differ in the loss alone start from the same points.
-                    generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
-                    sample_ids=index,
-                    quantize=quantize,
-                )
-                _take(found, classifier, rows, x, y, result, tally, len(data.class_names))
-                tally.chunk += 1
-                bar.update(len(rows) * cost)
-                keeper.save_now_and_then()
+            bar.total -= (n - sum(map(len, chunks[tally.chunk :]))) * cost
+            in_waves(chunks, attacked, cost)
             if tally.zeros > ZERO_GRADIENTS * tally.gradients:
                 tally.vanished.append(f"{stage.name}: {tally.zeros / tally.gradients:.0%}")
                 if (switched := _on_the_margin(stage)) is not None:
                     tally.stages.insert(tally.stage + 1, switched)
-                    bar.total += len(survivors) * switched.cost(tally.classes)
+                    bar.total += n * switched.cost(tally.classes)
             tally.stage, tally.chunk, tally.zeros, tally.gradients = tally.stage + 1, 0, 0, 0
             keeper.save()
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
@@ -200,52 +229,64 @@ def evaluate(
     return result
 
 
-def _clean(classifier, data: Data, result: Evaluation, tally: Tally, device, keep_images: bool, bar, keeper) -> None:
-    """Predictions on clean images."""
-    images = []
-    for rows in torch.arange(len(data)).split(result.batch_size)[tally.chunk :]:
-        x, y, _ = data.batch(rows)
-        if keep_images:
-            images.append(x)
-        logits = logits_of(classifier, x.to(device), len(data.class_names))
-        tally.classes = logits.shape[1]
-        result.forwards += len(rows)
-        pred, broken = predictions(logits)
-        tally.nonfinite += broken
-        result.pred_clean[rows] = result.pred_adv[rows] = pred
-        result.margin[rows] = margin(logits, y)
-        result.broken_by[rows] = torch.where(pred == y, -1, -2)
-        tally.chunk += 1
-        bar.update(len(rows))
-        keeper.save_now_and_then()
-    if keep_images:
-        result.x_adv = torch.cat(images)
+@dataclasses.dataclass
+class _Part:
+    """What one process found on one chunk; tensors are on the CPU."""
+
+    rows: Tensor
+    pred: Tensor
+    wrong: Tensor
+    margin: Tensor
+    linf: Tensor
+    distance: Tensor
+    x_adv: Tensor | None
+    classes: int
+    outside: float
+    nonfinite: int
+    forwards: int
+    backwards: int = 0
+    zeros: int = 0
+    disagreements: int = 0
+
+    def spent(self, found: AttackResult) -> None:
+        """Adds what the attack cost."""
+        self.forwards += found.forwards
+        self.backwards, self.zeros = found.backwards, found.zero_gradients
+
+    def enter(self, result: Evaluation, tally: Tally) -> None:
+        """Writes it into what is known so far."""
+        rows = self.rows
+        if tally.stage < 0:
+            tally.classes, result.pred_clean[rows] = self.classes, self.pred
+        result.pred_adv[rows], result.margin[rows] = self.pred, self.margin
+        result.linf[rows], result.distance[rows] = self.linf, self.distance
+        result.broken_by[rows] = torch.where(self.wrong, tally.stage if tally.stage >= 0 else -2, -1)
+        if self.x_adv is not None:
+            if result.x_adv is None:
+                result.x_adv = self.x_adv.new_empty(len(result), *self.x_adv.shape[1:])
+            result.x_adv[rows] = self.x_adv
+        result.forwards += self.forwards
+        result.backwards += self.backwards
+        tally.gradients, tally.zeros = tally.gradients + self.backwards, tally.zeros + self.zeros
+        tally.nonfinite += self.nonfinite
+        tally.disagreements += self.disagreements
+        tally.over = max(tally.over, (self.distance - float(result.eps)).max().item())
+        tally.outside = max(tally.outside, self.outside)
 
 
-def _take(
-    found: AttackResult, classifier, rows: Tensor, x: Tensor, y: Tensor, result: Evaluation, tally: Tally, classes: int
-) -> None:
-    """Scores the images of a stage on the classifier and enters them."""
-    x_adv = found.x_adv.cpu()
-    logits = logits_of(classifier, found.x_adv, classes)
-    result.forwards += found.forwards + len(rows)
-    result.backwards += found.backwards
-    tally.gradients, tally.zeros = tally.gradients + found.backwards, tally.zeros + found.zero_gradients
+def _scored(
+    classifier, rows: Tensor, x: Tensor, x_adv: Tensor, y: Tensor, norm: str, classes: int, keep_images: bool
+) -> _Part:
+    """Scores images (x itself, or what an attack made of it) on the classifier."""
+    logits = logits_of(classifier, x_adv, classes)
+    x_adv = x_adv.cpu()
+    pred, nonfinite = predictions(logits)
     delta = (x_adv.double() - x.double()).flatten(1)
-    length = delta.norm(ORDER[result.norm], dim=1)
-    tally.over = max(tally.over, (length - float(result.eps)).max().item())
-    tally.outside = max(tally.outside, -x_adv.min().item(), x_adv.max().item() - 1)
-    pred, broken = predictions(logits)
-    tally.nonfinite += broken
-    fooled = pred != y
-    if result.target == "white-box":
-        tally.disagreements += int((fooled != found.success.cpu()).sum())
-    result.pred_adv[rows] = pred
-    result.margin[rows] = margin(logits, y)
-    result.linf[rows] = delta.abs().amax(1)
-    result.broken_by[rows] = torch.where(fooled, tally.stage, -1)
-    if result.x_adv is not None:
-        result.x_adv[rows] = x_adv
+    return _Part(
+        rows, pred, pred != y, margin(logits, y), delta.abs().amax(1), delta.norm(ORDER[norm], dim=1),
+        x_adv if keep_images else None, classes=logits.shape[1],
+        outside=max(-x_adv.min().item(), x_adv.max().item() - 1), nonfinite=nonfinite, forwards=len(rows),
+    )  # fmt: skip
 
 
 def _checks(result: Evaluation, tally: Tally, slack: float) -> list[dict]:
@@ -299,7 +340,10 @@ def predictions(logits: Tensor) -> tuple[Tensor, int]:
     return torch.where(broken, -1, logits.argmax(1)), int(broken.sum())
 
 
-def progress_bar(shown: bool, total: int, title: str):
+def progress_bar(shown: bool, total: int, title: str, already: int = 0):
+    """Counts passes through the model (see Stage.cost), so that the time left follows from their measured rate."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=title, disable=not shown, unit="img-step", unit_scale=True, mininterval=0.5)
+    return tqdm(
+        total=total, initial=already, desc=title, disable=not shown, unit="pass", unit_scale=True, mininterval=0.5
+    )

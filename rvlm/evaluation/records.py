@@ -14,7 +14,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ from torch import Tensor, nn
 import rvlm
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import Evaluation
-from rvlm.evaluation.resume import weights_sha
+from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.resume import COLUMNS, weights_sha
+from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.models import ZeroShotClassifier
+from rvlm.units import Eps
 
-__all__ = ["environment", "summary_row", "write_evaluation", "write_json"]
+__all__ = ["environment", "summary_row", "write_evaluation", "write_json", "write_transfer"]
 
 SCHEMA = "rvlm.result/1"
-SAMPLE_COLUMNS = ("index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin")
+SAMPLE_COLUMNS = ("index", "y", *COLUMNS)
 
 
 def write_evaluation(
@@ -43,6 +46,7 @@ def write_evaluation(
     classifier: Callable[[Tensor], Tensor],
     *,
     method: str | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each whole or not at all.
 
@@ -53,6 +57,7 @@ def write_evaluation(
         data: what it was found on; a cut one makes the record "partial".
         classifier: what was evaluated.
         method: how it was trained, if that is known.
+        processes: how many shared the work.
 
     Returns:
         The summary row: name, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
@@ -65,26 +70,12 @@ def write_evaluation(
     n, attacked = len(evaluation), max(evaluation.n_clean, 1)
     record = {
         "schema": SCHEMA,
-        "status": "complete" if data.index_rule == "all" else "partial",
+        "status": _status(data),
         "name": name,
         "protocol": None,
         **_describe(classifier, data, evaluation.resolution, method),
-        "data": {
-            "name": data.name,
-            "split": data.split,
-            "n_total": data.n_total,
-            "n_used": len(data),
-            "index_rule": data.index_rule,
-            "index_sha": _sha(data.index.tolist()),
-            "fingerprint": data.fingerprint,
-        },
-        "threat": {
-            "norm": evaluation.norm,
-            "eps": float(evaluation.eps),
-            "eps_str": str(evaluation.eps),
-            "space": "pixel[0,1]",
-            "target": evaluation.target,
-        },
+        "data": _describe_data(data),
+        "threat": _threat(evaluation.norm, evaluation.eps, evaluation.target),
         "attack": {
             "name": evaluation.attack,
             "stages": [stage.record() for stage in evaluation.stages],
@@ -108,12 +99,89 @@ def write_evaluation(
             "forward_images": evaluation.forwards,
             "backward_images": evaluation.backwards,
             "peak_mb": _peak_megabytes(),
+            "processes": processes,
         },
         "env": environment(),
         "samples": f"samples/{stem}.npz",
     }
     write_json(folder / "result" / f"{stem}.json", record)
     return summary_row(record, f"result/{stem}.json")
+
+
+def write_transfer(
+    folder: str | Path, matrix: TransferMatrix, data: Data, models: Mapping[str, Callable[[Tensor], Tensor]]
+) -> list[dict[str, Any]]:
+    """Writes FOLDER/result/transfer.json and FOLDER/samples/transfer.npz (correct, bool [S, T, N], and index).
+
+    Args:
+        folder: run folder.
+        matrix: what was found.
+        data: what it was found on.
+        models: sources and targets by name.
+
+    Returns:
+        A summary row for each cell: name is the target, source the model whose images it saw.
+    """
+    folder, n = Path(folder), matrix.samples
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, index=data.index.numpy(), correct=matrix.correct.numpy())
+    write_bytes(folder / "samples" / "transfer.npz", buffer.getvalue())
+    resolution = list(data.batch(slice(0, 1))[0].shape[-2:])
+    record = {
+        "schema": "rvlm.transfer/1",
+        "status": _status(data),
+        "models": {name: _describe(model, data, resolution, None) for name, model in models.items()},
+        "data": _describe_data(data),
+        "threat": _threat(matrix.norm, Eps(matrix.eps), "transfer"),
+        "attack": {"name": matrix.attack, "seed": matrix.seed},
+        "sources": matrix.sources,
+        "targets": matrix.targets,
+        "clean_acc": matrix.clean.tolist(),
+        "robust_acc": matrix.robust.tolist(),
+        "perf": {"wall_s": matrix.seconds},
+        "env": environment(),
+        "samples": "samples/transfer.npz",
+    }
+    write_json(folder / "result" / "transfer.json", record)
+    return [
+        {
+            "name": target,
+            "source": source,
+            "clean": matrix.clean[t].item(),
+            "clean_ci": list(wilson(round(matrix.clean[t].item() * n), n)),
+            "robust": matrix.robust[s, t].item(),
+            "robust_ci": list(wilson(int(matrix.correct[s, t].sum()), n)),
+            "eps": matrix.eps,
+            "norm": matrix.norm,
+            "attack": matrix.attack,
+            "target": "white-box" if source == target else "transfer",
+            "samples": n,
+            "seconds": round(matrix.seconds, 2),
+            "record": "result/transfer.json",
+        }
+        for s, source in enumerate(matrix.sources)
+        for t, target in enumerate(matrix.targets)
+    ]
+
+
+def _status(data: Data) -> str:
+    return "complete" if data.index_rule == "all" else "partial"
+
+
+def _describe_data(data: Data) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "split": data.split,
+        "n_total": data.n_total,
+        "n_used": len(data),
+        "index_rule": data.index_rule,
+        "index_sha": _sha(data.index.tolist()),
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _threat(norm: str, eps: Eps, target: str) -> dict[str, Any]:
+    return {"norm": norm, "eps": float(eps), "eps_str": str(eps), "space": "pixel[0,1]", "target": target}
 
 
 def _describe(

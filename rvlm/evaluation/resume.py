@@ -22,8 +22,8 @@ from rvlm.files import write_bytes
 
 __all__ = ["Keeper", "Tally", "weights_sha"]
 
-SCHEMA = "rvlm.state/1"
-COLUMNS = ("pred_clean", "pred_adv", "broken_by", "linf", "margin")
+SCHEMA = "rvlm.state/2"
+COLUMNS = ("pred_clean", "pred_adv", "broken_by", "linf", "distance", "margin")
 
 
 @dataclasses.dataclass
@@ -76,37 +76,50 @@ class Keeper:
         if time.perf_counter() - self.saved > 1.0:
             self.save()
 
+    def known(self) -> dict[str, Any]:
+        """Everything that the samples and the sums so far say."""
+        return {
+            "tally": dataclasses.asdict(self.tally),
+            "result": {name: getattr(self.result, name) for name in ("forwards", "backwards", "refused")},
+            "columns": {name: getattr(self.result, name).numpy() for name in COLUMNS},
+            "seconds": self.seconds(),
+        }
+
+    def adopt(self, known: dict[str, Any]) -> None:
+        """Goes on from there."""
+        for name, column in known["columns"].items():
+            getattr(self.result, name).copy_(torch.from_numpy(column.copy()))
+        for name, value in known["result"].items():
+            setattr(self.result, name, value)
+        self.tally = Tally(**known["tally"])
+        self.tally.stages = [Stage(**stage) for stage in self.tally.stages]
+        self.before, self.began = known["seconds"], time.perf_counter()
+
     def save(self) -> None:
         if self.path is None:
             return
-        tally = dataclasses.asdict(self.tally)
-        sums = {name: getattr(self.result, name) for name in ("forwards", "backwards", "refused")}
-        about = {"key": self.key, "tally": tally, "result": sums, "seconds": self.seconds()}
+        known = self.known()
+        columns = known.pop("columns")
         buffer = io.BytesIO()
-        columns = {name: getattr(self.result, name).numpy() for name in COLUMNS}
-        np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+        about = json.dumps({"key": self.key, **known}).encode()
+        np.savez(buffer, about=np.frombuffer(about, np.uint8), **columns)
         write_bytes(self.path, buffer.getvalue())
         self.saved = time.perf_counter()
 
     def _restore(self) -> None:
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                columns = {name: torch.from_numpy(file[name].copy()) for name in COLUMNS}
+                known = json.loads(file["about"].tobytes())
+                theirs = known.pop("key")
+                if theirs.get("schema") == SCHEMA:
+                    known["columns"] = {name: file[name] for name in COLUMNS}
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.path} is no state of an evaluation ({error}): remove it to begin anew") from None
-        theirs = about["key"]
         differ = [name for name in self.key | theirs if self.key.get(name) != theirs.get(name)]
         if differ:
             what = "; ".join(f"{name} was {theirs.get(name)!r}, is {self.key.get(name)!r}" for name in differ)
             raise ValueError(f"{self.path} belongs to another evaluation ({what}): remove it, or write elsewhere")
-        for name, column in columns.items():
-            getattr(self.result, name).copy_(column)
-        for name, value in about["result"].items():
-            setattr(self.result, name, value)
-        self.tally = Tally(**about["tally"])
-        self.tally.stages = [Stage(**stage) for stage in self.tally.stages]
-        self.before = about["seconds"]
+        self.adopt(known)
 
 
 def weights_sha(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Who is fooled by whose images: attacks crafted on every source and scored on every target."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from rvlm.attacks.stages import parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import logits_of, predictions, progress_bar
+from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
 __all__ = ["TransferMatrix", "transfer_matrix"]
@@ -24,6 +26,7 @@ class TransferMatrix:
         robust: accuracy of target t on the images of source s [S, T]: right when clean and on those of every stage.
         correct: the same per sample, bool [S, T, N].
         attack, eps, norm, seed, samples: what was run.
+        seconds: what it took.
     """
 
     sources: list[str]
@@ -36,6 +39,7 @@ class TransferMatrix:
     norm: str
     seed: int
     samples: int
+    seconds: float
 
     def markdown(self) -> str:
         """A table in per cent: a row per source, a column per target."""
@@ -65,7 +69,7 @@ def transfer_matrix(
 
     Args:
         sources, targets: classifiers by name, pixels [B, 3, H, W] in [0, 1] -> logits [B, C].
-        data: what to attack.
+        data: what to attack. In a process group (see `rvlm.ranks`) every process takes its share of the chunks.
         attack: see `rvlm.attacks.stages`.
         eps, norm, batch_size, seed, device, progress: as in `evaluate`.
 
@@ -79,8 +83,11 @@ def transfer_matrix(
     clean = torch.zeros(len(targets), n, dtype=torch.bool)
     correct = torch.zeros(len(sources), len(targets), n, dtype=torch.bool)
     cost = sum(stage.cost(classes) for stage in stages)
-    with progress_bar(progress, n * len(sources) * cost, f"transfer, {attack}") as bar:
-        for rows in torch.arange(n).split(batch_size):
+    ranks, began = Ranks(), time.perf_counter()
+    mine = torch.arange(n).split(batch_size)[ranks.rank :: ranks.size]
+    total = sum(map(len, mine)) * len(sources) * cost
+    with progress_bar(progress and ranks.first, total, f"transfer, {attack}") as bar:
+        for rows in mine:
             x, y, index = data.batch(rows)
             x, y = x.to(device), y.to(device)
             for t, target in enumerate(targets.values()):
@@ -96,5 +103,8 @@ def transfer_matrix(
                     for t, target in enumerate(targets.values()):
                         correct[s, t, rows] &= predictions(logits_of(target, x_adv, classes))[0] == y.cpu()
                 bar.update(len(rows) * cost)
+    for their_clean, their_correct in ranks.gather((clean, correct)):
+        clean, correct = clean | their_clean, correct | their_correct
     shares = clean.double().mean(1), correct.double().mean(2)
-    return TransferMatrix(list(sources), list(targets), *shares, correct, attack, str(eps), norm, seed, n)
+    names = list(sources), list(targets)
+    return TransferMatrix(*names, *shares, correct, attack, str(eps), norm, seed, n, time.perf_counter() - began)

@@ -1,7 +1,7 @@
 """Reports: tables, plots with their numbers as CSV beside them, and a self-contained HTML page."""
 
 from rvlm.report.html import write_html
-from rvlm.report.plots import accuracy_over_eps, image_grid
+from rvlm.report.plots import accuracy_over_eps, image_grid, transfer_heat_map
 from rvlm.report.tables import markdown, rich_table
 
-__all__ = ["accuracy_over_eps", "image_grid", "markdown", "rich_table", "write_html"]
+__all__ = ["accuracy_over_eps", "image_grid", "markdown", "rich_table", "transfer_heat_map", "write_html"]

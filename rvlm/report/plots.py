@@ -10,10 +10,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.units import Eps
 
-__all__ = ["accuracy_over_eps", "image_grid"]
+__all__ = ["accuracy_over_eps", "image_grid", "transfer_heat_map"]
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 RIGHT, WRONG = "#00704F", "#B34700"
@@ -99,6 +100,28 @@ def image_grid(
                 axes.set_xlabel(_answer(word, right), fontsize=10, color=RIGHT if right else WRONG)
     rows = list(zip(labels, words_clean, words_adversarial, strict=True))
     return _write(path, figure, ["label", "clean", "adversarial"], rows)
+
+
+@rc_context(PLAIN_TEXT)
+def transfer_heat_map(path: str | Path, matrix: TransferMatrix) -> Path:
+    """Accuracy of every target (columns) on clean images and on those of every source (rows), in per cent."""
+    shares = 100 * torch.cat([matrix.clean[None], matrix.robust])
+    names = ["(clean)", *matrix.sources]
+    short = [name if len(name) <= 24 else "…" + name[-23:] for name in [*matrix.targets, *names]]
+    figure = Figure(figsize=(3.0 + 1.1 * len(matrix.targets), 2.0 + 0.55 * len(names)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for row, line in enumerate(shares.tolist()):
+        for column, share in enumerate(line):
+            colour = "black" if share > 50 else "white"
+            axes.text(column, row, f"{share:.1f}", ha="center", va="center", color=colour, fontsize=10)
+    axes.set_xticks(range(len(matrix.targets)), short[: len(matrix.targets)], rotation=20, ha="right")
+    axes.set_yticks(range(len(names)), short[len(matrix.targets) :])
+    axes.set(xlabel="scored on", ylabel="images of")
+    axes.set_title(f"accuracy %, {matrix.attack}, {matrix.norm} {matrix.eps}", loc="left", fontsize=11)
+    axes.spines[:].set_visible(False)
+    rows = [[name, *line] for name, line in zip(names, (shares / 100).tolist(), strict=True)]
+    return _write(path, figure, ["images of", *matrix.targets], rows)
 
 
 def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:

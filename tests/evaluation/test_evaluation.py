@@ -96,6 +96,8 @@ def test_l2(data):
     # Moving the mean of 48 pixels by d costs an L2 norm of d * sqrt(48).
     found = run(data, norm="l2", eps=str(8 / 255 * math.sqrt(48)), attack="pgd-50")
     assert found.robust == pytest.approx(0.5)
+    assert (found.distance <= 8 / 255 * math.sqrt(48) + 1e-5).all() and (found.distance >= found.linf).all()
+    assert (found.distance[found.broken_by == 0] > 2 * found.linf[found.broken_by == 0]).all()
 
 
 def test_attack_names():
@@ -111,7 +113,7 @@ def test_attack_names():
     assert [s.name for s in both] == ["apgd-ce-50", "square-7"] and both[1].settings == {"queries": 7}
     in_l1 = [s.settings for s in parse_attack("autoattack", "l1")]
     assert in_l1[0]["larger_eps"] and in_l1[0]["restarts"] == 5 and in_l1[1]["targets"] == 5
-    assert [s.cost(10) for s in parse_attack("autoattack")] == [100, 900, 1800, 5000]
+    assert [s.cost(10) for s in parse_attack("autoattack")] == [300, 2700, 3600, 5000]
     for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattak", "", "pgd-3,", "square-0"):
         with pytest.raises(ValueError, match="expected fgsm, pgd-STEPS"):
             parse_attack(bad)
@@ -145,7 +147,7 @@ def test_every_attack_runs_by_name(attack, transfer, norm, eps):
 def test_smallest_changes_by_name(norm):
     found = run(toy(6), attack="cw-2,deepfool-2", norm=norm, eps="0.1")
     assert [stage.name for stage in found.stages] == ["cw-2", "deepfool-2"]
-    assert [stage.cost(10) for stage in found.stages] == [18, 20]
+    assert [stage.cost(10) for stage in found.stages] == [54, 38]
     with pytest.raises(ValueError, match="deepfool-2 knows the norms 'linf' and 'l2', got 'l1'"):
         run(toy(6), attack="deepfool-2", norm="l1", eps="0.1")
 
@@ -245,7 +247,7 @@ def test_records(data, tmp_path):
     assert record["perf"]["backward_images"] > 0
     samples = np.load(tmp_path / record["samples"])
     assert samples["broken_by"].tolist() == found.broken_by.tolist() and set(samples.files) == {
-        "index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "margin"}  # fmt: skip
+        "index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "distance", "margin"}  # fmt: skip
 
 
 def test_a_cut_data_set_makes_a_partial_record(data, tmp_path):

@@ -1,0 +1,73 @@
+"""The processes of one job: torchrun starts them, a group of one where it did not. A leaf that every layer may use.
+
+    torchrun --nproc-per-node 2 -m rvlm eval ...
+
+Every process runs the same code with the same arguments; work is divided by rank, and results are exchanged so that all
+know everything. The first process alone writes files and prints.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+
+__all__ = ["Ranks", "joined"]
+
+
+class Ranks:
+    """The process group that is initialised now, or this process alone.
+
+    Attributes:
+        rank: of this process. size: how many there are.
+    """
+
+    def __init__(self) -> None:
+        on = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if on else (0, 1)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every process gives, in the order of their ranks, for all of them."""
+        if self.size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.size
+        distributed.all_gather_object(everyone, mine)
+        return everyone
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, for all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first process runs the block, then the others do: what it caches on disk they find."""
+        if not self.first:
+            distributed.barrier()
+        yield
+        if self.first and self.size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Joins the group that torchrun describes in the environment, if it started this process, and leaves it after."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield Ranks()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Ranks()
+    finally:
+        distributed.destroy_process_group()
