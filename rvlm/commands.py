@@ -175,6 +175,7 @@ def _analyze_transfer(args: AnalyzeArgs) -> int:
         if run is None:
             return 0
         rows = write_transfer(run.out, found, data, models)
+        _warn(found)
         transfer_heat_map(run.out / "transfer.png", found)
         return run.finish(rows, found.markdown())
 

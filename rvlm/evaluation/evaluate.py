@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rvlm.attacks import AttackResult, scoring
 from rvlm.attacks.ball import ORDER
+from rvlm.attacks.checks import are_probabilities
 from rvlm.attacks.losses import margin
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
@@ -33,6 +34,7 @@ ZERO_GRADIENTS = (
     0.1  # share of a stage's gradients from which on it is repeated on the margin loss, and the record says so
 )
 BLACK_BOX_GAIN = 0.002  # AutoAttack's threshold
+RANDOM = 1e-4  # of the largest logit, by which two passes of a deterministic model may differ
 
 
 @dataclasses.dataclass
@@ -176,7 +178,10 @@ def evaluate(
 
     def clean(rows: Tensor) -> _Part:
         x, y, _ = data.batch(rows)
-        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images)
+        part = _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images)
+        if not rows[0]:
+            part.look_at_the_model(classifier, x.to(device), classes)
+        return part
 
     def attacked(rows: Tensor) -> _Part:
         x, y, index = data.batch(rows)
@@ -247,6 +252,15 @@ class _Part:
     backwards: int = 0
     zeros: int = 0
     disagreements: int = 0
+    varies: float = 0.0
+    probabilities: bool = False
+
+    def look_at_the_model(self, classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> None:
+        """Whether two passes agree, and whether the outputs are probabilities; on the first chunk."""
+        first, second = (logits_of(classifier, x, classes).nan_to_num(0, 0, 0) for _ in range(2))
+        self.forwards += 2 * len(x)
+        self.varies = (first - second).abs().max().item() / max(1.0, first.abs().max().item())
+        self.probabilities = are_probabilities(first)
 
     def spent(self, found: AttackResult) -> None:
         """Adds what the attack cost."""
@@ -258,6 +272,10 @@ class _Part:
         rows = self.rows
         if tally.stage < 0:
             tally.classes, result.pred_clean[rows] = self.classes, self.pred
+            tally.varies, tally.probabilities = (
+                max(tally.varies, self.varies),
+                tally.probabilities or self.probabilities,
+            )
         result.pred_adv[rows], result.margin[rows] = self.pred, self.margin
         result.linf[rows], result.distance[rows] = self.linf, self.distance
         result.broken_by[rows] = torch.where(self.wrong, tally.stage if tally.stage >= 0 else -2, -1)
@@ -296,6 +314,17 @@ def _checks(result: Evaluation, tally: Tally, slack: float) -> list[dict]:
         ("eps_respected", tally.over <= slack, f"largest excess over eps {tally.over:.2e}"),
         ("box_respected", tally.outside <= 0, f"largest distance outside [0, 1] {max(tally.outside, 0.0):.2e}"),
         ("logits_finite", tally.nonfinite == 0, f"{tally.nonfinite} images with NaN logits, counted as wrong"),
+        (
+            "deterministic",
+            tally.varies <= RANDOM,
+            f"two passes over the same images differ by {tally.varies:.1g} of the largest logit"
+            + ("" if tally.varies <= RANDOM else ": attack its mean (autoattack-rand), else it looks robust"),
+        ),
+        (
+            "outputs_are_logits",
+            not tally.probabilities,
+            "outputs are probabilities: a softmax inside the model hides gradients" if tally.probabilities else "so",
+        ),
         ("verdict_rescored", not tally.disagreements, f"{tally.disagreements} verdicts changed when re-scored"),
         (
             "gradients_nonzero",

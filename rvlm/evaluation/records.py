@@ -138,6 +138,7 @@ def write_transfer(
         "targets": matrix.targets,
         "clean_acc": matrix.clean.tolist(),
         "robust_acc": matrix.robust.tolist(),
+        "checks": matrix.checks,
         "perf": {"wall_s": matrix.seconds},
         "env": environment(),
         "samples": "samples/transfer.npz",

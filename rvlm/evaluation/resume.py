@@ -39,6 +39,8 @@ class Tally:
     gradients: int = 0
     nonfinite: int = 0
     disagreements: int = 0
+    varies: float = 0.0
+    probabilities: bool = False
     over: float = 0.0
     outside: float = 0.0
 

@@ -15,6 +15,8 @@ from rvlm.units import Eps
 
 __all__ = ["TransferMatrix", "transfer_matrix"]
 
+STRONGER = 0.02  # share of the samples by which transfer may beat the white box
+
 
 @dataclasses.dataclass
 class TransferMatrix:
@@ -40,6 +42,19 @@ class TransferMatrix:
     seed: int
     samples: int
     seconds: float
+
+    @property
+    def checks(self) -> list[dict]:
+        """For the record: a model's own images must fool it best, else its gradients mislead."""
+        worse = [
+            f"{target} by images of {source} ({self.robust[s, t]:.1%}, by its own "
+            f"{self.robust[self.sources.index(target), t]:.1%})"
+            for t, target in enumerate(self.targets)
+            for s, source in enumerate(self.sources)
+            if target in self.sources and self.robust[s, t] < self.robust[self.sources.index(target), t] - STRONGER
+        ]
+        detail = "no model is fooled by another's images more than by its own" if not worse else "; ".join(worse)
+        return [{"id": "white_box_is_strongest", "ok": not worse, "detail": detail}]
 
     def markdown(self) -> str:
         """A table in per cent: a row per source, a column per target."""

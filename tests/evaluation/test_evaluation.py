@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rvlm.attacks import AttackWarning
 from rvlm.data import load_data
 from rvlm.data.base import Data
 from rvlm.evaluation import evaluate, parse_attack, wilson, write_evaluation, write_json
@@ -192,6 +193,25 @@ def test_a_quantised_input_is_flagged():
     found = evaluate(Quantised(), toy(6), attack="apgd-ce-10,square-50", eps="24/255", progress=False)
     assert not checks_of(found)["gradients_nonzero"]["ok"] and "BPDA" in checks_of(found)["gradients_nonzero"]["detail"]
     assert [stage.name for stage in found.stages] == ["apgd-ce-10", "apgd-ce-10-margin", "square-50"]
+
+
+def test_random_models_and_probabilities_are_named(data):
+    class Random(Threshold):
+        def forward(self, x):
+            return super().forward(x) + 0.01 * torch.randn(len(x), 2)
+
+    class Soft(Threshold):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    def failed(model):
+        found = evaluate(model, data, attack="fgsm", eps="8/255", progress=False, batch_size=4)
+        return {item["id"]: item["detail"] for item in found.checks if not item["ok"]}
+
+    assert failed(Threshold()) == {}
+    assert "attack its mean (autoattack-rand)" in failed(Random())["deterministic"]
+    with pytest.warns(AttackWarning, match="probabilities"):
+        assert "a softmax inside" in failed(Soft())["outputs_are_logits"]
 
 
 def test_misleading_gradients_are_flagged_by_the_black_box():

@@ -59,3 +59,19 @@ def test_models_are_left_alone_and_bad_input(data):
         transfer_matrix({}, MODELS, data)
     with pytest.raises(ValueError, match="unknown attack"):
         transfer_matrix(MODELS, MODELS, data, attack="pdg-10")
+
+
+def test_gradients_that_mislead_are_named(data):
+    class Misled(Channel):
+        """The same decision with a gradient that points the other way."""
+
+        def forward(self, x):
+            z = super().forward(x)
+            return z.detach() - (z - z.detach())
+
+    models = {"red": Channel(0), "misled": Misled(0)}
+    found = transfer_matrix(models, models, data, progress=False)
+    assert found.robust[0, 1] < found.robust[1, 1]
+    (check,) = found.checks
+    assert not check["ok"] and check["detail"] == "misled by images of red (50.0%, by its own 90.0%)"
+    assert transfer_matrix(MODELS, MODELS, data, progress=False).checks[0]["ok"]
