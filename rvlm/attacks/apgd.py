@@ -16,6 +16,7 @@ From the same start it scores the same points as AutoAttack's implementation, on
 decides about step sizes: the first loss after the start counts as a rise if it is above 0.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
+from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, search
 
 __all__ = ["APGD", "apgd"]
 
@@ -54,6 +55,7 @@ def apgd(
     x_init: Tensor | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     best: str = "adv",
+    early_stop: str | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -81,6 +83,7 @@ def apgd(
             no earlier one has fooled.
         best: "adv" returns the last adversarial iterate, or the one with the best loss where there is none (never the
             clean image); "loss" the one with the best loss of all runs.
+        early_stop: "compact" takes samples out of the batch once they are fooled: the same verdicts for less.
 
     Returns:
         As `pgd`.
@@ -88,7 +91,10 @@ def apgd(
     Raises:
         As `pgd`; ValueError: too few classes for the loss or for `targets`.
     """
-    check_choices(best=(best, ("adv", "loss")))
+    check_choices(best=(best, ("adv", "loss")), early_stop=(early_stop, (None, "compact")))
+    check_stop(early_stop, engine, loss)
+    if early_stop and best != "adv":
+        raise ValueError("early_stop='compact' ends with the first image that fools the model: for best='adv'")
     check_count("steps", steps, 1)
     if not 0 < rho <= 1:
         raise ValueError(f"rho must be a share of the steps, in (0, 1], got {rho}")
@@ -96,7 +102,7 @@ def apgd(
         check_count("targets", targets, 1)
     if larger_eps and norm != "l1":
         raise ValueError("larger_eps=True is for norm='l1'")
-    run = _AutoSteps(steps, rho, best, larger_eps, callback)
+    run = _AutoSteps(steps, rho, best, early_stop == "compact", larger_eps, callback)
     return search(
         "apgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         aimed=isinstance(loss, str) and loss in AIMED, targets=targets, random_start=random_start, on_sphere=True,
@@ -116,41 +122,49 @@ class APGD(Attack):
 class _AutoSteps:
     """One run, or with larger_eps three in a row."""
 
-    def __init__(self, steps: int, rho: float, best: str, larger_eps: bool, callback) -> None:
-        self.steps, self.rho, self.best, self.larger_eps, self.callback = steps, rho, best, larger_eps, callback
+    def __init__(self, steps: int, rho: float, best: str, compact: bool, larger_eps: bool, callback) -> None:
+        self.steps, self.rho, self.best, self.compact = steps, rho, best, compact
+        self.larger_eps, self.callback = larger_eps, callback
 
     def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
-        used = torch.full((len(start),), self.steps, device=start.device)
+        used = torch.zeros(len(start), dtype=torch.int64, device=start.device)
         if not self.larger_eps:
-            best, adversarial = self._run(objective, ball, start, self.steps, _rule(ball, objective, self))
-        else:
-            counts = [math.ceil(share * self.steps) for share in SHARES[:2]]
-            for radius, steps in zip(RADII, (*counts, self.steps - sum(counts)), strict=True):
-                scaled = ball.scaled(radius)
-                start = scaled.nearest_(start)
-                rule = _Sparsity(scaled, objective, steps, start)
-                best, adversarial = self._run(objective, scaled, start, steps, rule)
-                start = best.x_adv.clone()
-        if adversarial is not None and adversarial.fooled is not None:
-            best.take(adversarial.fooled, adversarial.x_adv, adversarial.scores)
+            return self._run(objective, ball, start, self.steps, _rule(ball, objective, self), used), used
+        counts = [math.ceil(share * self.steps) for share in SHARES[:2]]
+        for radius, steps in zip(RADII, (*counts, self.steps - sum(counts)), strict=True):
+            scaled = ball.scaled(radius)
+            start = scaled.nearest_(start)
+            rule = _Sparsity(scaled, objective, steps, start)
+            best = self._run(objective, scaled, start, steps, rule, used, last=radius == RADII[-1])
+            start = best.x_adv.clone()
         return best, used
 
-    def _run(self, objective: Objective, ball: Ball, start: Tensor, steps: int, rule) -> tuple[Kept, Kept | None]:
-        """The iterate with the best loss, and the last one that fooled the model."""
+    def _run(
+        self, objective: Objective, ball: Ball, start: Tensor, steps: int, rule, used: Tensor, last: bool = True
+    ) -> Kept:
+        """What one run keeps; counts its steps in `used`. last: not one in a larger ball, whose success is none."""
         x_adv, x_prev = start, start.clone()
         seen = ball.as_seen(x_adv)
         scores, grad = objective.gradient(seen)
         best, best_grad = Kept(seen.clone(), scores), grad.clone()
-        last = Kept(seen.clone(), scores) if self.best == "adv" else None
+        hit = Kept(seen.clone(), scores) if last and self.best == "adv" and scores.fooled is not None else None
+        roll = Roll()
         for k in range(steps):
+            if self.compact and hit is not None and (left := roll.call(hit.fooled, k)) is not None:
+                if not roll.dismiss(hit, left):
+                    return roll.kept
+                objective, ball, rule = objective.at(left), ball.at(left), rule.at(left)
+                x_adv, x_prev, grad, best_grad = x_adv[left], x_prev[left], grad[left], best_grad[left]
+                best, hit, seen, scores = best.at(left), hit.at(left), seen[left], scores.at(left)
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
             with profiling.phase("step"):
                 x_prev, x_adv = x_adv, rule.step(x_prev, x_adv, grad, 1.0 if k == 0 else MOMENTUM)
             seen = ball.as_seen(x_adv)
             scores, grad = objective.gradient(seen)
-            if last is not None and scores.fooled is not None:
-                last.take(scores.fooled, seen, scores)
+            used[roll.rows] += 1
+            if hit is not None:
+                hit.take(scores.fooled, seen, scores)
             rose = objective.better(scores.loss, best.scores.loss)
             best.take(rose, seen, scores)
             ops.keep_best_(best_grad, grad, rose)
@@ -158,7 +172,9 @@ class _AutoSteps:
             if back is not None:  # a checkpoint: these samples go on from their best point
                 ops.keep_best_(x_adv, best.x_adv, back)
                 grad = ops.keep_best_(grad.clone(), best_grad, back)
-        return best, last
+        if hit is not None:
+            best.take(hit.fooled, hit.x_adv, hit.scores)
+        return roll.close(best)
 
 
 def _rule(ball: Ball, objective: Objective, settings: _AutoSteps):
@@ -180,6 +196,16 @@ class _Halving:
         self.halved = torch.ones(rows, dtype=torch.bool, device=device)
         self.loss = torch.zeros(rows, device=device)  # AutoAttack's, in place of the start's
         self.best_loss: Tensor | None = None  # at the last checkpoint
+
+    def at(self, rows: Tensor) -> "_Halving":
+        """The same for some of the samples."""
+        part = copy.copy(self)
+        part.ball, part.objective = self.ball.at(rows), self.objective.at(rows)
+        part.size, part.rises, part.halved, part.loss = (
+            t[rows] for t in (self.size, self.rises, self.halved, self.loss)
+        )
+        part.best_loss = None if self.best_loss is None else self.best_loss[rows]
+        return part
 
     def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, a: float) -> Tensor:
         """x_{k+1}, in the memory of x_{k-1}."""
@@ -222,6 +248,12 @@ class _Sparsity:
         else:
             self.differ = self._differing(start)
             self.top = self.differ / self.pixels / 1.5
+
+    def at(self, rows: Tensor) -> "_Sparsity":
+        part = copy.copy(self)
+        part.ball, part.largest, part.size = self.ball.at(rows), self.largest[rows], self.size[rows]
+        part.top, part.differ = self.top[rows], self.differ[rows]
+        return part
 
     def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, a: float) -> Tensor:
         return self.ball.step(x_prev.copy_(x_adv), grad, self.size, top=self.top)

@@ -26,7 +26,7 @@ class Ball:
 
     def __init__(self, x: Tensor, eps, norm: str, bounds: tuple[float, float], strict_eps=False, quantize=None) -> None:
         self.x, self.norm, self.bounds, self.rows = x, norm, bounds, None
-        self.radius, self.eps = eps, self.per_sample(eps)  # as given, and as [1] or [B] like x
+        self.radius, self.eps = eps, self.like(eps)  # a float or [B] of these samples, and as [1] or [B] like x
         self.strict_eps, self.quantize = strict_eps, quantize
         self.still = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)  # a gradient that moves nothing
 
@@ -36,7 +36,7 @@ class Ball:
             return self
         radius = self.radius[rows] if self.eps.numel() > 1 else self.radius
         part = Ball(self.x[rows], radius, self.norm, self.bounds, self.strict_eps, self.quantize)
-        part.rows = rows
+        part.rows = rows if self.rows is None else self.rows[rows]
         return part
 
     def scaled(self, factor: float) -> "Ball":
@@ -47,9 +47,13 @@ class Ball:
         part.rows = self.rows
         return part
 
+    def like(self, value: float | Tensor) -> Tensor:
+        """A float, or a tensor over these samples, as one or B elements like x."""
+        return torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device).reshape(-1)
+
     def per_sample(self, value: float | Tensor) -> Tensor:
-        """A float, or a tensor over the whole batch, as one or B elements like x for these samples."""
-        value = torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device).reshape(-1)
+        """A float, or a tensor over the whole batch that the attack was given, as one or B elements like x."""
+        value = self.like(value)
         return value if self.rows is None or value.numel() == 1 else value[self.rows]
 
     def step(self, x_adv: Tensor, grad: Tensor, alpha: float | Tensor, active: Tensor | None = None, **more) -> Tensor:

@@ -220,7 +220,7 @@ class _Momentum:
     def __call__(
         self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise: Noise | None
     ) -> tuple[Kept, Tensor]:
-        alpha = ball.per_sample(ball.radius / self.steps if self.alpha is None else self.alpha)
+        alpha = ball.like(ball.radius / self.steps) if self.alpha is None else ball.per_sample(self.alpha)
         alpha = -alpha if objective.targeted else alpha
         now = Now(ball, torch.zeros_like(x_adv), alpha, self.mu, None, {})
         lo, hi = ball.bounds

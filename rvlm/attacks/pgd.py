@@ -17,9 +17,11 @@ from rvlm import profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
+from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, search
 
 __all__ = ["PGD", "pgd"]
+
+STOPS = (None, "freeze", "compact", "cycle")
 
 
 def pgd(
@@ -74,8 +76,9 @@ def pgd(
             (the best loss where there is none). "loss" and "adv" choose among every iterate that was scored, the start
             and the end included.
         early_stop: "freeze" leaves a sample alone once an iterate of it fools the model (needs labels) and ends when
-            all are; "cycle" ends a sample when its trajectory has returned to an earlier iterate. That is exact: Linf
-            with a fixed alpha moves on a finite grid, and the iterate of the last step follows from the period.
+            all are; "compact" also takes it out of the batch, so that what is left costs less; "cycle" ends a sample
+            when its trajectory has returned to an earlier iterate. That is exact: Linf with a fixed alpha moves on a
+            finite grid, and the iterate of the last step follows from the period.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
         precision: None runs the model as it is (under the caller's autocast, if any); "bf16" autocasts it, "fp32" turns
@@ -86,7 +89,8 @@ def pgd(
             which costs norm: about half a level per pixel.
         model_mode: "eval", "train" or "keep" (flags as they are).
         engine: "eager", "compile" (torch.compile on the model, static shapes) or "auto" (eager).
-        callback: called as callback(step, x_adv, loss) after every gradient, with live tensors that it must not change.
+        callback: called as callback(step, x_adv, loss) after every gradient, with live tensors that it must not change
+            (of the samples that are left, under "compact").
         return_info: return an AttackResult.
 
     Returns:
@@ -98,16 +102,17 @@ def pgd(
     Warns:
         AttackWarning: empty batch; outputs that look like probabilities; NaN logits.
     """
-    check_choices(best=(best, ("last", "loss", "adv")), early_stop=(early_stop, (None, "freeze", "cycle")))
+    check_choices(best=(best, ("last", "loss", "adv")), early_stop=(early_stop, STOPS))
     check_count("steps", steps, 0)
+    check_stop(early_stop, engine, loss)
     if early_stop == "cycle" and norm != "linf":
-        raise ValueError("early_stop='cycle' is exact for norm='linf' only; use 'freeze' or None")
+        raise ValueError("early_stop='cycle' is exact for norm='linf' only; use 'compact', 'freeze' or None")
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
     run = _Steps(alpha, steps, best, early_stop, callback)
     return search(
         "pgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
-        random_start=random_start, restarts=restarts, x_init=x_init, survivors=early_stop == "freeze",
+        random_start=random_start, restarts=restarts, x_init=x_init, survivors=early_stop in ("freeze", "compact"),
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
         model_mode=model_mode, engine=engine, return_info=return_info,
     )  # fmt: skip
@@ -120,9 +125,13 @@ class _Steps:
         self.alpha, self.steps, self.best, self.early_stop, self.callback = alpha, steps, best, early_stop, callback
 
     def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
-        kept: Kept | None = None
-        alpha = ball.per_sample(2.5 * ball.radius / max(self.steps, 1) if self.alpha is None else self.alpha)
+        if self.alpha is None:
+            alpha = ball.like(2.5 * ball.radius / max(self.steps, 1))
+        else:
+            alpha = ball.per_sample(self.alpha)
         alpha = -alpha if objective.targeted else alpha
+        kept: Kept | None = None
+        roll, compact = Roll(), self.early_stop == "compact"
         active = None if self.early_stop is None else torch.ones(len(x_adv), dtype=torch.bool, device=x_adv.device)
         cycle = _Cycle(x_adv, self.steps) if self.early_stop == "cycle" else None
         used = torch.zeros(len(x_adv), dtype=torch.int64, device=x_adv.device)
@@ -132,24 +141,31 @@ class _Steps:
             kept = self._keep(kept, seen, scores, objective)
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
-            if self.early_stop == "freeze":
-                if scores.fooled is None:
-                    raise ValueError("early_stop='freeze' needs a model that returns logits [B, C]")
-                active = active & ~scores.fooled
-            elif cycle is not None:
+            if cycle is not None:
                 active = cycle.last_step > k
+            elif active is not None:
+                if scores.fooled is None:
+                    raise ValueError(f"early_stop={self.early_stop!r} needs a model that returns logits [B, C]")
+                active = active & ~scores.fooled
+            if compact and (left := roll.call(~active, k)) is not None:
+                if not roll.dismiss(kept or Kept(seen, scores), left):
+                    return roll.kept, used
+                objective, ball, alpha = objective.at(left), ball.at(left), alpha[left] if alpha.numel() > 1 else alpha
+                x_adv, grad, active, kept = x_adv[left], grad[left], active[left], kept and kept.at(left)
             if active is not None and self._all_done(active, k):
                 break
-            used += 1 if active is None else active
+            used[roll.rows] += 1 if active is None else active
             with profiling.phase("step"):
                 ball.step(x_adv, grad, alpha, active)
             if cycle is not None:
                 cycle.look(x_adv, k + 1)
         seen = ball.as_seen(x_adv)
-        if not scored and self.best == "last":
+        if not scored and self.best == "last" and not compact:
             return Kept(seen, None), used
         scores = objective.score(seen)
-        return Kept(seen, scores) if self.best == "last" else self._keep(kept, seen, scores, objective), used
+        return roll.close(
+            Kept(seen, scores) if self.best == "last" else self._keep(kept, seen, scores, objective)
+        ), used
 
     def _keep(self, kept: Kept | None, x_adv: Tensor, scores: Scores, objective: Objective) -> Kept | None:
         if self.best == "last":

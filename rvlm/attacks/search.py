@@ -24,7 +24,18 @@ from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 
-__all__ = ["Attack", "Kept", "Run", "check_choices", "check_count", "drawn_seed", "empty_result", "search"]
+__all__ = [
+    "Attack",
+    "Kept",
+    "Roll",
+    "Run",
+    "check_choices",
+    "check_count",
+    "check_stop",
+    "drawn_seed",
+    "empty_result",
+    "search",
+]
 
 MAX_RUNS = 2048  # that have noise of their own
 
@@ -65,6 +76,42 @@ class Kept:
             rows = torch.where(self.fooled == other.fooled, rows, other.fooled)
         self.take(rows, other.x_adv, other.scores)
         return self
+
+
+class Roll:
+    """The samples that a run still works on, and what it has kept of those that it is done with.
+
+    Attributes:
+        rows: index of the former in the batch; a slice as long as nobody has left.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Tensor | slice = slice(None)
+        self.kept: Kept | None = None
+
+    def call(self, done: Tensor, k: int) -> Tensor | None:
+        """The rows to go on with, once an eighth of those that are left is done; None: all of them.
+
+        Asking waits for the device, so on a GPU it is done at every eighth step k.
+        """
+        if done.is_cuda and k % 8 != 7:
+            return None
+        left = (~done).nonzero().flatten()
+        return left if len(left) <= len(done) * 7 // 8 else None
+
+    def dismiss(self, kept: Kept, left: Tensor) -> bool:
+        """Notes what is kept of all that were left; `left` of them stay. Returns whether there are any."""
+        self.close(kept)
+        self.rows = left if isinstance(self.rows, slice) else self.rows[left]
+        return len(left) > 0
+
+    def close(self, kept: Kept) -> Kept:
+        """What the run keeps of everybody, given what it keeps of those that are left."""
+        if self.kept is None:
+            self.kept = kept
+        else:
+            self.kept.put(self.rows, kept)
+        return self.kept
 
 
 class Run(Protocol):
@@ -161,7 +208,7 @@ def search(
             objective = Objective(call, x, y, loss, targeted, eot)
             objective.watched = return_info
             if survivors and objective.labels is None:
-                raise ValueError("early_stop='freeze' needs labels or targets y: int64 [B]")
+                raise ValueError("early_stop needs labels or targets y: int64 [B]")
             aims = objective.runners_up(x, targets) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
             if runs > MAX_RUNS:
@@ -240,6 +287,14 @@ def check_choices(**given: tuple[Any, tuple]) -> None:
     for name, (value, allowed) in given.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_stop(early_stop: str | None, engine: str, loss: Any = None) -> None:
+    """Raises where samples cannot leave the batch."""
+    if early_stop == "compact" and engine == "compile":
+        raise ValueError("early_stop='compact' changes the batch size, for which torch.compile compiles anew: not both")
+    if early_stop == "compact" and callable(loss):
+        raise ValueError("early_stop='compact' needs a loss by name: one of your own may know the whole batch")
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -72,10 +72,11 @@ class Stage:
     def __call__(self, model: Callable, x: Tensor, y: Tensor, *, transfer: bool = False, **more: Any) -> AttackResult:
         """Runs it. transfer: the images will be scored on another model, so this model's verdict decides nothing."""
         best = {}
-        if self.attack == "pgd":
-            best = {"best": "last"} if transfer else {"best": "adv", "early_stop": "freeze"}
-        elif self.attack == "apgd":
-            best = {"best": "loss" if transfer else "adv"}
+        if self.attack in ("pgd", "apgd"):
+            compact = "compact" if more.get("engine") != "compile" else None
+            best = {"best": "adv", "early_stop": compact}
+            if transfer:
+                best = {"best": "last" if self.attack == "pgd" else "loss"}
         function = FUNCTIONS[self.attack]
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing

@@ -177,6 +177,23 @@ def test_results_do_not_depend_on_the_batch(model, batch):
         assert (run(torch.tensor([k])) - whole[k : k + 1]).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("norm, eps", [("linf", 0.08), ("l2", 1.2), ("l1", 12.0)])
+@pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+def test_compact_says_the_same_for_less(model, batch, norm, eps, loss):
+    x, _ = batch()
+    y = model(x).argmax(1)
+    settings = dict(eps=eps * torch.linspace(1.5, 0.05, 6), norm=norm, steps=30, loss=loss, return_info=True)
+    settings |= {"larger_eps": norm == "l1"}
+    full = apgd(model, x, y, generator=torch.Generator().manual_seed(0), **settings)
+    found = apgd(model, x, y, early_stop="compact", generator=torch.Generator().manual_seed(0), **settings)
+    assert found.success.any() and torch.equal(found.success, full.success)
+    left = ~found.success
+    assert (found.x_adv - full.x_adv)[left].abs().sum() < 1e-7
+    assert torch.equal(model(found.x_adv).argmax(1) != y, found.success)
+    assert found.backwards < full.backwards and (found.steps_used <= full.steps_used).all()
+    assert torch.equal(found.steps_used[left], full.steps_used[left])
+
+
 def test_targeted_attack_reaches_its_class(build, batch):
     model, (x, _) = build("linear"), batch()
     target = (model(x).argmax(1) + 1) % 5
@@ -240,6 +257,9 @@ def test_class(build, batch):
 
 
 @pytest.mark.parametrize("change, message", [
+    (dict(early_stop="freeze"), "early_stop must be one of None, 'compact'"),
+    (dict(early_stop="compact", best="loss"), "for best='adv'"),
+    (dict(early_stop="compact", engine="compile"), "changes the batch size"),
     (dict(steps=0), "steps must be an integer >= 1"),
     (dict(best="last"), "'adv', 'loss'"),
     (dict(rho=1.5), "rho must be a share"),

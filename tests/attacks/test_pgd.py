@@ -175,6 +175,25 @@ def test_freeze_keeps_the_first_fooling_iterate_and_ends_early(build, batch):
         assert torch.equal(seen[-1][k], result.x_adv[k])
 
 
+@pytest.mark.parametrize("best", ["last", "loss", "adv"])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.08), ("l2", 1.2), ("l1", 12.0)])
+def test_compact_is_freeze_for_less(model, batch, norm, eps, best):
+    x, _ = batch()
+    y = model(x).argmax(1)
+    settings = dict(eps=eps * torch.linspace(1.5, 0.1, 6), norm=norm, steps=30, restarts=2, best=best)
+    settings |= {"return_info": True}
+    frozen = pgd(model, x, y, early_stop="freeze", generator=fixed(), **settings)
+    found = pgd(model, x, y, early_stop="compact", generator=fixed(), **settings)
+    assert found.success.any() and torch.equal(found.success, frozen.success)
+    assert (found.x_adv - frozen.x_adv).abs().max() < 1e-9
+    assert torch.equal(found.steps_used, frozen.steps_used) and torch.equal(found.pred, frozen.pred)
+    torch.testing.assert_close(found.loss, frozen.loss, atol=1e-9, rtol=0)
+    assert found.backwards < frozen.backwards
+    alpha = torch.linspace(0.01, 0.02, 6)
+    two = [pgd(model, x, y, early_stop=e, alpha=alpha, generator=fixed(), **settings) for e in ("freeze", "compact")]
+    assert (two[0].x_adv - two[1].x_adv).abs().max() < 1e-9
+
+
 def test_freeze_skips_restarts_of_what_is_fooled(build, batch):
     model, (x, _) = build(), batch()
     y = (model(x).argmax(1) + 1) % 5  # wrong from the start

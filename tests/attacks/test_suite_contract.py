@@ -15,7 +15,9 @@ part = functools.partial
 SUITE = {
     "fgsm": fgsm,
     "pgd": part(pgd, steps=4),
+    "pgd-compact": part(pgd, steps=4, best="adv", early_stop="compact"),
     "apgd-ce": part(apgd, steps=4),
+    "apgd-compact": part(apgd, steps=6, early_stop="compact"),
     "apgd-t": part(apgd, steps=3, loss="dlr-targeted", targets=2),
     "apgd-eot": part(apgd, steps=3, eot=2),
     "fab": part(fab, steps=3, aimed=False),
