@@ -1,77 +1,199 @@
-"""AutoAttack's parts against the original implementation (pyautoattack): same model, same starts, same settings.
+"""Attacks against the libraries that have them: same model, same samples, same settings, gate first.
 
-Before any timing both must leave the same samples robust, up to 2 % of them (their random numbers differ in Square).
-Nothing is stopped early on either side, other than what the algorithms do themselves.
+AutoAttack's parts against the original (pyautoattack), the others against torchattacks or foolbox, and AutoAttack as a
+whole against both its original and torchattacks' on an undefended and on a robust model. Before any timing both sides
+must leave the same samples robust, up to 2 % of them (random numbers differ), or find perturbations of the same length,
+up to 2 %, where an attack looks for short ones.
 """
+
+from functools import partial
 
 import pytest
 import torch
 from measure import QUICK
 
-from rvlm.attacks import apgd, fab, square
+from rvlm.attacks import apgd, autoattack, cw, deepfool, fab, fmn, mifgsm, square
 
 ON_GPU = torch.cuda.is_available()
 EPS = 4 / 255
-CASES = [4] if QUICK else [64, 8]
+CASES = [4] if QUICK else [32, 8]
 PARTS = {"apgd-ce": 10, "apgd-t": 5, "fab-t": 5, "square": 100}  # steps, queries
+OTHERS = {"mifgsm": 10, "vmifgsm": 3, "tifgsm": 10, "cw": 30, "deepfool": 8, "fmn": 20}
+WHOLE = {"apgd-ce": 20, "apgd-t": 20, "fab-t": 20, "square": 200}
 if QUICK:
-    PARTS = dict.fromkeys(PARTS, 2)
+    PARTS, OTHERS, WHOLE = (dict.fromkeys(table, 2) for table in (PARTS, OTHERS, WHOLE))
+PEERS = {"cw": "foolbox", "deepfool": "foolbox", "fmn": "foolbox"}  # of OTHERS; else torchattacks
 
 
-def ours(part: str, model, x, y):
-    n = PARTS[part]
+def ours(name: str, n: int, model, x, y):
     draws = torch.Generator().manual_seed(0)
-    if part == "apgd-ce":
-        return apgd(model, x, y, eps=EPS, steps=n, generator=draws)
-    if part == "apgd-t":
-        return apgd(model, x, y, eps=EPS, steps=n, loss="dlr-targeted", generator=draws)
-    if part == "fab-t":
-        return fab(model, x, y, eps=EPS, steps=n, generator=draws)
-    return square(model, x, y, eps=EPS, queries=n, generator=draws)
+    given = {"steps": n, "generator": draws}
+    attack = {
+        "apgd-ce": partial(apgd, eps=EPS, **given),
+        "apgd-t": partial(apgd, eps=EPS, loss="dlr-targeted", **given),
+        "fab-t": partial(fab, eps=EPS, **given),
+        "square": partial(square, eps=EPS, queries=n, generator=draws),
+        "mifgsm": partial(mifgsm, eps=EPS, alpha=EPS / 4, **given),
+        "vmifgsm": partial(mifgsm, eps=EPS, alpha=EPS / 4, transforms=["vmi"], **given),
+        "tifgsm": partial(mifgsm, eps=EPS, alpha=EPS / 4, mu=0.0, transforms=["ti", "di"], **given),
+        "cw": partial(cw, steps=n, rounds=3, const=1.0, abort_early=False),
+        "deepfool": partial(deepfool, steps=n),
+        "fmn": partial(fmn, steps=n, norm="linf"),
+    }[name]
+    return attack(model, x, y)
 
 
-def theirs(part: str, model, x, y):
+def original(part: str, n: int, model, x, y):
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
     from pyautoattack.fab_pt import FABAttack_PT
     from pyautoattack.square import SquareAttack
 
     given = {"eps": EPS, "norm": "Linf", "device": x.device, "seed": 0}
-    if part == "apgd-ce":
-        return APGDAttack(model, n_iter=PARTS[part], loss="ce", **given).perturb(x, y)
-    if part == "apgd-t":
-        return APGDAttack_targeted(model, n_iter=PARTS[part], n_target_classes=9, **given).perturb(x, y)
-    if part == "fab-t":
-        return FABAttack_PT(model, n_iter=PARTS[part], targeted=True, n_target_classes=9, **given).perturb(x, y)
-    return SquareAttack(model, n_queries=PARTS[part], resc_schedule=False, **given).perturb(x, y)
+    attack = {
+        "apgd-ce": partial(APGDAttack, n_iter=n, loss="ce"),
+        "apgd-t": partial(APGDAttack_targeted, n_iter=n, n_target_classes=9),
+        "fab-t": partial(FABAttack_PT, n_iter=n, targeted=True, n_target_classes=9),
+        "square": partial(SquareAttack, n_queries=n, resc_schedule=False),
+    }[part]
+    return attack(model, **given).perturb(x, y)
+
+
+def peer(name: str, n: int, model, x, y):
+    if PEERS.get(name) == "foolbox":
+        import foolbox
+
+        attack = {
+            "cw": partial(
+                foolbox.attacks.L2CarliniWagnerAttack, binary_search_steps=3, initial_const=1.0, abort_early=False
+            ),
+            "deepfool": partial(foolbox.attacks.L2DeepFoolAttack, loss="logits"),
+            "fmn": foolbox.attacks.LInfFMNAttack,
+        }[name](steps=n)
+        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+        return attack.run(wrapped, x, foolbox.criteria.Misclassification(y))
+    import torchattacks
+
+    attack = {
+        "mifgsm": partial(torchattacks.MIFGSM, decay=1.0),
+        "vmifgsm": torchattacks.VMIFGSM,
+        "tifgsm": partial(torchattacks.TIFGSM, decay=0.0, random_start=False),
+    }[name]
+    return attack(model, eps=EPS, alpha=EPS / 4, steps=n)(x, y)
+
+
+def ours_whole(eps: float, model, x, y):
+    stages = [f"{name}-{n}" for name, n in WHOLE.items()]
+    return autoattack(
+        model, x, y, eps=eps, version="custom", attacks=stages, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def torchattacks_whole(eps: float, model, x, y):
+    import torchattacks as ta
+
+    ce, t, f, s = WHOLE.values()
+    given = {"eps": eps, "seed": 0}
+    parts = [
+        ta.APGD(model, steps=ce, **given),
+        ta.APGDT(model, steps=t, n_classes=10, **given),
+        ta.FAB(model, steps=f, multi_targeted=True, n_classes=10, **given),
+        ta.Square(model, n_queries=s, **given),
+    ]
+    return ta.MultiAttack(parts)(x, y)
+
+
+def original_whole(eps: float, model, x, y):
+    from pyautoattack.autoattack import AutoAttack
+
+    attack = AutoAttack(model, norm="Linf", eps=eps, seed=0, device=x.device)
+    attack.apgd.n_iter, attack.apgd_targeted.n_iter, attack.fab.n_iter, attack.square.n_queries = WHOLE.values()
+    return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
 
 @pytest.fixture(scope="module")
-def classifier(device):
-    """A digits CLIP made robust with TeCoA, so that the attacks have work to do."""
+def classifiers(device):
+    """Digits CLIPs, plain and made robust with TeCoA, so that the attacks have little and much work to do."""
     pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
-    pytest.importorskip("pyautoattack", reason="install rvlm[oracles]")
     from rvlm.data import load_data
     from rvlm.models import ZeroShotClassifier, load_clip
 
     data = load_data("digits", "test")
-    name = "tiny-vit" if QUICK else "digits-vit-tecoa"
-    return ZeroShotClassifier(load_clip(name, device), data.class_names, data.template).to(device).eval(), data
+    names = dict.fromkeys(("digits-vit", "digits-vit-tecoa"), "tiny-vit") if QUICK else {}
+    loaded = {
+        name: ZeroShotClassifier(load_clip(names.get(name, name), device), data.class_names, data.template)
+        for name in ("digits-vit", "digits-vit-tecoa")
+    }
+    return {name: model.to(device).eval() for name, model in loaded.items()}, data
+
+
+def samples(data, batch: int, device):
+    x, y, _ = data.batch(slice(0, batch))
+    return x.to(device), y.to(device)
+
+
+def robust(model, x_adv, y) -> int:
+    with torch.no_grad():
+        return (model(x_adv).argmax(1) == y).sum().item()
 
 
 @pytest.mark.parametrize("batch", CASES, ids=lambda batch: f"B{batch}")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("impl", ["rvlm", "pyautoattack"])
 @pytest.mark.benchmark(group="autoattack")
-def test_part(impl, part, batch, classifier, device, compare, benchmark):
-    model, data = classifier
-    x, y, _ = data.batch(slice(0, batch))
-    x, y = x.to(device), y.to(device)
-    attack = ours if impl == "rvlm" else theirs
-    with torch.no_grad():
-        robust = [
-            (model(found).argmax(1) == y).sum().item()
-            for found in (attack(part, model, x, y), theirs(part, model, x, y))
-        ]
-    assert abs(robust[0] - robust[1]) <= max(1, 0.02 * len(x)), robust
-    info = {"impl": impl, "peer": "pyautoattack", "case": f"{part} {PARTS[part]} B={len(x)}", "robust": robust[0]}
-    compare(lambda: attack(part, model, x, y), lambda: theirs(part, model, x, y), round_seconds=0.02, **info)
+def test_part(impl, part, batch, classifiers, device, compare, benchmark):
+    pytest.importorskip("pyautoattack", reason="install rvlm[oracles]")
+    models, data = classifiers
+    model, n = models["digits-vit-tecoa"], PARTS[part]
+    x, y = samples(data, batch, device)
+    attack = ours if impl == "rvlm" else original
+    left = [robust(model, found(part, n, model, x, y), y) for found in (attack, original)]
+    assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
+    info = {"impl": impl, "peer": "pyautoattack", "case": f"{part} {n} B={len(x)}", "robust": left[0]}
+    compare(lambda: attack(part, n, model, x, y), lambda: original(part, n, model, x, y), round_seconds=0.02, **info)
+
+
+@pytest.mark.parametrize("batch", CASES, ids=lambda batch: f"B{batch}")
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("impl", ["rvlm", "peer"])
+@pytest.mark.benchmark(group="attacks")
+def test_other(impl, name, batch, classifiers, device, compare, benchmark):
+    library = PEERS.get(name, "torchattacks")
+    pytest.importorskip(library, reason="install rvlm[oracles]")
+    models, data = classifiers
+    model, n = models["digits-vit" if name in PEERS else "digits-vit-tecoa"], OTHERS[name]
+    x, y = samples(data, batch, device)
+    attack = ours if impl == "rvlm" else peer
+    found = [run(name, n, model, x, y) for run in (attack, peer)]
+    if name in PEERS:
+        order = torch.inf if name == "fmn" else 2
+        with torch.no_grad():
+            both = torch.stack([model(x_adv).argmax(1) != y for x_adv in (x, *found)])
+        counted = both[1] & both[2] & ~both[0]
+        lengths = [(x_adv - x).flatten(1).norm(order, dim=1)[counted].mean().item() for x_adv in found]
+        assert QUICK or (counted.any() and abs(lengths[0] / lengths[1] - 1) <= 0.02), lengths
+        outcome = {"fooled": both[1].sum().item(), "distance": round(lengths[0], 4)}
+    else:
+        left = [robust(model, x_adv, y) for x_adv in found]
+        assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
+        outcome = {"robust": left[0]}
+    info = {"impl": "rvlm" if impl == "rvlm" else library, "peer": library, "case": f"{name} {n} B={len(x)}"}
+    compare(
+        lambda: attack(name, n, model, x, y), lambda: peer(name, n, model, x, y), round_seconds=0.02, **info, **outcome
+    )
+
+
+@pytest.mark.parametrize("library", ["torchattacks", "pyautoattack"])
+@pytest.mark.parametrize(
+    "name, eps", [("digits-vit", 8 / 255), ("digits-vit-tecoa", 24 / 255), ("digits-vit-tecoa", 8 / 255)]
+)
+@pytest.mark.benchmark(group="autoattack whole")
+def test_whole(library, name, eps, classifiers, device, compare, benchmark):
+    pytest.importorskip(library, reason="install rvlm[oracles]")
+    models, data = classifiers
+    model = models[name]
+    x, y = samples(data, CASES[0], device)
+    theirs = torchattacks_whole if library == "torchattacks" else original_whole
+    left = [robust(model, attack(eps, model, x, y), y) for attack in (ours_whole, theirs)]
+    assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
+    info = {"impl": "rvlm", "peer": library, "case": f"{name} eps {eps * 255:.0f}/255 N={len(x)}", "robust": left[0]}
+    compare(lambda: ours_whole(eps, model, x, y), lambda: theirs(eps, model, x, y), round_seconds=0.02, **info)

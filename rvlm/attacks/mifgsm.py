@@ -166,6 +166,7 @@ def mifgsm(
     loss: str | Callable[[Any, Any], Tensor] = "ce",
     random_start: bool = False,
     restarts: int = 1,
+    eot: int = 1,
     x_init: Tensor | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
@@ -201,7 +202,7 @@ def mifgsm(
         "mifgsm", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, draws=any(t.draws for t in chain), restarts=restarts, x_init=x_init,
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
-        model_mode=model_mode, engine=engine, return_info=return_info,
+        model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def pgd(
     loss: str | Callable[[Any, Any], Tensor] = "ce",
     random_start: bool = True,
     restarts: int = 1,
+    eot: int = 1,
     x_init: Tensor | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     best: str = "last",
@@ -70,6 +71,8 @@ def pgd(
         random_start: start from uniform noise in the ball (L2: a uniform direction, a radius uniform in [0, eps); L1:
             Gaussian noise of standard deviation one bounds' width, projected).
         restarts: independent runs; per sample the run that fools the model wins, then the one with the better loss.
+        eot: gradients per iterate, averaged, for models that draw random numbers (Athalye et al., arXiv 1707.07397);
+            an image counts as fooled if most draws say so.
         x_init: start of the first run instead of noise; pixels outside ball or box are projected.
         bounds: valid pixel range.
         best: what a run returns: its "last" iterate, the iterate with the best "loss", or the last "adv"ersarial one
@@ -114,7 +117,7 @@ def pgd(
         "pgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, restarts=restarts, x_init=x_init, survivors=early_stop in ("freeze", "compact"),
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
-        model_mode=model_mode, engine=engine, return_info=return_info,
+        model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
 
 

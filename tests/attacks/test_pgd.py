@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rvlm.attacks import FGSM, PGD, ball, fgsm, losses, pgd, scoring
+from rvlm.attacks import FGSM, PGD, ball, fgsm, losses, mifgsm, pgd, scoring
 from rvlm.ops import steps as step_ops
 
 EPS = 8 / 255
@@ -192,6 +192,26 @@ def test_compact_is_freeze_for_less(model, batch, norm, eps, best):
     alpha = torch.linspace(0.01, 0.02, 6)
     two = [pgd(model, x, y, early_stop=e, alpha=alpha, generator=fixed(), **settings) for e in ("freeze", "compact")]
     assert (two[0].x_adv - two[1].x_adv).abs().max() < 1e-9
+
+
+def test_eot_averages_draws(build, batch):
+    inner, (x, _) = build("linear"), batch()
+    y = inner(x).argmax(1)
+
+    class Noisy(nn.Module):
+        def forward(self, v):
+            return inner(v + 0.3 * torch.randn_like(v) * v)
+
+    torch.manual_seed(0)
+    eot = pgd(Noisy(), x, y, eps=0.1, steps=5, eot=30, generator=fixed(), return_info=True)
+    assert eot.backwards == 5 * 30 * 6 and eot.forwards == 6 * 30 * 6
+    exact = pgd(inner, x, y, eps=0.1, steps=5, generator=fixed())
+    single = pgd(Noisy(), x, y, eps=0.1, steps=5, generator=fixed())
+    assert (eot.x_adv - exact).abs().mean() < 0.5 * (single - exact).abs().mean()
+    assert (fgsm(Noisy(), x, y, eot=3) - x).abs().max() > 0
+    assert (mifgsm(Noisy(), x, y, eot=3) - x).abs().max() > 0
+    with pytest.raises(ValueError, match="eot must be an integer >= 1"):
+        pgd(inner, x, y, eot=0)
 
 
 def test_freeze_skips_restarts_of_what_is_fooled(build, batch):

@@ -260,7 +260,15 @@ def test_records(data, tmp_path):
     assert record["attack"]["stages"][0] == {
         "name": "pgd-10",
         "attack": "pgd",
-        "settings": {"alpha": None, "steps": 10, "targeted": False, "loss": "ce", "random_start": True, "restarts": 1},
+        "settings": {
+            "alpha": None,
+            "steps": 10,
+            "targeted": False,
+            "loss": "ce",
+            "random_start": True,
+            "restarts": 1,
+            "eot": 1,
+        },
         "restart": 0,
     }
     assert record["metrics"]["per_stage"] == {"pgd-10": 4} and record["data"]["fingerprint"] == data.fingerprint
