@@ -29,6 +29,8 @@ COLUMNS = {
     "clip_head_loss": ("device_us", "compile_seconds"),
     "attack_loss": ("device_us", "compile_seconds"),
     "autoattack": ("robust",),
+    "attacks": ("robust", "fooled", "distance"),
+    "autoattack whole": ("peer", "robust"),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }
 LOSING = 0.98  # below this the implementation is slower than what it is compared with
@@ -68,7 +70,7 @@ def tables(rows: list[dict]) -> str:
             slower = " **slower**" if median < LOSING and row["impl"] != row["peer"] else ""
             cells = [row["case"], row["impl"], f"{row['us_per_call']:.1f}", f"{row['us_per_call_iqr']:.1f}"]
             cells += [f"{row['peer_us_per_call']:.1f}", f"{median:.2f} [{low:.2f}, {high:.2f}]{slower}"]
-            cells += [f"{row[name]:.3g}" if name in row else "" for name in extra]
+            cells += [value if isinstance(value := row.get(name, ""), str) else f"{value:.3g}" for name in extra]
             out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 

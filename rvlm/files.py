@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_bytes"]
+__all__ = ["cache_root", "write_bytes"]
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -21,3 +21,8 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         os.unlink(temporary)
         raise
     return path
+
+
+def cache_root() -> Path:
+    """Where things that are made once are kept: $RVLM_CACHE, or ~/.cache/rvlm."""
+    return Path(os.environ.get("RVLM_CACHE") or Path.home() / ".cache" / "rvlm")

@@ -15,27 +15,57 @@ using namespace rvlm;
 
 constexpr int64_t kForward = 0, kReverse = 1;
 
-// log softmax(z / tau) and its exponential.
+// What turns scaled = z / tau and powers = exp(scaled - shift) into log softmax and softmax.
 template <typename T>
-RVLM_INLINE void softmax_loop(const T* __restrict z, T tau, T* __restrict log_p, T* __restrict p, int64_t n) {
+struct Scale {
+  T shift, norm, factor;
+};
+
+template <typename T>
+RVLM_INLINE Scale<T> powers_loop(const T* __restrict z, T tau, T* __restrict scaled, T* __restrict powers, int64_t n) {
   T high = -kInf<T>, total = T(0);
 #pragma omp simd reduction(max : high)
   for (int64_t i = 0; i < n; ++i) {
-    log_p[i] = z[i] / tau;
-    high = log_p[i] > high ? log_p[i] : high;
+    scaled[i] = z[i] / tau;
+    high = scaled[i] > high ? scaled[i] : high;
   }
   const T shift = high == -kInf<T> ? T(0) : high == kInf<T> ? std::numeric_limits<T>::quiet_NaN() : high;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
-    p[i] = exp_(log_p[i] - shift);
-    total += p[i];
+    powers[i] = exp_(scaled[i] - shift);
+    total += powers[i];
   }
-  const T norm = std::log(total), factor = T(1) / total;
-#pragma omp simd
+  return {shift, std::log(total), T(1) / total};
+}
+
+// log softmax(z / tau) and its exponential; returns how many classes are masked by -inf.
+template <typename T>
+RVLM_INLINE int64_t softmax_loop(const T* __restrict z, T tau, T* __restrict log_p, T* __restrict p, int64_t n) {
+  const Scale<T> by = powers_loop(z, tau, log_p, p, n);
+  int64_t masked = 0;
+#pragma omp simd reduction(+ : masked)
   for (int64_t i = 0; i < n; ++i) {
-    log_p[i] = (log_p[i] - shift) - norm;
-    p[i] *= factor;
+    log_p[i] = (log_p[i] - by.shift) - by.norm;
+    p[i] *= by.factor;
+    masked += log_p[i] == -kInf<T>;
   }
+  return masked;
+}
+
+// KL(teacher || student) where the student masks nothing, and scale times its gradient added to d, in three passes over
+// the teacher's row.
+template <typename T>
+RVLM_INLINE T forward_loop(const T* __restrict teacher, T tau, const T* __restrict log_q, const T* __restrict q, T scale,
+                           T* __restrict scaled, T* __restrict powers, T* __restrict d, int64_t n) {
+  const Scale<T> by = powers_loop(teacher, tau, scaled, powers, n);
+  T sum = T(0);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const T p = powers[i] * by.factor, difference = ((scaled[i] - by.shift) - by.norm) - log_q[i];
+    sum += p == T(0) ? T(0) : p * difference;
+    d[i] += scale * (q[i] - p);
+  }
+  return sum;
 }
 
 // log(a / b), 0 where a is 0 or only b is.
@@ -100,7 +130,13 @@ RVLM_INLINE void js_grad_loop(const T* __restrict a, const T* __restrict log_a, 
 }
 
 #define RVLM_LEAVES(T)                                                                                                 \
-  RVLM_CLONES void softmax_leaf(const T* z, T tau, T* log_p, T* p, int64_t n) { softmax_loop(z, tau, log_p, p, n); }   \
+  RVLM_CLONES int64_t softmax_leaf(const T* z, T tau, T* log_p, T* p, int64_t n) {                                     \
+    return softmax_loop(z, tau, log_p, p, n);                                                                          \
+  }                                                                                                                    \
+  RVLM_CLONES T forward_leaf(const T* teacher, T tau, const T* log_q, const T* q, T scale, T* scaled, T* powers, T* d, \
+                             int64_t n) {                                                                              \
+    return forward_loop(teacher, tau, log_q, q, scale, scaled, powers, d, n);                                          \
+  }                                                                                                                    \
   RVLM_CLONES void kl_leaf(const T* first, const T* log_first, const T* log_second, T* value, T* total, int64_t n) {   \
     kl_loop(first, log_first, log_second, value, total, n);                                                            \
   }                                                                                                                    \
@@ -117,14 +153,19 @@ RVLM_INLINE void js_grad_loop(const T* __restrict a, const T* __restrict log_a, 
 RVLM_LEAVES(float)
 RVLM_LEAVES(double)
 
-// Everything of one teacher and one row; scratch holds five rows, the first two of which may be known already.
+// Everything of one teacher and one row; scratch holds five rows, the first two of which, and how many classes the
+// student masks, may be known already.
 template <typename T>
-void one_pair(const T* student, const T* teacher, T tau, T weight, int64_t kind, bool known, T* scratch, T* kl,
-              T* d_student, T* d_teacher, int64_t n) {
+void one_pair(const T* student, const T* teacher, T tau, T weight, int64_t kind, bool known, T* scratch, int64_t* masked,
+              T* kl, T* d_student, T* d_teacher, int64_t n) {
   T *log_q = scratch, *q = log_q + n, *log_p = q + n, *p = log_p + n, *log_m = p + n;
-  if (!known) softmax_leaf(student, tau, log_q, q, n);
-  softmax_leaf(teacher, tau, log_p, p, n);
   const T scale = weight / tau;
+  if (!known) *masked = softmax_leaf(student, tau, log_q, q, n);
+  if (kind == kForward && d_student && !d_teacher && !*masked) {
+    *kl = forward_leaf(teacher, tau, log_q, q, scale, log_p, p, d_student, n);
+    return;
+  }
+  softmax_leaf(teacher, tau, log_p, p, n);
   T total, of_p, of_q;
   if (kind == kForward) {
     kl_leaf(p, log_p, log_q, kl, &total, n);
@@ -149,13 +190,14 @@ void kl_batch(const Tensor& student, const Tensor& teachers, const Tensor& weigh
   T *total = out<T>(loss), *each = out<T>(kl), *d_student = out<T>(student_grad), *d_teachers = out<T>(teacher_grad);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(5 * n);
+    int64_t masked = 0;
     for (int64_t row = begin; row < end; ++row) {
       total[row] = T(0);
       for (int64_t t = 0; t < count; ++t) {
         const int64_t of = student_of >> (4 * t) & 15, at = (of * rows + row) * n, teacher_at = (t * rows + row) * n;
         const T weight = in<T>(weights)[t * rows + row], tau = in<T>(temperature)[t];
         const bool known = t > 0 && of == (student_of >> (4 * (t - 1)) & 15) && tau == in<T>(temperature)[t - 1];
-        one_pair(in<T>(student) + at, in<T>(teachers) + teacher_at, tau, weight, kind, known, scratch.data(),
+        one_pair(in<T>(student) + at, in<T>(teachers) + teacher_at, tau, weight, kind, known, scratch.data(), &masked,
                  &each[t * rows + row], d_student ? d_student + at : nullptr,
                  d_teachers ? d_teachers + teacher_at : nullptr, n);
         total[row] += weight * each[t * rows + row];

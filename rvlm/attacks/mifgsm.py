@@ -27,7 +27,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, Noise, rowwise
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, check_count, search
+from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
 
 __all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
 
@@ -161,6 +161,7 @@ def mifgsm(
     steps: int = 10,
     norm: str = "linf",
     mu: float = 1.0,
+    velocity: str = "l1",
     transforms: Sequence[str | Transform] = (),
     targeted: bool = False,
     loss: str | Callable[[Any, Any], Tensor] = "ce",
@@ -186,18 +187,23 @@ def mifgsm(
         alpha: step size; None means eps / steps, the papers' choice.
         norm: "linf", or "l2" and "l1" with the steps of `pgd` along the velocity.
         mu: decay of the velocity.
+        velocity: "l1", the paper's; or "sign", v_{k+1} = sign(mu v_k + sign(g_k)), for Linf: RobustVLM's PGD, which
+            differs from plain PGD only where a gradient is exactly 0 and the pixel goes on as it went.
         transforms: names ("ni", "si", "di", "ti", "vmi") or objects of those classes, outermost first.
 
     Returns:
         As `pgd`: the last iterate, since this model's verdict decides nothing about the model that will see it.
     """
     check_count("steps", steps, 1)
+    check_choices(velocity=(velocity, ("l1", "sign")))
+    if velocity == "sign" and norm != "linf":
+        raise ValueError(f"velocity='sign' is for norm='linf', got {norm!r}")
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
     chain = [_transform(t) for t in transforms]
     if isinstance(x, Tensor) and x.dim() != 4 and (picky := [type(t).__name__ for t in chain if t.images]):
         raise ValueError(f"{', '.join(picky)}: needs images [B, C, H, W], got {list(x.shape)}")
-    run = _Momentum(alpha, steps, mu, chain, callback)
+    run = _Momentum(alpha, steps, mu, "mi" if velocity == "l1" else "sign", chain, callback)
     return search(
         "mifgsm", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, draws=any(t.draws for t in chain), restarts=restarts, x_init=x_init,
@@ -215,8 +221,9 @@ class MIFGSM(Attack):
 class _Momentum:
     """One run."""
 
-    def __init__(self, alpha, steps, mu, chain, callback) -> None:
-        self.alpha, self.steps, self.mu, self.chain, self.callback = alpha, steps, mu, chain, callback
+    def __init__(self, alpha, steps, mu, kind, chain, callback) -> None:
+        self.alpha, self.steps, self.mu, self.kind = alpha, steps, mu, kind
+        self.chain, self.callback = chain, callback
 
     def __call__(
         self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise: Noise | None
@@ -233,7 +240,7 @@ class _Momentum:
                 self.callback(k, seen, scores.loss)
             with profiling.phase("step"):
                 if ball.norm == "linf":
-                    ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, "mi", lo, hi)
+                    ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, self.kind, lo, hi)
                     continue
                 length = rowwise(grad.flatten(1).norm(1, dim=1), grad)
                 now.velocity.mul_(self.mu).add_(torch.where(length > 0, grad / length, 0.0))

@@ -26,10 +26,11 @@ import rvlm
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.evaluation.metrics import wilson
-from rvlm.evaluation.resume import COLUMNS, weights_sha
+from rvlm.evaluation.resume import COLUMNS
 from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.models import ZeroShotClassifier
+from rvlm.models.weights import weights_sha
 from rvlm.units import Eps
 
 __all__ = ["environment", "summary_row", "write_evaluation", "write_json", "write_transfer"]

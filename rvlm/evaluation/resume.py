@@ -19,8 +19,9 @@ from torch import nn
 
 from rvlm.attacks.stages import Stage
 from rvlm.files import write_bytes
+from rvlm.models.weights import weights_sha
 
-__all__ = ["Keeper", "Tally", "weights_sha"]
+__all__ = ["COLUMNS", "Keeper", "Tally"]
 
 SCHEMA = "rvlm.state/2"
 COLUMNS = ("pred_clean", "pred_adv", "broken_by", "linf", "distance", "margin")
@@ -122,15 +123,6 @@ class Keeper:
             what = "; ".join(f"{name} was {theirs.get(name)!r}, is {self.key.get(name)!r}" for name in differ)
             raise ValueError(f"{self.path} belongs to another evaluation ({what}): remove it, or write elsewhere")
         self.adopt(known)
-
-
-def weights_sha(model: nn.Module) -> str:
-    """Hash of names and values of everything in the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _name(model: Any) -> str | None:

@@ -14,18 +14,33 @@ from torch import Tensor
 
 from rvlm.data import Data
 from rvlm.models import Clip
+from rvlm.models.zero_shot import text_head
 from rvlm.units import Eps
 
-__all__ = ["Batch", "Method", "MethodConfig", "Stage", "build_method", "list_methods", "method_class", "warmup_cosine"]
+__all__ = [
+    "Batch", "Method", "MethodConfig", "Stage", "VisionMethod", "accuracy", "build_method", "list_methods",
+    "method_class", "register", "warmup_cosine",
+]  # fmt: skip
 
 
 @dataclasses.dataclass
 class Batch:
-    """One batch: clean pixels x [B, 3, H, W] in [0, 1], labels y [B], sample numbers index [B]."""
+    """One batch of a process: clean pixels x [B, 3, H, W] in [0, 1], labels y [B], sample numbers index [B].
+
+    Attributes:
+        count: samples of all processes' batches together; None means this one's.
+        x_adv: adversarial images, once they are crafted.
+    """
 
     x: Tensor
     y: Tensor
     index: Tensor
+    count: int | None = None
+    x_adv: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """This process's share of the mean over the whole batch: the shares of all processes add up to it."""
+        return values.sum() / (self.count or len(self.y))
 
 
 @dataclasses.dataclass
@@ -36,11 +51,18 @@ class Stage:
         length: epochs.
         param_groups: as torch optimisers take them.
         schedule: (step, steps in the stage) -> factor on the learning rate, set before the step (0-based).
+        name: for logs.
+        lr: peak learning rate; None means the config's.
+        on_epoch_start, on_epoch_end: called with the number of the epoch in the stage; they may change weights.
     """
 
     length: int
     param_groups: list[dict[str, Any]]
     schedule: Callable[[int, int], float]
+    name: str = ""
+    lr: float | None = None
+    on_epoch_start: Callable[[int], None] | None = None
+    on_epoch_end: Callable[[int], None] | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,6 +91,10 @@ class MethodConfig:
     """Its number of steps."""
     random_start: bool = True
     """Whether it starts from noise."""
+    momentum: float = 0.0
+    """Decay of the attack's velocity of signs (RobustVLM's PGD, 0.9 there), or 0 for plain PGD."""
+    precision: str = "fp32"
+    """fp32, or bf16: student, attack and teachers under autocast; weights, images and losses stay fp32."""
     templates: str = "auto"
     """Id of the prompt templates for the training classes; auto takes the data set's own."""
 
@@ -77,6 +103,10 @@ class MethodConfig:
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")
         self.eps.check("linf")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         for name in ("epochs", "batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -90,6 +120,8 @@ class Method:
     presets: ClassVar[dict[str, dict[str, Any]]] = {"rvlm": {}}
     inputs: ClassVar[str] = "adv"
     """Which images go through the student: "adv", "clean", or "both" (one forward on their concatenation)."""
+    unit_norm: ClassVar[bool] = True
+    """Whether embeddings are divided by their length, as CLIP's logits need them."""
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -106,16 +138,57 @@ class Method:
         return None
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
-        """From unit-norm embeddings [B, D] to {"total": scalar to minimise, anything else worth a log}.
+        """From embeddings [B, D] to {"total": scalar to minimise, anything else worth a log}.
 
-        "clean_acc" and "robust_acc" are shown in the progress bar.
+        The total is this process's share (see `Batch.mean`). "clean_acc" and "robust_acc" are shown in the progress
+        bar. batch.x_adv holds the adversarial images.
         """
         raise NotImplementedError
+
+    def finish(self) -> None:
+        """Called once after the last step: makes the student's weights what is to be saved."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the student's weights; tensors, numbers and dicts of them."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave, after `setup`."""
 
     def training_templates(self, data: Data) -> list[str]:
         from rvlm.data import templates
 
         return templates(data.template if self.config.templates == "auto" else self.config.templates)
+
+
+class VisionMethod(Method):
+    """A method that trains the vision tower against class embeddings which stay as they were.
+
+    Attributes, after setup:
+        student: the model. data: what it learns from.
+        head: [D, C], the logit scale times the unit-norm text embeddings of the training classes.
+    """
+
+    def setup(self, student: Clip, data: Data) -> None:
+        student.requires_grad_(False)
+        student.model.visual.requires_grad_(True)
+        self.student, self.data = student, data
+        text = text_head(student, data.class_names, self.training_templates(data))
+        self.head = (self.scale(student) * text).detach()
+
+    def scale(self, clip: Clip) -> Tensor | float:
+        """What cosines are multiplied by to be logits."""
+        return clip.logit_scale
+
+    def stages(self) -> list[Stage]:
+        return [Stage(self.config.epochs, self.learning(), warmup_cosine(self.config.warmup_steps))]
+
+    def learning(self) -> list[dict[str, Any]]:
+        return [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == y).float().mean()
 
 
 def warmup_cosine(warmup_steps: int) -> Callable[[int, int], float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rvlm.data import Data
-from rvlm.methods.base import Batch, Method, Stage, register, warmup_cosine
+from rvlm.methods.base import Batch, Method, Stage, accuracy, register, warmup_cosine
 from rvlm.models import Clip
 from rvlm.models.zero_shot import text_head
 
@@ -40,6 +40,6 @@ class ClipTraining(Method):
         head = text_head(self.student, self.class_names, self.templates)
         logits = self.student.model.logit_scale.clamp(max=math.log(100)).exp() * out_clean @ head
         return {
-            "total": F.cross_entropy(logits, batch.y),
-            "clean_acc": (logits.detach().argmax(1) == batch.y).float().mean(),
+            "total": batch.mean(F.cross_entropy(logits, batch.y, reduction="none")),
+            "clean_acc": accuracy(logits, batch.y),
         }

@@ -54,15 +54,16 @@ class Clip(nn.Module):
         """The factor on cosines that gives logits, 100 for OpenAI's weights."""
         return self.model.logit_scale.exp()
 
-    def encode_pixels(self, x: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> unit-norm embeddings [B, D]; other sizes are resized (bicubic)."""
+    def encode_pixels(self, x: Tensor, unit_norm: bool = True) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] -> embeddings [B, D], of unit norm; other sizes are resized (bicubic)."""
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, H, W], got {list(x.shape)}")
         if x.shape[-2] != x.shape[-1]:
             raise ValueError(f"images must be square, got {x.shape[-1]} x {x.shape[-2]}: crop them first")
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
-        return F.normalize(self.model.encode_image((x - self.mean) / self.std), dim=-1)
+        embedding = self.model.encode_image((x - self.mean) / self.std)
+        return F.normalize(embedding, dim=-1) if unit_norm else embedding
 
     forward = encode_pixels
 

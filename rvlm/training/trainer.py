@@ -2,25 +2,41 @@
 
 Per batch: craft x_adv on the raw frozen student (no gradient of the attack reaches a parameter), one forward of the
 student on what the method asks for, its loss, one optimiser step. The learning rate is set before the step.
+
+Under torchrun every process takes every n-th sample of a batch; one all-reduce a step (DistributedDataParallel) makes
+the gradient that of the whole batch. The attack runs on the module inside the wrapper.
+
+A run with a folder writes its state at every epoch and once a minute; a run that was killed goes on there and ends,
+on one device, with the same bits.
 """
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rvlm import profiling
-from rvlm.attacks import pgd
+from rvlm.attacks import mifgsm, pgd
 from rvlm.data import Data
+from rvlm.files import write_bytes
 from rvlm.methods import Batch, Method
 from rvlm.methods.base import Stage
 from rvlm.models import Clip
+from rvlm.models.weights import weights_sha
+from rvlm.ranks import Ranks
 
 __all__ = ["TrainResult", "train"]
+
+STATE = "state.pt"
+SAVE_SECONDS = 60.0
 
 
 @dataclasses.dataclass
@@ -31,6 +47,20 @@ class TrainResult:
     history: list[dict[str, float]]
     seconds: float
     images: int
+
+
+@dataclasses.dataclass
+class _Progress:
+    """Where a run is: the next batch of an epoch of a stage, and what is known so far."""
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    count: int = 0
 
 
 def train(
@@ -44,92 +74,209 @@ def train(
 ) -> TrainResult:
     """Trains `student` in place.
 
-    For a fixed seed, machine and number of threads the result is the same to the last bit.
+    For a fixed seed, machine and number of threads the result is the same to the last bit, also if the run was killed
+    and called again with the same arguments and folder.
 
     Args:
         student: the CLIP to train, on the device to train on.
         data: training split.
         method: what to train; see `rvlm.methods.build_method`.
         seed: of the order of samples and of the attack's noise.
-        out: folder for `metrics.jsonl` (a row per epoch) and `checkpoint/`; None writes nothing.
+        out: folder for `metrics.jsonl` (a row per epoch), `checkpoint/` and, until the run has ended, `state.pt`; None
+            writes nothing. In a process group (see `rvlm.ranks`) the first process writes.
         progress: show a bar with running accuracy and images/s.
 
     Raises:
-        FloatingPointError: the loss is NaN or infinite; names step and samples.
+        FloatingPointError: the loss is NaN or infinite; names step and samples. The state before that step is saved.
+        ValueError: no data, or a folder with the state of another run.
     """
     if not len(data):
         raise ValueError(f"{data.name} has no samples to train on")
-    method.setup(student, data)
-    history: list[dict[str, float]] = []
-    images, began = 0, time.perf_counter()
-    log = _Log(None if out is None else Path(out))
-    for number, stage in enumerate(method.stages()):
-        optimizer = _optimizer(stage, method)
-        per_epoch = -(-len(data) // method.config.batch_size)
-        with _bar(progress, stage.length * per_epoch, method.name) as bar:
-            for epoch in range(stage.length):
-                means = _Means()
-                for k, rows in enumerate(_batches(len(data), method.config.batch_size, seed, number, epoch)):
-                    step = epoch * per_epoch + k
-                    factor = stage.schedule(step, stage.length * per_epoch)
-                    for group in optimizer.param_groups:
-                        group["lr"] = factor * method.config.lr * group.get("lr_scale", 1.0)
-                    batch = Batch(*(t.to(student.device) for t in data.batch(rows)))
-                    values = _step(student, method, optimizer, batch, _mix(seed, number, step))
-                    means.add(values, len(rows))
-                    images += len(rows)
-                    bar.update()
-                    bar.set_postfix(means.shown(images / (time.perf_counter() - began)), refresh=False)
-                history.append({"stage": number, "epoch": epoch, **means.values()})
-                log.write(history[-1])
+    ranks = Ranks()
+    if method.config.batch_size < ranks.size:
+        raise ValueError(f"batch_size={method.config.batch_size} is less than the {ranks.size} processes")
+    out = None if out is None else Path(out)
+    key = _key(student, data, method, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_mix(seed, 0, -(2**20)))  # for what draws from torch's own generator: low-rank starts
+        method.setup(student, data)
+        stages = method.stages()
+        run = _Run(student, data, method, stages, seed, out, key, ranks)
+        for number in range(run.at.stage, len(stages)):
+            run.stage(number, progress and ranks.first)
+        method.finish()
     student.eval().requires_grad_(False)
-    if out is not None:
-        student.save(Path(out) / "checkpoint")
-    return TrainResult(student, history, time.perf_counter() - began, images)
+    if out is not None and ranks.first:
+        student.save(out / "checkpoint")
+        (out / STATE).unlink(missing_ok=True)
+    return TrainResult(student, run.at.history, run.seconds(), run.at.images)
 
 
-def _step(student: Clip, method: Method, optimizer, batch: Batch, noise_seed: int) -> dict[str, float]:
-    x_adv = None
-    if method.inputs in ("adv", "both"):
-        config, attack_loss = method.config, method.attack(batch)
-        with profiling.phase("attack"):
-            x_adv = pgd(
-                student.encode_pixels,
-                batch.x,
-                loss=lambda embedding, _: attack_loss(embedding),
-                eps=config.eps,
-                alpha=config.alpha,
-                steps=config.steps,
-                random_start=config.random_start,
-                generator=torch.Generator().manual_seed(noise_seed),
-                sample_ids=batch.index,
+class _Run:
+    """One run, as far as it has come."""
+
+    def __init__(self, student, data, method, stages, seed, out, key, ranks) -> None:
+        self.student, self.data, self.method, self.stages, self.seed = student, data, method, stages, seed
+        self.out, self.key, self.ranks = out, key, ranks
+        self.at, self.optimizer = _Progress(), None
+        self.forward: nn.Module = student
+        if ranks.size > 1:
+            statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
+            self.forward = DistributedDataParallel(student, broadcast_buffers=statistics)
+        self.began = self.saved = time.perf_counter()
+        if out is not None and (out / STATE).is_file():
+            self._restore()
+        elif out is not None and ranks.first:
+            _write_log(out, [])
+
+    def seconds(self) -> float:
+        return self.at.seconds + time.perf_counter() - self.began
+
+    def stage(self, number: int, progress: bool) -> None:
+        stage, config, at = self.stages[number], self.method.config, self.at
+        if self.optimizer is None:
+            self.optimizer = _optimizer(stage, self.method)
+        per_epoch = -(-len(self.data) // config.batch_size)
+        peak = config.lr if stage.lr is None else stage.lr
+        title = f"{self.method.name} {stage.name}".strip()
+        with _bar(progress, stage.length * per_epoch, title, at.epoch * per_epoch + at.batch) as bar:
+            for epoch in range(at.epoch, stage.length):
+                if at.batch == 0 and stage.on_epoch_start is not None:
+                    stage.on_epoch_start(epoch)
+                order = _order(len(self.data), self.seed, number, epoch).split(config.batch_size)
+                for rows in order[at.batch :]:
+                    step = epoch * per_epoch + at.batch
+                    factor = stage.schedule(step, stage.length * per_epoch)
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = factor * peak * group.get("lr_scale", 1.0)
+                    if len(rows) >= self.ranks.size:  # else the last few samples, fewer than processes
+                        self._step(rows, _mix(self.seed, number, step))
+                    at.batch += 1
+                    bar.update()
+                    bar.set_postfix(_shown(at, at.images / self.seconds()), refresh=False)
+                    if self.ranks.size == 1 and time.perf_counter() - self.saved > SAVE_SECONDS:
+                        self.save()  # several processes save together, at the ends of epochs
+                if stage.on_epoch_end is not None:
+                    stage.on_epoch_end(epoch)
+                self._end_epoch(number, epoch, stage)
+                self.save()
+        at.stage, at.epoch, at.batch, self.optimizer = number + 1, 0, 0, None
+
+    def _end_epoch(self, number: int, epoch: int, stage: Stage) -> None:
+        at, sums, count = self.at, {}, 0
+        for theirs, samples in self.ranks.gather((at.sums, at.count)):
+            count += samples
+            for name, value in theirs.items():
+                sums[name] = sums.get(name, 0.0) + value
+        row = {"stage": number, "epoch": epoch, **({"name": stage.name} if stage.name else {})}
+        at.history.append({**row, **_means(sums, count)})
+        at.epoch, at.batch, at.sums, at.count = epoch + 1, 0, {}, 0
+        if self.out is not None and self.ranks.first:
+            _write_log(self.out, at.history)
+
+    def _step(self, rows: Tensor, noise_seed: int) -> None:
+        student, method, config = self.student, self.method, self.method.config
+        mine = rows[self.ranks.rank :: self.ranks.size]
+        batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=len(rows))
+        mixed = torch.autocast(student.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        if method.inputs in ("adv", "both"):
+            with profiling.phase("attack"):
+                batch.x_adv = _craft(student, method, batch, noise_seed)
+        student.train()
+        with profiling.phase("student"):
+            with mixed:
+                outputs = _forward(self.forward, method, batch)
+            losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            (losses["total"] * self.ranks.size).backward()  # since the wrapper averages over processes
+        values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
+        if not abs(values["total"]) < float("inf"):
+            if self.ranks.size == 1:
+                self.save()
+            raise FloatingPointError(
+                f"the loss is {values['total']} for samples {batch.index.tolist()} at epoch {self.at.epoch}, step "
+                f"{self.at.batch}; the model was not updated. Lower the learning rate, clip gradients (clip_grad), or "
+                "look at these images."
             )
-    student.train()
-    with profiling.phase("student"):
-        out_adv, out_clean = _forward(student, method.inputs, x_adv, batch.x)
-        losses = method.loss(out_adv, out_clean, batch)
-        optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
-    values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
-    if not abs(values["total"]) < float("inf"):
-        raise FloatingPointError(
-            f"the loss is {values['total']} for samples {batch.index.tolist()}; the model was not updated. "
-            "Lower the learning rate, clip gradients (clip_grad), or look at these images."
+        if config.clip_grad is not None:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
+        with profiling.phase("optimizer"):
+            self.optimizer.step()
+        values["total"] *= len(rows) / len(mine)
+        self.at.count += len(mine)
+        self.at.images += len(rows)
+        for name, value in values.items():
+            self.at.sums[name] = self.at.sums.get(name, 0.0) + value * len(mine)
+
+    def save(self) -> None:
+        """Everything that the rest of the run depends on, in one file that is replaced as a whole."""
+        self.saved = time.perf_counter()
+        if self.out is None:
+            return
+        # Sums over the epoch so far are each process's own; all of them are needed to go on.
+        progress = self.ranks.gather(dataclasses.asdict(self.at) | {"seconds": self.seconds()})
+        if not self.ranks.first:
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "key": self.key,
+                "progress": progress,
+                "student": self.student.state_dict(),
+                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+                "method": self.method.state(),
+                "random": torch.get_rng_state(),
+            },
+            buffer,
         )
-    if method.config.clip_grad is not None:
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, method.config.clip_grad)
-    with profiling.phase("optimizer"):
-        optimizer.step()
-    return values
+        write_bytes(self.out / STATE, buffer.getvalue())
+
+    def _restore(self) -> None:
+        path = self.out / STATE
+        try:
+            state = torch.load(path, map_location=self.student.device, weights_only=True)
+            theirs = state["key"]
+        except Exception as error:
+            raise ValueError(f"{path} is no state of a run ({error}): remove it to begin anew") from None
+        differ = [name for name in self.key | theirs if self.key.get(name) != theirs.get(name)]
+        if differ:
+            what = "; ".join(f"{name} was {theirs.get(name)!r}, is {self.key.get(name)!r}" for name in differ)
+            raise ValueError(f"{path} belongs to another run ({what}): remove it, or write elsewhere")
+        parts = state["progress"]
+        if len(parts) != self.ranks.size and parts[0]["batch"]:
+            raise ValueError(f"{path} stopped inside an epoch of one process: go on with one, not {self.ranks.size}")
+        self.at = _Progress(**parts[self.ranks.rank % len(parts)])
+        self.student.load_state_dict(state["student"])
+        self.method.restore(state["method"])
+        if self.at.stage < len(self.stages) and state["optimizer"] is not None:
+            self.optimizer = _optimizer(self.stages[self.at.stage], self.method)
+            self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
 
 
-def _forward(student: Clip, inputs: str, x_adv: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if inputs == "adv":
-        return student(x_adv), None
-    if inputs == "clean":
-        return None, student(x)
-    return student(torch.cat([x_adv, x])).chunk(2)
+def _craft(student: Clip, method: Method, batch: Batch, noise_seed: int) -> Tensor:
+    """The inner attack of a method, on the raw student."""
+    config, attack_loss = method.config, method.attack(batch)
+    given = {
+        "loss": lambda embedding, _: attack_loss(embedding.float()), "eps": config.eps, "steps": config.steps,
+        "random_start": config.random_start, "sample_ids": batch.index,
+        "generator": torch.Generator().manual_seed(noise_seed),
+        "precision": None if config.precision == "fp32" else config.precision,
+    }  # fmt: skip
+    model = functools.partial(student.encode_pixels, unit_norm=method.unit_norm)
+    if config.momentum:
+        return mifgsm(model, batch.x, mu=config.momentum, velocity="sign", alpha=config.alpha, **given)
+    return pgd(model, batch.x, alpha=config.alpha, **given)
+
+
+def _forward(student: nn.Module, method: Method, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """Embeddings of adversarial and of clean images, in one pass."""
+    if method.inputs == "adv":
+        return student(batch.x_adv, method.unit_norm), None
+    if method.inputs == "clean":
+        return None, student(batch.x, method.unit_norm)
+    return student(torch.cat([batch.x_adv, batch.x]), method.unit_norm).chunk(2)
 
 
 def _optimizer(stage: Stage, method: Method) -> torch.optim.Optimizer:
@@ -139,9 +286,16 @@ def _optimizer(stage: Stage, method: Method) -> torch.optim.Optimizer:
     return torch.optim.AdamW(stage.param_groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _batches(n: int, size: int, seed: int, stage: int, epoch: int) -> tuple[Tensor, ...]:
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, stage, -1 - epoch)))
-    return order.split(size)
+def _key(student: Clip, data: Data, method: Method, seed: int) -> dict[str, Any]:
+    """What decides a run, for the state file."""
+    config = {name: str(value) for name, value in vars(method.config).items()}
+    return {
+        "method": method.name, **config, "data": data.fingerprint, "seed": seed, "student": weights_sha(student),
+    }  # fmt: skip
+
+
+def _order(n: int, seed: int, stage: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, stage, -1 - epoch)))
 
 
 def _mix(seed: int, stage: int, step: int) -> int:
@@ -153,45 +307,25 @@ def _mix(seed: int, stage: int, step: int) -> int:
     return value
 
 
-class _Means:
-    """Running means over an epoch, weighted by batch size."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count = 0
-
-    def add(self, values: dict[str, float], n: int) -> None:
-        self.count += n
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * n
-
-    def values(self) -> dict[str, float]:
-        return {"loss" if name == "total" else name: total / self.count for name, total in self.sums.items()}
-
-    def shown(self, speed: float) -> dict[str, str]:
-        values = {n: f"{v:.1%}" if n.endswith("_acc") else f"{v:.3f}" for n, v in self.values().items()}
-        return values | {"img/s": f"{speed:.0f}"}
+def _means(sums: dict[str, float], count: int) -> dict[str, float]:
+    """Means over an epoch, weighted by batch size."""
+    return {"loss" if name == "total" else name: total / count for name, total in sums.items()}
 
 
-class _Log:
-    """metrics.jsonl, a line per epoch; nothing without a folder."""
+def _shown(at: _Progress, speed: float) -> dict[str, str]:
+    values = _means(at.sums, max(at.count, 1))
+    shown = {n: f"{v:.1%}" if n.endswith("_acc") else f"{v:.3f}" for n, v in values.items()}
+    return shown | {"img/s": f"{speed:.0f}"}
 
-    def __init__(self, folder: Path | None) -> None:
-        self.file = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = folder / "metrics.jsonl"
-            self.file.write_text("")
 
-    def write(self, row: dict[str, float]) -> None:
-        if self.file is not None:
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+def _write_log(folder: Path, history: list[dict[str, float]]) -> None:
+    """metrics.jsonl, a line per epoch."""
+    write_bytes(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
 
 
 @contextlib.contextmanager
-def _bar(shown: bool, total: int, title: str):
+def _bar(shown: bool, total: int, title: str, already: int):
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=title, disable=not shown, unit="step", mininterval=0.5) as bar:
+    with tqdm(total=total, initial=already, desc=title, disable=not shown, unit="step", mininterval=0.5) as bar:
         yield bar

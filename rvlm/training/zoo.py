@@ -7,12 +7,12 @@ killed leaves nothing, and of two at the same time the first to finish wins.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from rvlm.data import load_data
+from rvlm.files import cache_root
 from rvlm.methods import build_method
 from rvlm.models import load_clip, tiny
 from rvlm.training.trainer import train
@@ -45,10 +45,6 @@ def folder_of(name: str, progress: bool = True) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("RVLM_CACHE") or Path.home() / ".cache" / "rvlm")
 
 
 def _key(name: str) -> str:

@@ -95,8 +95,9 @@ def test_gpu_script_runs_dry(tmp_path):
         "pgd-10",
         "fold_teachers",
     }
-    if importlib.util.find_spec("pyautoattack"):  # an oracle; without it the part is skipped
-        groups.add("autoattack")
+    for oracle, group in (("pyautoattack", "autoattack"), ("torchattacks", "attacks")):  # else parts are skipped
+        if importlib.util.find_spec(oracle):
+            groups |= {group, "autoattack whole"}
     assert {row["group"] for row in result["rows"]} == groups
     assert all(len(row["speedup"]) == 3 and row["us_per_call"] > 0 for row in result["rows"])
     assert "| tiny-vit B=2 fp32 | rvlm |" in (tmp_path / "result.md").read_text()

@@ -1,6 +1,9 @@
 """Methods and the trainer: losses are the formulas, no attack gradient leaks, runs repeat, files are whole."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ def weights(result):
 
 
 def test_presets_are_the_documented_ones():
-    assert list_methods() == ["clip", "tecoa"]
+    assert list_methods() == ["ard", "clip", "fare", "hpt_gpd", "mmt_ard", "pmg_aft", "tecoa"]
     paper, code = build_method("tecoa", "paper").config, build_method("tecoa", "code").config
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.epochs, paper.warmup_steps) == (
         "sgd",
@@ -134,6 +137,121 @@ def test_a_run_leaves_metrics_and_a_checkpoint(data, tmp_path):
     assert result.images == 192
     x = data.batch(slice(0, 4))[0]
     assert torch.equal(load_clip(str(tmp_path))(x), result.student(x))
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(method, steps):
+    """The method, which ends after some steps as a kill would."""
+    loss, left = method.loss, [steps]
+
+    def counted(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        return loss(*args)
+
+    method.loss = counted
+    return method
+
+
+SETTINGS = {
+    "tecoa": {"optimizer": "sgd", "lr": 0.01},
+    "hpt_gpd": {"proxy": "tiny-rn", "ga_epochs": 2},
+    "mmt_ard": {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-rn", "weights": "mtard", "lora_rank": 2},
+}
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3, 4, 7])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_was_cut_ends_with_the_same_bits(data, tmp_path, monkeypatch, name, steps):
+    monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rvlm.training.trainer.SAVE_SECONDS", -1.0)
+    settings = {"epochs": 2, "batch_size": 32, "warmup_steps": 1} | SETTINGS[name]
+    whole = train(load_clip("tiny-vit"), data, build_method(name, **settings), progress=False)
+    method = stopping(build_method(name, **settings), steps)
+    if steps < 6 or name == "hpt_gpd":
+        with pytest.raises(Stopped):
+            train(load_clip("tiny-vit"), data, method, out=tmp_path, progress=False)
+    again = train(load_clip("tiny-vit"), data, build_method(name, **settings), out=tmp_path, progress=False)
+    for p, q in zip(whole.student.parameters(), again.student.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert again.history == whole.history and again.images == whole.images
+    assert not (tmp_path / "state.pt").exists() and (tmp_path / "checkpoint").is_dir()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(whole.history)
+
+
+KILLED = """
+import sys, time
+from rvlm.data import load_data
+from rvlm.methods import build_method
+from rvlm.models import load_clip
+from rvlm.training import train, trainer
+trainer.SAVE_SECONDS = -1.0
+data = load_data("digits", "train", limit=96)
+student = load_clip("tiny-vit")
+if {slow}:
+    student.register_forward_hook(lambda *args: time.sleep(0.1))
+train(student, data, build_method("tecoa", epochs=3, batch_size=32, warmup_steps=1), out={out!r}, progress=False)
+"""
+
+
+def test_kill_9_and_go_on(data, tmp_path):
+    def script(folder, slow):
+        return [sys.executable, "-c", KILLED.format(slow=slow, out=str(folder))]
+
+    process = subprocess.Popen(script(tmp_path / "cut", True))
+    deadline = time.time() + 60
+    while not (tmp_path / "cut" / "state.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.kill()
+    assert process.wait() == -9 and (tmp_path / "cut" / "state.pt").exists()
+    for name in ("cut", "whole"):
+        subprocess.run(script(tmp_path / name, False), check=True)
+    first, second = (load_clip(str(tmp_path / name)) for name in ("cut", "whole"))
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_of_another_run_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("rvlm.training.trainer.SAVE_SECONDS", -1.0)
+    settings = {"epochs": 1, "batch_size": 32}
+    with pytest.raises(Stopped):
+        train(load_clip("tiny-vit"), data, stopping(build_method("tecoa", **settings), 1), out=tmp_path, progress=False)
+    for student, change, message in (
+        ("tiny-vit", {"eps": "1/255"}, "eps was '8/255', is '1/255'"),
+        ("tiny-rn", {}, "student was"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run .*{message}"):
+            method = build_method("tecoa", **(settings | change))
+            train(load_clip(student), data, method, out=tmp_path, progress=False)
+    (tmp_path / "state.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="is no state of a run"):
+        train(load_clip("tiny-vit"), data, build_method("tecoa", **settings), out=tmp_path, progress=False)
+
+
+def test_the_callers_random_state_is_left_alone(data):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    run(data)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bf16_trains_fp32_weights(data):
+    result = run(data, precision="bf16")
+    assert all(p.dtype == torch.float32 for p in result.student.parameters())
+    assert result.history[0]["loss"] == pytest.approx(run(data).history[0]["loss"], rel=0.05)
+
+
+def test_momentum_uses_the_velocity_of_signs(data):
+    from torch.profiler import profile
+
+    with profile() as seen:
+        run(data, momentum=0.9, alpha=1 / 255, batch_size=96)
+    assert any("rvlm::momentum_step_" in event.key for event in seen.key_averages())
 
 
 def test_clip_training_moves_both_towers(data):

@@ -1,0 +1,69 @@
+"""Low-rank corrections of attention projections (Hu et al. 2022, arXiv 2106.09685): W + (alpha / r) B A.
+
+They are parametrizations of `in_proj_weight` (or `qkv.weight`) and the output projection's weight in every attention of
+a tower. A starts from a normal distribution, B from 0, so that nothing changes at first. `merge` writes the sum into
+the weights and takes the parametrizations away: the tower has its old parameters, names and all.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["attach", "merge"]
+
+
+class LowRank(nn.Module):
+    """W -> W + scale B A, for a weight [out, in]."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        out, width = weight.shape
+        if rank > min(out, width):
+            raise ValueError(f"lora_rank {rank} is more than a weight of {out} x {width} has")
+        given = {"dtype": weight.dtype, "device": weight.device}
+        self.a = nn.Parameter(torch.randn(rank, width, **given) / math.sqrt(width))
+        self.b = nn.Parameter(torch.zeros(out, rank, **given))
+        self.scale = alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * self.b @ self.a
+
+
+def attach(tower: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
+    """Adds corrections to all attentions of a tower; returns the new parameters.
+
+    Raises:
+        ValueError: the tower has no attention, or has corrections already.
+    """
+    new = []
+    for module, name in _projections(tower):
+        if parametrize.is_parametrized(module, name):
+            raise ValueError("the tower has low-rank corrections already: merge them first")
+        correction = LowRank(getattr(module, name), rank, alpha)
+        parametrize.register_parametrization(module, name, correction)
+        new += [correction.a, correction.b]
+    if not new:
+        raise ValueError(f"{type(tower).__name__} has no attention to correct: low-rank training needs a ViT")
+    return new
+
+
+def merge(tower: nn.Module) -> None:
+    """Writes corrections into the weights and removes them; nothing to do where there are none."""
+    for module in list(tower.modules()):
+        for name in list(getattr(module, "parametrizations", ())):
+            parametrize.remove_parametrizations(module, name)
+
+
+def _projections(tower: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The attention weights [out, in] of a tower."""
+    found: list[tuple[nn.Module, str]] = []
+    for module in list(tower.modules()):
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            found += [(module, "in_proj_weight"), (module.out_proj, "weight")]
+        elif isinstance(getattr(module, "qkv", None), nn.Linear) and isinstance(
+            getattr(module, "proj", None), nn.Linear
+        ):
+            found += [(module.qkv, "weight"), (module.proj, "weight")]
+    return found
