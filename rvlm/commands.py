@@ -17,6 +17,7 @@ from torch import Tensor
 from rvlm.arguments import (
     CHECK_FAILED,
     AnalyzeArgs,
+    Arguments,
     AttackArgs,
     CheckArgs,
     DataArgs,
@@ -189,33 +190,39 @@ def train(args: tuple[TrainArgs, Any]) -> int:
 
     args, settings = args
     parse_attack(args.eval_attack)
-    data = load_data(args.data, args.split, size=args.size, limit=args.limit)
-    test = load_data(args.eval_data or args.data, "test", size=args.size, limit=args.eval_limit)
-    student = load_clip(args.student, _device(args.device), seed=args.seed)
-    method = method_class(args.method)(settings)
-    run = _Run("train", args)
-    rows = []
+    with _together(args) as ranks:
+        with ranks.first_before_others():  # models of the zoo are trained on first use
+            data = load_data(args.data, args.split, size=args.size, limit=args.limit)
+            test = load_data(args.eval_data or args.data, "test", size=args.size, limit=args.eval_limit)
+            student = load_clip(args.student, _device(args.device), seed=args.seed)
+        method = method_class(args.method)(settings)
+        run = _Run("train", args) if ranks.first else None
+        out = ranks.share(None if run is None else str(run.out))  # its default name holds the time
+        rows = []
 
-    def measure(name: str) -> None:
-        classifier = ZeroShotClassifier(student, test.class_names, method.training_templates(test))
-        found = evaluate(
-            classifier, test, attack=args.eval_attack, eps=settings.eps, seed=args.seed, device=student.device
-        )
-        trained_by = None if name == "before" else args.method
-        rows.append(write_evaluation(run.out, name, found, test, classifier, method=trained_by))
-        _warn(found)
+        def measure(name: str) -> None:
+            classifier = ZeroShotClassifier(student, test.class_names, method.training_templates(test))
+            found = evaluate(
+                classifier, test, attack=args.eval_attack, eps=settings.eps, seed=args.seed, device=student.device
+            )
+            if run is not None:
+                trained_by = None if name == "before" else args.method
+                rows.append(
+                    write_evaluation(run.out, name, found, test, classifier, method=trained_by, processes=ranks.size)
+                )
+                _warn(found)
 
-    measure("before")
-    result = run_training(student, data, method, seed=args.seed, out=run.out)
-    print(
-        f"trained on {result.images} images in {result.seconds:.1f} s ({result.images / result.seconds:.0f} images/s)"
-    )
-    measure("after")
-    return run.finish(rows)
+        measure("before")
+        result = run_training(student, data, method, seed=args.seed, out=out, progress=ranks.first)
+        if ranks.first:
+            speed = result.images / result.seconds
+            print(f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s)")
+        measure("after")
+        return 0 if run is None else run.finish(rows)
 
 
 @contextmanager
-def _together(args: DataArgs) -> Iterator[Ranks]:
+def _together(args: Arguments) -> Iterator[Ranks]:
     """The processes that torchrun started with this command, which must have the same settings."""
     with joined() as ranks:
         if len(set(ranks.gather(args.config_text))) > 1:

@@ -140,8 +140,8 @@ class Method:
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         """From embeddings [B, D] to {"total": scalar to minimise, anything else worth a log}.
 
-        The total is this process's share (see `Batch.mean`). "clean_acc" and "robust_acc" are shown in the progress
-        bar. batch.x_adv holds the adversarial images.
+        The total is this process's share (see `Batch.mean`), the rest are means over its samples. "clean_acc" and
+        "robust_acc" are shown in the progress bar. batch.x_adv holds the adversarial images.
         """
         raise NotImplementedError
 

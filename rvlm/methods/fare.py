@@ -77,7 +77,9 @@ class FARE(VisionMethod):
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         w = self.config.clean_weight
         toward = out_clean.detach() if self.config.trades else self.clean
-        losses = {"adv": batch.mean(self.distance(out_adv, toward))}
+        losses = {"adv": self.distance(out_adv, toward)}
+        total = (1 - w) * losses["adv"]
         if w:
-            losses["clean"] = batch.mean(self.distance(out_clean, self.clean))
-        return {"total": (1 - w) * losses["adv"] + (w * losses["clean"] if w else 0.0), **losses}
+            losses["clean"] = self.distance(out_clean, self.clean)
+            total = total + w * losses["clean"]
+        return {"total": batch.mean(total), **{name: values.mean() for name, values in losses.items()}}

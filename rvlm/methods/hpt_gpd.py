@@ -186,6 +186,7 @@ class HPTGPD(VisionMethod):
         losses = {"total": total.sum() if config.reduction == "sum" else batch.mean(total)}
         losses["kl"] = each[: len(self.proxies)].mean()
         if config.ce_weight:
-            losses["ce"] = batch.mean(ops.attack_loss(logits, batch.y)[0])
-            losses["total"] = losses["total"] + config.ce_weight * losses["ce"]
+            ce = ops.attack_loss(logits, batch.y)[0]
+            losses["total"] = losses["total"] + config.ce_weight * batch.mean(ce)
+            losses["ce"] = ce.mean()
         return losses | {"clean_acc" if out_adv is None else "robust_acc": accuracy(logits, batch.y)}

@@ -83,10 +83,10 @@ class PMGAFT(VisionMethod):
             [self.frozen(batch.x_adv).to(adv), clean.detach() if self.config.detach_clean else clean]
         )
         divergence, each = ops.multi_teacher_kl(adv, teachers, weights, teacher_grad=not self.config.detach_clean)
-        ce, divergence = batch.mean(ce), divergence.sum() if self.config.reduction == "sum" else batch.mean(divergence)
+        divergence = divergence.sum() if self.config.reduction == "sum" else batch.mean(divergence)
         return {
-            "total": ce + divergence,
-            "ce": ce,
+            "total": batch.mean(ce) + divergence,
+            "ce": ce.mean(),
             "general": each[0].mean(),
             "clean": each[1].mean(),
             "robust_acc": correct.float().mean(),

@@ -3,7 +3,7 @@
 Per batch: craft x_adv on the raw frozen student (no gradient of the attack reaches a parameter), one forward of the
 student on what the method asks for, its loss, one optimiser step. The learning rate is set before the step.
 
-Under torchrun every process takes every n-th sample of a batch; one all-reduce a step (DistributedDataParallel) makes
+Under torchrun every process takes every n-th sample of a batch; one reduction a step (DistributedDataParallel) makes
 the gradient that of the whole batch. The attack runs on the module inside the wrapper.
 
 A run with a folder writes its state at every epoch and once a minute; a run that was killed goes on there and ends,
@@ -121,8 +121,7 @@ class _Run:
         self.at, self.optimizer = _Progress(), None
         self.forward: nn.Module = student
         if ranks.size > 1:
-            statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
-            self.forward = DistributedDataParallel(student, broadcast_buffers=statistics)
+            self.forward = DistributedDataParallel(student)
         self.began = self.saved = time.perf_counter()
         if out is not None and (out / STATE).is_file():
             self._restore()

@@ -1,0 +1,83 @@
+"""Training by two processes: the gradient of the whole batch, by one reduction a step, and one model at the end."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rvlm.data import load_data
+from rvlm.methods import build_method
+from rvlm.models import load_clip
+from rvlm.training import train
+
+# One SGD step of a known size on 62 samples: 31 for each process.
+SETTINGS = {
+    "tecoa": {},
+    "pmg_aft": {"reduction": "sum"},
+    "hpt_gpd": {"proxy": "tiny-rn", "ga_epochs": 1, "beta": 0.5},
+    "clip": {},
+}
+SCRIPT = """
+import sys, torch
+from torch import distributed
+from rvlm.data import load_data
+from rvlm.methods import build_method
+from rvlm.models import load_clip
+from rvlm.ranks import joined
+from rvlm.training import train, trainer
+
+name, settings, folder = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
+with joined() as ranks:
+    calls = []
+    wrap = trainer.DistributedDataParallel
+
+    def counted(student, **given):
+        ddp = wrap(student, **given)
+
+        def hook(state, bucket):
+            calls.append(bucket.is_last())
+            average = bucket.buffer() / ranks.size
+            return distributed.all_reduce(average, async_op=True).get_future().then(lambda f: f.value()[0])
+
+        ddp.register_comm_hook(None, hook)
+        return ddp
+
+    trainer.DistributedDataParallel = counted
+    student = load_clip("tiny-vit", seed=1)
+    data = load_data("digits", "train", limit=62)
+    result = train(student, data, build_method(name, **settings), out=folder, progress=False)
+    steps = sum(row["loss"] == row["loss"] for row in result.history)
+    same = ranks.gather(torch.cat([p.flatten() for p in student.parameters()]))
+    if ranks.first:
+        assert torch.equal(*same), "the processes' models differ"
+        assert sum(calls) == steps, (calls, steps)  # the last bucket of a reduction, once a step
+        torch.save((result.history, student.state_dict()), folder + "/two.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
+    settings = {"optimizer": "sgd", "lr": 0.05, "epochs": 1, "batch_size": 62, "warmup_steps": 1, "clip_grad": None}
+    settings |= SETTINGS[name]
+    one = train(load_clip("tiny-vit", seed=1), load_data("digits", "train", limit=62), build_method(name, **settings),
+                progress=False)  # fmt: skip
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), name, repr(settings), str(tmp_path)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    history, weights = torch.load(tmp_path / "two.pt", weights_only=True)
+    start = load_clip("tiny-vit", seed=1).state_dict()
+    for key, value in one.student.state_dict().items():
+        moved = (value - start[key]).abs().max()
+        assert (weights[key] - value).abs().max() <= 1e-5 + 2e-3 * moved, key
+    for theirs, ours in zip(history, one.history, strict=True):
+        assert theirs.pop("name", "") == ours.pop("name", "")
+        assert theirs == pytest.approx(ours, rel=1e-3)
+    assert load_clip(str(tmp_path)).state_dict().keys() == weights.keys()
