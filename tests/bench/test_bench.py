@@ -74,7 +74,19 @@ def test_gpu_script_runs_dry(tmp_path):
     done = quick(["bash", str(BENCH / "run_gpu.sh"), str(tmp_path)], RVLM_BENCH_CPU="1", PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    parts = {"info", "tests", "steps", "iterates", "losses", "attention", "filters", "pgd", "attacks", "memcheck"}
+    parts = {
+        "info",
+        "tests",
+        "steps",
+        "iterates",
+        "losses",
+        "attention",
+        "filters",
+        "pgd",
+        "attacks",
+        "train",
+        "memcheck",
+    }
     assert {part["name"] for part in result["parts"]["parts"]} == parts
     groups = {
         "linf_step_",
@@ -94,6 +106,7 @@ def test_gpu_script_runs_dry(tmp_path):
         "gaussian_filter",
         "pgd-10",
         "fold_teachers",
+        "training",
     }
     for oracle, group in (("pyautoattack", "autoattack"), ("torchattacks", "attacks")):  # else parts are skipped
         if importlib.util.find_spec(oracle):

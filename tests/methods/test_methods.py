@@ -404,3 +404,23 @@ def test_presets_are_the_sources():
     pmg = build_method("pmg_aft", "paper").config
     assert (pmg.lr, pmg.batch_size, pmg.logit_scale, pmg.reduction, pmg.steps) == (5e-5, 256, 1.0, "sum", 2)
     assert build_method("tecoa", "robustvlm").config.momentum == 0.9
+
+
+OPS = {
+    "tecoa": {"attack_loss"},
+    "fare": set(),
+    "pmg_aft": {"attack_loss", "multi_teacher_kl"},
+    "ard": {"attack_loss", "multi_teacher_kl", "fold_teachers"},
+    "hpt_gpd": {"attack_loss", "multi_teacher_kl"},
+    "mmt_ard": {"attack_loss", "multi_teacher_kl", "fold_teachers"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_runs_on_the_fused_ops(data, name):
+    from torch.profiler import profile
+
+    with profile() as seen:
+        train(load_clip("tiny-vit"), data, build(name, batch_size=96), progress=False)
+    ran = {event.key.removeprefix("rvlm::") for event in seen.key_averages() if event.key.startswith("rvlm::")}
+    assert OPS[name] | {"linf_step_", "uniform_start"} <= ran
