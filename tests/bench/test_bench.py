@@ -200,7 +200,7 @@ def test_lines_of_the_iterates_are_the_ops(peers):
 
 @pytest.fixture
 def methods_on_digits():
-    spec = importlib.util.spec_from_file_location("methods_on_digits", ROOT / "bench" / "methods_on_digits.py")
+    spec = importlib.util.spec_from_file_location("methods_on_digits", BENCH / "methods_on_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
