@@ -149,6 +149,8 @@ class TrainArgs(Arguments):
     """Resize the shorter side to this and crop the centre."""
     limit: int | None = None
     """Train on this many samples."""
+    validate: int = 0
+    """Hold out this many training samples, report on them after every epoch and keep the best model in best/."""
     eval_data: str | None = None
     """Data to evaluate on before and after; default the same data, split test."""
     eval_attack: str = "pgd-10"

@@ -193,6 +193,7 @@ def train(args: tuple[TrainArgs, Any]) -> int:
     with _together(args) as ranks:
         with ranks.first_before_others():  # models of the zoo are trained on first use
             data = load_data(args.data, args.split, size=args.size, limit=args.limit)
+            data, held_out = data.held_out(args.validate) if args.validate else (data, None)
             test = load_data(args.eval_data or args.data, "test", size=args.size, limit=args.eval_limit)
             student = load_clip(args.student, _device(args.device), seed=args.seed)
         method = method_class(args.method)(settings)
@@ -213,7 +214,7 @@ def train(args: tuple[TrainArgs, Any]) -> int:
                 _warn(found)
 
         measure("before")
-        result = run_training(student, data, method, seed=args.seed, out=out, progress=ranks.first)
+        result = run_training(student, data, method, seed=args.seed, out=out, progress=ranks.first, validation=held_out)
         if ranks.first:
             speed = result.images / result.seconds
             print(f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s)")

@@ -199,6 +199,24 @@ def test_train_by_recipe_and_flags(tmp_path, capsys):
     assert [(r["clean"], r["robust"]) for r in again] == [(r["clean"], r["robust"]) for r in rows]
 
 
+@pytest.mark.parametrize("method, flags", [
+    ("fare", ["--validate", "16"]),
+    ("pmg_aft", []),
+    ("hpt_gpd", ["--proxy", "tiny-rn", "--ga_epochs", "1"]),
+    ("mmt_ard", ["--robust_teacher", "tiny-vit", "--clean_teacher", "tiny-rn", "--lora_rank", "2"]),
+])  # fmt: skip
+def test_train_every_method(tmp_path, monkeypatch, method, flags):
+    monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
+    quick = ["--student", "tiny-vit", "--epochs", "1", "--limit", "64", "--eval_limit", "16", "--eval_attack", "fgsm"]
+    assert run("train", method, *quick, *flags, "--out", tmp_path / "run") == 0
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["before", "after"]
+    record = json.loads((tmp_path / "run" / rows[1]["record"]).read_text())
+    assert record["model"]["method"] == method and not (tmp_path / "run" / "state.pt").exists()
+    assert (tmp_path / "run" / "best").is_dir() == ("--validate" in flags)
+    assert run("eval", "--model", tmp_path / "run", "--limit", "8", "--attack", "fgsm", "--out", tmp_path / "eval") == 0
+
+
 def test_the_module_runs():
     done = subprocess.run([sys.executable, "-m", "rvlm", "ls", "attacks"], capture_output=True, text=True)
     assert done.returncode == 0 and "pgd-STEPS" in done.stdout

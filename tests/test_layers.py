@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "models": {"models", "data", "ops"},
     "methods": {"methods", "attacks", "models", "data", "ops"},
-    "training": {"training", "methods", "attacks", "models", "data", "ops"},
+    "training": {"training", "evaluation", "methods", "attacks", "models", "data", "ops"},
     "evaluation": {"evaluation", "attacks", "models", "data"},
     "report": {"report", "evaluation", "attacks", "models", "data"},
 }

@@ -57,6 +57,15 @@ class Data:
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
         return self.subset(rows, f"perm(seed={seed})[:{n}]")
 
+    def held_out(self, n: int, seed: int = 0) -> tuple["Data", "Data"]:
+        """Two parts: all but n samples, and those n, drawn without replacement; the same ones for the same seed."""
+        if not 0 < n < len(self):
+            raise ValueError(f"cannot hold out {n} of {len(self)} samples")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        rest, few = order[n:].sort().values, order[:n].sort().values
+        rule = f"perm(seed={seed})"
+        return self.subset(rest, f"all but {rule}[:{n}]"), self.subset(few, f"{rule}[:{n}]")
+
     @property
     def fingerprint(self) -> str:
         """Hash of names, labels and sample numbers: equal for equal evaluations."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["attach", "merge"]
+__all__ = ["attach", "merge", "plain_state"]
 
 
 class LowRank(nn.Module):
@@ -54,6 +54,17 @@ def merge(tower: nn.Module) -> None:
     for module in list(tower.modules()):
         for name in list(getattr(module, "parametrizations", ())):
             parametrize.remove_parametrizations(module, name)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have after `merge`; the model stays as it is."""
+    state = model.state_dict()
+    for path, module in model.named_modules():
+        for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
+            inside = f"{path}.parametrizations.{name}."
+            state = {key: value for key, value in state.items() if not key.startswith(inside)}
+            state[f"{path}.{name}"] = getattr(module, name).detach()
+    return state
 
 
 def _projections(tower: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -71,15 +71,19 @@ class Clip(nn.Module):
         """Texts -> unit-norm embeddings [C, D]."""
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1)
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes weights and config that open_clip loads back exactly (`local-dir:FOLDER`), each file atomically."""
+    def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
+        """Writes weights and config that open_clip loads back exactly (`local-dir:FOLDER`), each file atomically.
+
+        state: of the open_clip model, if it is not to be the one that it has now.
+        """
         from safetensors.torch import save
 
         if self.config is None:
             raise ValueError("this Clip has no open_clip config, so it cannot be saved: build it with load_clip")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        state = self.model.state_dict() if state is None else state
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         write_bytes(folder / WEIGHTS, save(state))
         write_bytes(folder / CONFIG, json.dumps(self.config, indent=1).encode())
         return folder

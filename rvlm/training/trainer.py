@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from rvlm import profiling
 from rvlm.attacks import mifgsm, pgd
 from rvlm.data import Data
+from rvlm.evaluation import evaluate
 from rvlm.files import write_bytes
-from rvlm.methods import Batch, Method
+from rvlm.methods import Batch, Method, lora
 from rvlm.methods.base import Stage
-from rvlm.models import Clip
+from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import weights_sha
 from rvlm.ranks import Ranks
+from rvlm.units import Eps
 
 __all__ = ["TrainResult", "train"]
 
@@ -61,6 +64,7 @@ class _Progress:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     count: int = 0
+    best: float = -1.0
 
 
 def train(
@@ -71,6 +75,8 @@ def train(
     seed: int = 0,
     out: str | Path | None = None,
     progress: bool = True,
+    validation: Data | None = None,
+    validation_attack: str = "pgd-10",
 ) -> TrainResult:
     """Trains `student` in place.
 
@@ -85,6 +91,10 @@ def train(
         out: folder for `metrics.jsonl` (a row per epoch), `checkpoint/` and, until the run has ended, `state.pt`; None
             writes nothing. In a process group (see `rvlm.ranks`) the first process writes.
         progress: show a bar with running accuracy and images/s.
+        validation: held-out samples; after every epoch clean and robust accuracy on them (white-box, the method's eps)
+            are added to the log as val_clean and val_robust, and the student with the best val_robust so far is kept
+            in `best/`. Use samples that the final evaluation does not.
+        validation_attack: see `rvlm.attacks.stages`.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; names step and samples. The state before that step is saved.
@@ -102,6 +112,9 @@ def train(
         method.setup(student, data)
         stages = method.stages()
         run = _Run(student, data, method, stages, seed, out, key, ranks)
+        if validation is not None:
+            templates = method.training_templates(validation)
+            run.validate = lambda: _accuracies(student, validation, templates, validation_attack, method.config.eps)
         for number in range(run.at.stage, len(stages)):
             run.stage(number, progress and ranks.first)
         method.finish()
@@ -119,6 +132,7 @@ class _Run:
         self.student, self.data, self.method, self.stages, self.seed = student, data, method, stages, seed
         self.out, self.key, self.ranks = out, key, ranks
         self.at, self.optimizer = _Progress(), None
+        self.validate: Callable[[], dict[str, float]] | None = None
         self.forward: nn.Module = student
         if ranks.size > 1:
             self.forward = DistributedDataParallel(student)
@@ -167,8 +181,14 @@ class _Run:
             count += samples
             for name, value in theirs.items():
                 sums[name] = sums.get(name, 0.0) + value
-        row = {"stage": number, "epoch": epoch, **({"name": stage.name} if stage.name else {})}
-        at.history.append({**row, **_means(sums, count)})
+        row = {"stage": number, "epoch": epoch, **({"name": stage.name} if stage.name else {}), **_means(sums, count)}
+        if self.validate is not None:
+            self.student.eval()
+            row |= self.validate()
+            if self.out is not None and self.ranks.first and row["val_robust"] > at.best:
+                self.student.save(self.out / "best", lora.plain_state(self.student.model))
+            at.best = max(at.best, row["val_robust"])
+        at.history.append(row)
         at.epoch, at.batch, at.sums, at.count = epoch + 1, 0, {}, 0
         if self.out is not None and self.ranks.first:
             _write_log(self.out, at.history)
@@ -276,6 +296,12 @@ def _forward(student: nn.Module, method: Method, batch: Batch) -> tuple[Tensor |
     if method.inputs == "clean":
         return None, student(batch.x, method.unit_norm)
     return student(torch.cat([batch.x_adv, batch.x]), method.unit_norm).chunk(2)
+
+
+def _accuracies(student: Clip, data: Data, templates: list[str], attack: str, eps: Eps) -> dict[str, float]:
+    classifier = ZeroShotClassifier(student, data.class_names, templates)
+    found = evaluate(classifier, data, attack=attack, eps=eps, device=student.device, progress=False)
+    return {"val_clean": found.clean, "val_robust": found.robust}
 
 
 def _optimizer(stage: Stage, method: Method) -> torch.optim.Optimizer:

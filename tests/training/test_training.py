@@ -13,7 +13,7 @@ from rvlm.attacks import pgd, scoring
 from rvlm.data import load_data
 from rvlm.methods import Batch, build_method, list_methods
 from rvlm.methods.base import warmup_cosine
-from rvlm.models import ZeroShotClassifier, load_clip
+from rvlm.models import Clip, ZeroShotClassifier, load_clip
 from rvlm.models import zoo as model_zoo
 from rvlm.training import train, zoo
 from rvlm.units import Eps
@@ -181,6 +181,42 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(data, tmp_path, monkeypatch,
     assert again.history == whole.history and again.images == whole.images
     assert not (tmp_path / "state.pt").exists() and (tmp_path / "checkpoint").is_dir()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(whole.history)
+
+
+def test_the_best_epoch_is_kept(data, tmp_path, monkeypatch):
+    learn, held = data.held_out(24)
+    assert len(learn) == 72 and not set(learn.index.tolist()) & set(held.index.tolist())
+    robust = iter([0.2, 0.5, 0.4])
+    monkeypatch.setattr(
+        "rvlm.training.trainer._accuracies", lambda *args: {"val_clean": 0.9, "val_robust": next(robust)}
+    )
+    settings = {"epochs": 3, "batch_size": 36, "warmup_steps": 1, "lr": 1e-3}
+    kept = []
+    save = Clip.save
+    monkeypatch.setattr(
+        Clip, "save", lambda clip, folder, *state: (kept.append(folder.name), save(clip, folder, *state))[1]
+    )
+    given = {"validation": held, "out": tmp_path, "progress": False}
+    result = train(load_clip("tiny-vit"), learn, build_method("tecoa", **settings), **given)
+    assert kept == ["best", "best", "checkpoint"] and [r["val_robust"] for r in result.history] == [0.2, 0.5, 0.4]
+    x = data.batch(slice(0, 4))[0]
+    best, last = load_clip(str(tmp_path / "best")), load_clip(str(tmp_path))
+    assert torch.equal(last(x), result.student(x)) and not torch.equal(best(x), last(x))
+    with pytest.raises(ValueError, match="cannot hold out 96 of 96"):
+        data.held_out(96)
+
+
+def test_validation_is_an_evaluation_and_changes_nothing(data, tmp_path):
+    learn, held = data.held_out(24)
+    settings = {"epochs": 2, "batch_size": 36, "warmup_steps": 1}
+    plain = train(load_clip("tiny-vit"), learn, build_method("tecoa", **settings), progress=False)
+    watched = train(load_clip("tiny-vit"), learn, build_method("tecoa", **settings), progress=False, validation=held)
+    assert torch.equal(weights(plain), weights(watched))
+    assert all(0 <= row["val_robust"] <= row["val_clean"] <= 1 for row in watched.history)
+    teachers = {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-vit", "weights": "fixed", "cache_teachers": False}
+    method = build_method("mmt_ard", **settings, **teachers, lora_rank=2)
+    train(load_clip("tiny-vit"), learn, method, progress=False, validation=held, out=tmp_path)
+    assert load_clip(str(tmp_path / "best")).state_dict().keys() == load_clip("tiny-vit").state_dict().keys()
 
 
 KILLED = """
