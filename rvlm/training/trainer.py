@@ -89,7 +89,8 @@ def train(
         method: what to train; see `rvlm.methods.build_method`.
         seed: of the order of samples and of the attack's noise.
         out: folder for `metrics.jsonl` (a row per epoch), `checkpoint/` and, until the run has ended, `state.pt`; None
-            writes nothing. In a process group (see `rvlm.ranks`) the first process writes.
+            writes nothing. In a process group (see `rvlm.ranks`) the first process writes; the last batch of an epoch
+            is left out if it has fewer samples than there are processes.
         progress: show a bar with running accuracy and images/s.
         validation: held-out samples; after every epoch clean and robust accuracy on them (white-box, the method's eps)
             are added to the log as val_clean and val_robust, and the student with the best val_robust so far is kept
@@ -106,7 +107,7 @@ def train(
     if method.config.batch_size < ranks.size:
         raise ValueError(f"batch_size={method.config.batch_size} is less than the {ranks.size} processes")
     out = None if out is None else Path(out)
-    key = _key(student, data, method, seed)
+    key = _key(student, data, method, seed, validation)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_mix(seed, 0, -(2**20)))  # for what draws from torch's own generator: low-rank starts
         method.setup(student, data)
@@ -311,12 +312,22 @@ def _optimizer(stage: Stage, method: Method) -> torch.optim.Optimizer:
     return torch.optim.AdamW(stage.param_groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _key(student: Clip, data: Data, method: Method, seed: int) -> dict[str, Any]:
+def _key(student: Clip, data: Data, method: Method, seed: int, validation: Data | None) -> dict[str, Any]:
     """What decides a run, for the state file."""
-    config = {name: str(value) for name, value in vars(method.config).items()}
     return {
-        "method": method.name, **config, "data": data.fingerprint, "seed": seed, "student": weights_sha(student),
+        "method": method.name, **{name: _described(value) for name, value in vars(method.config).items()},
+        "data": data.fingerprint, "validation": validation and validation.fingerprint, "seed": seed,
+        "student": weights_sha(student),
     }  # fmt: skip
+
+
+def _described(setting: Any) -> str:
+    """A setting as text that is the same in the next process: models by their weights, functions by their names."""
+    if isinstance(setting, list | tuple):
+        return str([_described(each) for each in setting])
+    if isinstance(setting, nn.Module):
+        return weights_sha(setting)
+    return getattr(setting, "__qualname__", str(setting)) if callable(setting) else str(setting)
 
 
 def _order(n: int, seed: int, stage: int, epoch: int) -> Tensor:

@@ -264,9 +264,25 @@ def test_a_state_of_another_run_is_refused(data, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"belongs to another run .*{message}"):
             method = build_method("tecoa", **(settings | change))
             train(load_clip(student), data, method, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="validation was None"):
+        train(load_clip("tiny-vit"), data, build_method("tecoa", **settings), out=tmp_path, validation=data)
     (tmp_path / "state.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="is no state of a run"):
         train(load_clip("tiny-vit"), data, build_method("tecoa", **settings), out=tmp_path, progress=False)
+
+
+def test_a_run_with_a_callable_for_a_teacher_goes_on(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("rvlm.training.trainer.SAVE_SECONDS", -1.0)
+
+    def method():
+        def linear(x):
+            return x.flatten(1)[:, :10]
+
+        return build_method("ard", teacher=linear, epochs=1, batch_size=32)
+
+    with pytest.raises(Stopped):
+        train(load_clip("tiny-vit"), data, stopping(method(), 1), out=tmp_path, progress=False)
+    assert train(load_clip("tiny-vit"), data, method(), out=tmp_path, progress=False).images == 96
 
 
 def test_the_callers_random_state_is_left_alone(data):
