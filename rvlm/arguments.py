@@ -165,6 +165,32 @@ class TrainArgs(Arguments):
     """Run folder; default runs/train-DATE."""
 
 
+@dataclasses.dataclass(kw_only=True)
+class ProfileArgs(Arguments):
+    """Where the time goes, per phase. train: an epoch of a method; attack: an attack on a model."""
+
+    what: str = "train"
+    """train or attack."""
+    method: str = "tecoa"
+    """For train: name of the method (rvlm ls methods)."""
+    preset: str = "rvlm"
+    """For train: its settings."""
+    model: str = "digits-vit"
+    """The model that is trained or attacked, as --model elsewhere."""
+    attack: str = "pgd-10"
+    """For attack: one of `rvlm ls attacks`, at 8/255 (Linf)."""
+    data: str = "digits"
+    """digits, npz:PATH or folder:PATH."""
+    size: int | None = None
+    """Resize the shorter side to this and crop the centre."""
+    limit: int = 256
+    """Samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    json: bool = False
+    """Print JSON."""
+
+
 COMMANDS: dict[str, type] = {
     "demo": DemoArgs,
     "info": InfoArgs,
@@ -174,6 +200,7 @@ COMMANDS: dict[str, type] = {
     "check": CheckArgs,
     "analyze": AnalyzeArgs,
     "train": TrainArgs,
+    "profile": ProfileArgs,
 }
 
 

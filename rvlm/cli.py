@@ -93,8 +93,9 @@ def _parse(command: str, argv: list[str]):
 
 
 def _positional(command: str, argv: list[str]) -> list[str]:
-    """The one word that may stand without its flag: rvlm train METHOD, ls WHAT, check MODEL, analyze WHAT."""
-    flag = {"train": "--method", "ls": "--what", "check": "--model", "analyze": "--what"}.get(command)
+    """The one word that may stand without its flag: train METHOD, ls WHAT, check MODEL, ..."""
+    words = {"train": "method", "ls": "what", "check": "model", "analyze": "what", "profile": "what"}
+    flag = f"--{words[command]}" if command in words else None
     return [flag, *argv] if flag and argv and not argv[0].startswith("-") else argv
 
 

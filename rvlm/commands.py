@@ -25,13 +25,14 @@ from rvlm.arguments import (
     EvalArgs,
     InfoArgs,
     LsArgs,
+    ProfileArgs,
     TrainArgs,
     recipes,
 )
 from rvlm.ranks import Ranks, joined
 from rvlm.units import Eps
 
-__all__ = ["analyze", "attack", "check", "demo", "eval", "info", "ls", "train"]
+__all__ = ["analyze", "attack", "check", "demo", "eval", "info", "ls", "profile", "train"]
 
 
 def demo(args: DemoArgs) -> int:
@@ -220,6 +221,44 @@ def train(args: tuple[TrainArgs, Any]) -> int:
             print(f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s)")
         measure("after")
         return 0 if run is None else run.finish(rows)
+
+
+def profile(args: ProfileArgs) -> int:
+    from rvlm import profiling
+    from rvlm.data import load_data
+    from rvlm.evaluation import evaluate, parse_attack
+    from rvlm.methods import build_method
+    from rvlm.models import ZeroShotClassifier, load_clip
+    from rvlm.report import phase_table
+    from rvlm.training import train as run_training
+
+    if args.what not in ("train", "attack"):
+        raise ValueError(f"cannot profile {args.what!r}: expected train or attack")
+    device = _device(args.device)
+    data = load_data(args.data, "train" if args.what == "train" else "test", size=args.size, limit=args.limit)
+    clip = load_clip(args.model, device)
+    if args.what == "train":
+        method = build_method(args.method, args.preset)
+        method.config.epochs = 1
+
+        def work() -> None:
+            run_training(clip, data, method, progress=False)
+    else:
+        parse_attack(args.attack)
+        classifier = ZeroShotClassifier(clip, data.class_names, data.template)
+
+        def work() -> None:
+            evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False)
+
+    began = time.perf_counter()
+    with profiling.record(device) as timer:
+        work()
+    phases, seconds = timer.totals(), time.perf_counter() - began
+    if args.json:
+        print(json.dumps({"seconds": seconds, "images_per_s": len(data) / seconds, "phases": phases}, indent=1))
+    else:
+        print(phase_table(phases, seconds, len(data)))
+    return 0
 
 
 @contextmanager

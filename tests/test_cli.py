@@ -78,7 +78,7 @@ def test_unknown_keys_in_a_config_are_named(tmp_path, capsys):
 def test_ls(capsys):
     assert run("ls") == 0
     text = capsys.readouterr().out
-    assert "tecoa (presets: paper, code, rvlm)" in text and "digits/tecoa" in text
+    assert "tecoa (presets: paper, code, robustvlm, rvlm)" in text and "digits/tecoa" in text
     assert run("ls", "recipes") == 0 and "tecoa (presets" not in capsys.readouterr().out
 
 
@@ -215,6 +215,19 @@ def test_train_every_method(tmp_path, monkeypatch, method, flags):
     assert record["model"]["method"] == method and not (tmp_path / "run" / "state.pt").exists()
     assert (tmp_path / "run" / "best").is_dir() == ("--validate" in flags)
     assert run("eval", "--model", tmp_path / "run", "--limit", "8", "--attack", "fgsm", "--out", tmp_path / "eval") == 0
+
+
+def test_profile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RVLM_CACHE", str(tmp_path))
+    assert run("profile", "train", "--method", "pmg_aft", "--model", "tiny-vit", "--limit", "64") == 0
+    text = capsys.readouterr().out
+    for phase in ("attack", "student forward", "loss and teachers", "student backward", "optimizer", "images/s"):
+        assert phase in text
+    assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["phases"]["forward"][0] < found["seconds"] and found["images_per_s"] > 0
+    assert run("profile", "lunch") == 2
+    assert "expected train or attack" in capsys.readouterr().err
 
 
 def test_the_module_runs():

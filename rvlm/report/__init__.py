@@ -2,6 +2,14 @@
 
 from rvlm.report.html import write_html
 from rvlm.report.plots import accuracy_over_eps, image_grid, transfer_heat_map
-from rvlm.report.tables import markdown, rich_table
+from rvlm.report.tables import markdown, phase_table, rich_table
 
-__all__ = ["accuracy_over_eps", "image_grid", "markdown", "rich_table", "transfer_heat_map", "write_html"]
+__all__ = [
+    "accuracy_over_eps",
+    "image_grid",
+    "markdown",
+    "phase_table",
+    "rich_table",
+    "transfer_heat_map",
+    "write_html",
+]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["COLUMNS", "cell", "markdown", "rich_table"]
+__all__ = ["COLUMNS", "cell", "markdown", "phase_table", "rich_table"]
 
 COLUMNS = {
     "name": "model",
@@ -47,3 +47,12 @@ def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, s
     for row in rows:
         table.add_row(*(Text(cell(row | {"clean_ci": None}, column)) for column in columns))
     return table
+
+
+def phase_table(phases: dict[str, tuple[float, int]], seconds: float, images: int) -> str:
+    """A Markdown table of `rvlm.profiling` totals: phases nest, so that an attack contains forward and backward."""
+    lines = ["| phase | seconds | share | calls |", "| --- | --- | --- | --- |"]
+    for name, (spent, calls) in sorted(phases.items(), key=lambda item: -item[1][0]):
+        lines.append(f"| {name} | {spent:.3f} | {spent / seconds:.1%} | {calls} |")
+    lines.append(f"| whole | {seconds:.3f} | 100.0% | {images} images, {images / seconds:.0f} images/s |")
+    return "\n".join(lines)

@@ -203,10 +203,11 @@ class _Run:
             with profiling.phase("attack"):
                 batch.x_adv = _craft(student, method, batch, noise_seed)
         student.train()
-        with profiling.phase("student"):
-            with mixed:
-                outputs = _forward(self.forward, method, batch)
+        with profiling.phase("student forward"), mixed:
+            outputs = _forward(self.forward, method, batch)
+        with profiling.phase("loss and teachers"):
             losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
+        with profiling.phase("student backward"):
             self.optimizer.zero_grad(set_to_none=True)
             (losses["total"] * self.ranks.size).backward()  # since the wrapper averages over processes
         values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
