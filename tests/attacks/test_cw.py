@@ -74,8 +74,8 @@ def test_the_distance_to_a_plane(plane, norm, near):
     torch.testing.assert_close(-straight.loss, shortest[norm] + 1e-4, rtol=1e-6, atol=0)
 
 
-def test_cw_linf_is_near_other_attacks(model, batch):
-    x, _ = batch()
+def test_cw_linf_is_near_other_attacks(build, batch):
+    model, (x, _) = build("mlp"), batch()
     y = model(x).argmax(1)
     found = cw(model, x, y, norm="linf", steps=60, return_info=True)
     other = fmn(model, x, y, norm="linf", steps=200, return_info=True)

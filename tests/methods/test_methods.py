@@ -256,12 +256,8 @@ def test_twenty_steps(data, name):
     settings = {"batch_size": 24, "epochs": 5, "lr": 1e-3, "warmup_steps": 2}
     if name == "hpt_gpd":
         settings |= {"epochs": 3, "ga_epochs": 2}
-    first, second = (
-        train(load_clip("tiny-vit", seed=1), data, build(name, **settings), progress=False) for _ in range(2)
-    )
-    assert first.images == 20 * 24 and first.history == second.history
-    for p, q in zip(first.student.parameters(), second.student.parameters(), strict=True):
-        assert torch.equal(p, q)
+    first = train(load_clip("tiny-vit", seed=1), data, build(name, **settings), progress=False)
+    assert first.images == 20 * 24
     losses = [row["loss"] for row in first.history]
     assert losses == pytest.approx(GOLDEN[name], rel=5e-3), losses
 

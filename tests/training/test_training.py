@@ -164,8 +164,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("steps", [0, 2, 3, 4, 7])
-@pytest.mark.parametrize("name", SETTINGS)
+FAST = {("tecoa", 2), ("tecoa", 3), ("hpt_gpd", 4), ("mmt_ard", 2)}
+
+
+@pytest.mark.parametrize("name, steps", [
+    pytest.param(name, steps, marks=() if (name, steps) in FAST else pytest.mark.slow)
+    for name in SETTINGS for steps in (0, 2, 3, 4, 7)
+])  # fmt: skip
 def test_a_run_that_was_cut_ends_with_the_same_bits(data, tmp_path, monkeypatch, name, steps):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rvlm.training.trainer.SAVE_SECONDS", -1.0)
@@ -234,6 +239,7 @@ train(student, data, build_method("tecoa", epochs=3, batch_size=32, warmup_steps
 """
 
 
+@pytest.mark.slow
 def test_kill_9_and_go_on(data, tmp_path):
     def script(folder, slow):
         return [sys.executable, "-c", KILLED.format(slow=slow, out=str(folder))]
