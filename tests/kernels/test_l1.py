@@ -65,6 +65,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_kernel_is_noticed(case, mutant, monkeypatch, name):
     module = mutant(*MUTATIONS[name], "l1")
