@@ -1,5 +1,6 @@
 """Training steps of the methods against the papers' style of loop (peers/train.py): same batches, same losses first.
 
+Neither side's time holds the loading of teachers; ours holds the setup of a run (class embeddings, the cached rows).
 "classes" are what the text tower has to encode: 10 for the digits, 200 as in TinyImageNet, where the papers train with
 batches of 64. Teachers' caches are warm; that the first run fills them is not in the medians.
 """
@@ -17,15 +18,17 @@ from rvlm.data import Data, load_data  # noqa: E402
 from rvlm.methods import build_method  # noqa: E402
 from rvlm.models import load_clip  # noqa: E402
 from rvlm.training import train  # noqa: E402
+from rvlm.training.trainer import _order  # noqa: E402
 
 BATCH, BATCHES = (8, 1) if QUICK else (64, 4)
 ATTACK = {"eps": 4 / 255, "alpha": 2 / 255, "steps": 2}
-TEACHERS = {
+ROLES = {  # of a method's teachers: its setting -> what the peer calls it
     "tecoa": {},
     "pmg_aft": {},
-    "hpt_gpd": {"proxy": "tiny-rn", "stages": "hpt"},
-    "mmt_ard": {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-rn", "weights": "fixed"},
+    "hpt_gpd": {"proxy": "proxy"},
+    "mmt_ard": {"robust_teacher": "robust", "clean_teacher": "clean"},
 }
+MORE = {"hpt_gpd": {"stages": "hpt"}, "mmt_ard": {"weights": "fixed"}}
 SETTINGS = {
     "epochs": 1, "batch_size": BATCH, "warmup_steps": 0, "lr": 1e-4, "random_start": False, "clip_grad": None,
     "templates": "plain", "optimizer": "adamw",
@@ -42,55 +45,57 @@ def data(request):
     return Data("many", "train", names, y, digits.index, digits.read, n_total=digits.n_total)
 
 
-def method_of(name):
-    return build_method(name, **(SETTINGS | ATTACK | TEACHERS[name]))
+@pytest.fixture(scope="module")
+def teachers(device):
+    """What the peers call their frozen models."""
+    names = {"proxy": "tiny-rn", "clean": "tiny-rn", "robust": "tiny-vit", "origin": "tiny-vit"}
+    return {role: load_clip(name, device) for role, name in names.items()}
 
 
-def ours(name, data, student):
-    return train(copy.deepcopy(student), data, method_of(name), progress=False)
+def method_of(name, teachers):
+    given = {setting: teachers[role] for setting, role in ROLES[name].items()}
+    return build_method(name, **(SETTINGS | ATTACK | MORE.get(name, {}) | given))
 
 
-def twin(name, data, student, device):
-    """One epoch of the papers' style; the loss of its first step."""
-    from rvlm.training.trainer import _order
+def ours(name, data, student, teachers):
+    return train(copy.deepcopy(student), data, method_of(name, teachers), progress=False)
 
-    texts = [f"{method_of(name).training_templates(data)[0]}".format(name_) for name_ in data.class_names]
-    frozen = copy.deepcopy(student)
+
+def twin(name, data, student, teachers, device):
+    """One epoch of the papers' style."""
+    (template,) = method_of(name, teachers).training_templates(data)
+    texts = [template.format(thing) for thing in data.class_names]
+    if name == "pmg_aft":
+        teachers = {"frozen": copy.deepcopy(student)}
     student = copy.deepcopy(student)
-    student.model.requires_grad_(True)
-    teachers = {"frozen": frozen, "proxy": load_clip("tiny-rn", device), "clean": load_clip("tiny-rn", device)}
-    teachers |= {"robust": load_clip("tiny-vit", device), "origin": load_clip("tiny-vit", device)}
-    for teacher in teachers.values():
-        teacher.requires_grad_(True)
+    for model in (student, *teachers.values()):
+        model.requires_grad_(True)
     optimizer = torch.optim.AdamW(student.model.visual.parameters(), lr=SETTINGS["lr"], weight_decay=0.0)
-    first = None
     for rows in _order(len(data), 0, 0, 0).split(BATCH):
         x, y, _ = data.batch(rows)
-        optimizer.zero_grad()
         loss = STEPS[name](student, teachers, x.to(device), y.to(device), texts, ATTACK)
         optimizer.zero_grad()  # else the attack's weight gradients would be added
         loss.backward()
         optimizer.step()
-        first = loss.item() if first is None else first
-    return first
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.benchmark(group="training")
-def test_epoch(name, data, device, compare, benchmark, tmp_path_factory, monkeypatch):
+def test_epoch(name, data, teachers, device, compare, benchmark, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    student = load_clip("tiny-vit", device, seed=1)
-    single = data.subset(torch.arange(len(data)), "all")
-    one = train(copy.deepcopy(student), single, method_of(name), progress=False).history[0]["loss"]
-    theirs = []
-    monkeypatch.setattr(torch.Tensor, "backward", _noting(theirs, torch.Tensor.backward))
-    twin(name, data, student, device)
-    monkeypatch.undo()
-    monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    outer = theirs[ATTACK["steps"] :: ATTACK["steps"] + 1]
-    assert abs(one / (sum(outer) / len(outer)) - 1) < 2e-2, (one, outer)
+    student, losses = load_clip("tiny-vit", device, seed=1), []
+    mine = ours(name, data, student, teachers).history[0]["loss"]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "backward", _noting(losses, torch.Tensor.backward))
+        twin(name, data, student, teachers, device)
+    outer = losses[ATTACK["steps"] :: ATTACK["steps"] + 1]
+    # Rounding decides about signs of small gradients, so the images and, after a step, the weights drift apart.
+    assert abs(mine / (sum(outer) / len(outer)) - 1) < 2e-2, (mine, outer)
     info = {"impl": "rvlm", "peer": "paper style", "case": f"{name} B={BATCH} C={len(data.class_names)}"}
-    compare(lambda: ours(name, data, student), lambda: twin(name, data, student, device), round_seconds=0.02, **info)
+    compare(
+        lambda: ours(name, data, student, teachers), lambda: twin(name, data, student, teachers, device),
+        round_seconds=0.02, **info,
+    )  # fmt: skip
 
 
 def _noting(values, backward):

@@ -167,7 +167,7 @@ class TrainArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class ProfileArgs(Arguments):
-    """Where the time goes, per phase. train: an epoch of a method; attack: an attack on a model."""
+    """Where the time goes, per phase. train: an epoch of each stage of a method; attack: an attack on a model."""
 
     what: str = "train"
     """train or attack."""

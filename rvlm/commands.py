@@ -1,5 +1,6 @@
 """What the commands of `rvlm.cli` do. Each takes its arguments and returns an exit code."""
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -215,7 +216,7 @@ def train(args: tuple[TrainArgs, Any]) -> int:
                 _warn(found)
 
         measure("before")
-        result = run_training(student, data, method, seed=args.seed, out=out, progress=ranks.first, validation=held_out)
+        result = run_training(student, data, method, seed=args.seed, out=out, validation=held_out)
         if ranks.first:
             speed = result.images / result.seconds
             print(f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s)")
@@ -239,25 +240,26 @@ def profile(args: ProfileArgs) -> int:
     clip = load_clip(args.model, device)
     if args.what == "train":
         method = build_method(args.method, args.preset)
-        method.config.epochs = 1
+        whole = method.stages
+        method.stages = lambda: [dataclasses.replace(stage, length=1) for stage in whole()]
 
-        def work() -> None:
-            run_training(clip, data, method, progress=False)
+        def work() -> int:
+            return run_training(clip, data, method, progress=False).images
     else:
         parse_attack(args.attack)
         classifier = ZeroShotClassifier(clip, data.class_names, data.template)
 
-        def work() -> None:
-            evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False)
+        def work() -> int:
+            return len(evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False))
 
     began = time.perf_counter()
     with profiling.record(device) as timer:
-        work()
+        images = work()
     phases, seconds = timer.totals(), time.perf_counter() - began
     if args.json:
-        print(json.dumps({"seconds": seconds, "images_per_s": len(data) / seconds, "phases": phases}, indent=1))
+        print(json.dumps({"seconds": seconds, "images_per_s": images / seconds, "phases": phases}, indent=1))
     else:
-        print(phase_table(phases, seconds, len(data)))
+        print(phase_table(phases, seconds, images))
     return 0
 
 

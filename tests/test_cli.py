@@ -223,6 +223,8 @@ def test_profile(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     for phase in ("attack", "student forward", "loss and teachers", "student backward", "optimizer", "images/s"):
         assert phase in text
+    assert run("profile", "train", "--method", "hpt_gpd", "--model", "tiny-vit", "--limit", "64") == 0
+    assert "| 128 images," in capsys.readouterr().out, "an epoch of both stages"
     assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["phases"]["forward"][0] < found["seconds"] and found["images_per_s"] > 0

@@ -21,7 +21,7 @@ from rvlm.attacks.losses import LOSSES
 from rvlm.attacks.mifgsm import DI, MIFGSM, NI, SI, TI, VMI, mifgsm
 from rvlm.attacks.objective import AttackResult
 from rvlm.attacks.pgd import PGD, pgd
-from rvlm.attacks.retrieval import SGA, CoAttack, caption_sets, coattack, sga
+from rvlm.attacks.retrieval import SGA, CoAttack, Scales, caption_sets, coattack, sga
 from rvlm.attacks.square import Square, square
 from rvlm.attacks.wrappers import BPDA, Joint, LowFrequency
 
@@ -49,6 +49,7 @@ __all__ = [
     "DeepFool",
     "Joint",
     "LowFrequency",
+    "Scales",
     "Square",
     "apgd",
     "autoattack",

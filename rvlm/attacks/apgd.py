@@ -250,6 +250,7 @@ class _Sparsity:
             self.top = self.differ / self.pixels / 1.5
 
     def at(self, rows: Tensor) -> "_Sparsity":
+        """The same for some of the samples."""
         part = copy.copy(self)
         part.ball, part.largest, part.size = self.ball.at(rows), self.largest[rows], self.size[rows]
         part.top, part.differ = self.top[rows], self.differ[rows]

@@ -122,7 +122,8 @@ class _Rounds:
         c: weights of f [B].
         w: where the next round starts, before the tanh [B, ...].
         origin: the clean images as the tanh reproduces them; distances in the objective are from there.
-        won: bool [B], what the round that is going on has reached.
+        won: bool [B], who has reached in this round what a round is for.
+        most: rounds, or None for as many as it takes; set by the norm.
     """
 
     def __init__(self, objective: Objective, ball: Ball, settings: _Settings) -> None:
@@ -148,35 +149,35 @@ class _Rounds:
 
     def _round(self, active: Tensor) -> Tensor:
         """Adam for the samples that are active; the steps that each took."""
-        w, set_, sign = self.w, self.settings, -1.0 if self.objective.targeted else 1.0
+        w, given, sign = self.w, self.settings, -1.0 if self.objective.targeted else 1.0
         first, second = torch.zeros_like(w), torch.zeros_like(w)
         before = torch.full_like(self.c, torch.inf)
         taken = torch.zeros_like(active, dtype=torch.int64)
-        for k in range(set_.steps):
+        for k in range(given.steps):
             x_adv = self.pixels(w)
             scores, grad = self.objective.gradient(x_adv)
             with profiling.phase("step"):
                 surplus = sign * scores.loss.to(w.dtype)
-                fooled = scores.fooled & (surplus >= set_.confidence) & active
+                fooled = scores.fooled & (surplus >= given.confidence) & active
                 self.nearest.take(x_adv, fooled)
                 size, of_size = self.size(x_adv - self.origin)
-                total = size + self.c * (set_.confidence - surplus).clamp(min=0)
+                total = size + self.c * (given.confidence - surplus).clamp(min=0)
                 active = active & ~self.arrived(w, total, fooled)
-                if set_.callback is not None:
-                    set_.callback(k, x_adv, self.nearest.distance)
-                if k % math.ceil(set_.steps / 10) == 0:
-                    if set_.abort_early:
+                if given.callback is not None:
+                    given.callback(k, x_adv, self.nearest.distance)
+                if k % math.ceil(given.steps / 10) == 0:
+                    if given.abort_early:
                         active = active & (total <= 0.9999 * before)
                         before = total
                     if not active.any():  # waits for the device, ten times a round
                         break
-                pull = torch.where(surplus < set_.confidence, sign * self.c, 0.0)
+                pull = torch.where(surplus < given.confidence, sign * self.c, 0.0)
                 inner = (x_adv - self.middle) / self.half
                 grad = (of_size - rowwise(pull, grad) * grad) * self.half * (1 - inner * inner)
                 first = 0.9 * first + 0.1 * grad
                 second = 0.999 * second + 0.001 * grad * grad
                 step = first / (1 - 0.9 ** (k + 1)) / ((second / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
-                w = torch.where(rowwise(active, w), w - set_.lr * step, w)
+                w = torch.where(rowwise(active, w), w - given.lr * step, w)
                 taken += active
         return taken
 

@@ -96,7 +96,7 @@ class _Straight:
             if self.callback is not None:
                 self.callback(k, x_adv, nearest.distance)
             missing = nearest.distance.isinf()
-            if not missing.any():
+            if not missing.any():  # waits for the device once a step, which has a backward pass for each class
                 break
             with profiling.phase("step"):
                 slopes = torch.stack([g.flatten(1).norm(DUAL[ball.norm], dim=1) for g in gradients], 1) + 1e-8

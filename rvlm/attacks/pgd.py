@@ -150,12 +150,14 @@ class _Steps:
                 if scores.fooled is None:
                     raise ValueError(f"early_stop={self.early_stop!r} needs a model that returns logits [B, C]")
                 active = active & ~scores.fooled
-            if compact and (left := roll.call(~active, k)) is not None:
-                if not roll.dismiss(kept or Kept(seen, scores), left):
-                    return roll.kept, used
-                objective, ball, alpha = objective.at(left), ball.at(left), alpha[left] if alpha.numel() > 1 else alpha
-                x_adv, grad, active, kept = x_adv[left], grad[left], active[left], kept and kept.at(left)
-            if active is not None and self._all_done(active, k):
+            if compact:
+                if (left := roll.call(~active, k)) is not None:
+                    if not roll.dismiss(kept or Kept(seen, scores), left):
+                        return roll.kept, used
+                    objective, ball, kept = objective.at(left), ball.at(left), kept and kept.at(left)
+                    x_adv, grad, active = x_adv[left], grad[left], active[left]
+                    alpha = alpha[left] if alpha.numel() > 1 else alpha
+            elif active is not None and self._all_done(active, k):
                 break
             used[roll.rows] += 1 if active is None else active
             with profiling.phase("step"):

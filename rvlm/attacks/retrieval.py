@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rvlm import ops
 from rvlm.attacks.ball import normal
 from rvlm.attacks.checks import check_images
 from rvlm.attacks.contract import scoring
@@ -247,6 +248,6 @@ def _embedding(image: Any, like: Tensor) -> Tensor:
 
 
 def _divergence(reference: Tensor, image: Tensor) -> Tensor:
-    """KL(softmax(reference) || softmax(image)) over the last dimension."""
-    p, q = reference.log_softmax(-1), image.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(softmax(reference) || softmax(image)) over the last dimension, for image that broadcasts to reference."""
+    rows = image.expand_as(reference).flatten(0, -2)
+    return ops.multi_teacher_kl(rows, reference.flatten(0, -2)[None], [1.0])[0].view(reference.shape[:-1])

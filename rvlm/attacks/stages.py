@@ -71,16 +71,16 @@ class Stage:
 
     def __call__(self, model: Callable, x: Tensor, y: Tensor, *, transfer: bool = False, **more: Any) -> AttackResult:
         """Runs it. transfer: the images will be scored on another model, so this model's verdict decides nothing."""
-        best = {}
-        if self.attack in ("pgd", "apgd"):
-            compact = "compact" if more.get("engine") != "compile" else None
-            best = {"best": "adv", "early_stop": compact}
-            if transfer:
-                best = {"best": "last" if self.attack == "pgd" else "loss"}
+        keeps = {}
+        if self.attack in ("pgd", "apgd") and transfer:
+            keeps = {"best": "last" if self.attack == "pgd" else "loss"}
+        elif self.attack in ("pgd", "apgd"):
+            fixed = "freeze" if self.attack == "pgd" else None  # batches that may not shrink
+            keeps = {"best": "adv", "early_stop": fixed if more.get("engine") == "compile" else "compact"}
         function = FUNCTIONS[self.attack]
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing
-        return function(model, x, y, **best, **self.settings, **more, return_info=True)
+        return function(model, x, y, **keeps, **self.settings, **more, return_info=True)
 
     def every_setting(self) -> dict[str, Any]:
         """Its settings and the function's defaults: what decides what it does but the threat model."""

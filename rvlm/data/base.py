@@ -61,10 +61,9 @@ class Data:
         """Two parts: all but n samples, and those n, drawn without replacement; the same ones for the same seed."""
         if not 0 < n < len(self):
             raise ValueError(f"cannot hold out {n} of {len(self)} samples")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        rest, few = order[n:].sort().values, order[:n].sort().values
-        rule = f"perm(seed={seed})"
-        return self.subset(rest, f"all but {rule}[:{n}]"), self.subset(few, f"{rule}[:{n}]")
+        few = self.limited(n, seed)
+        rest = (~torch.isin(self.index, few.index)).nonzero().flatten()
+        return self.subset(rest, f"all but {few.index_rule}"), few
 
     @property
     def fingerprint(self) -> str:

@@ -178,10 +178,8 @@ def evaluate(
 
     def clean(rows: Tensor) -> _Part:
         x, y, _ = data.batch(rows)
-        part = _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images)
-        if not rows[0]:
-            part.look_at_the_model(classifier, x.to(device), classes)
-        return part
+        first = not rows[0]  # the chunk on which the model itself is looked at
+        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images, look=first)
 
     def attacked(rows: Tensor) -> _Part:
         x, y, index = data.batch(rows)
@@ -255,10 +253,10 @@ class _Part:
     varies: float = 0.0
     probabilities: bool = False
 
-    def look_at_the_model(self, classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> None:
-        """Whether two passes agree, and whether the outputs are probabilities; on the first chunk."""
-        first, second = (logits_of(classifier, x, classes).nan_to_num(0, 0, 0) for _ in range(2))
-        self.forwards += 2 * len(x)
+    def look_at_the_model(self, logits: Tensor, again: Tensor) -> None:
+        """Whether two passes over the same images agree, and whether the outputs are probabilities."""
+        first, second = logits.nan_to_num(0, 0, 0), again.nan_to_num(0, 0, 0)
+        self.forwards += len(first)
         self.varies = (first - second).abs().max().item() / max(1.0, first.abs().max().item())
         self.probabilities = are_probabilities(first)
 
@@ -272,10 +270,8 @@ class _Part:
         rows = self.rows
         if tally.stage < 0:
             tally.classes, result.pred_clean[rows] = self.classes, self.pred
-            tally.varies, tally.probabilities = (
-                max(tally.varies, self.varies),
-                tally.probabilities or self.probabilities,
-            )
+            tally.varies = max(tally.varies, self.varies)
+            tally.probabilities |= self.probabilities
         result.pred_adv[rows], result.margin[rows] = self.pred, self.margin
         result.linf[rows], result.distance[rows] = self.linf, self.distance
         result.broken_by[rows] = torch.where(self.wrong, tally.stage if tally.stage >= 0 else -2, -1)
@@ -293,18 +289,30 @@ class _Part:
 
 
 def _scored(
-    classifier, rows: Tensor, x: Tensor, x_adv: Tensor, y: Tensor, norm: str, classes: int, keep_images: bool
+    classifier,
+    rows: Tensor,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    norm: str,
+    classes: int,
+    keep_images: bool,
+    look: bool = False,
 ) -> _Part:
     """Scores images (x itself, or what an attack made of it) on the classifier."""
     logits = logits_of(classifier, x_adv, classes)
+    again = logits_of(classifier, x_adv, classes) if look else None
     x_adv = x_adv.cpu()
     pred, nonfinite = predictions(logits)
     delta = (x_adv.double() - x.double()).flatten(1)
-    return _Part(
+    part = _Part(
         rows, pred, pred != y, margin(logits, y), delta.abs().amax(1), delta.norm(ORDER[norm], dim=1),
         x_adv if keep_images else None, classes=logits.shape[1],
         outside=max(-x_adv.min().item(), x_adv.max().item() - 1), nonfinite=nonfinite, forwards=len(rows),
     )  # fmt: skip
+    if look:
+        part.look_at_the_model(logits, again)
+    return part
 
 
 def _checks(result: Evaluation, tally: Tally, slack: float) -> list[dict]:
@@ -323,7 +331,9 @@ def _checks(result: Evaluation, tally: Tally, slack: float) -> list[dict]:
         (
             "outputs_are_logits",
             not tally.probabilities,
-            "outputs are probabilities: a softmax inside the model hides gradients" if tally.probabilities else "so",
+            "outputs are probabilities: a softmax inside the model hides gradients"
+            if tally.probabilities
+            else "outputs are no probabilities",
         ),
         ("verdict_rescored", not tally.disagreements, f"{tally.disagreements} verdicts changed when re-scored"),
         (

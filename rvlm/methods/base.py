@@ -165,14 +165,14 @@ class VisionMethod(Method):
     """A method that trains the vision tower against class embeddings which stay as they were.
 
     Attributes, after setup:
-        student: the model. data: what it learns from.
+        student: the model.
         head: [D, C], the logit scale times the unit-norm text embeddings of the training classes.
     """
 
     def setup(self, student: Clip, data: Data) -> None:
         student.requires_grad_(False)
         student.model.visual.requires_grad_(True)
-        self.student, self.data = student, data
+        self.student = student
         text = text_head(student, data.class_names, self.training_templates(data))
         self.head = (self.scale(student) * text).detach()
 

@@ -15,8 +15,8 @@ Open in the paper, and so knobs: the scale of the logits (raw cosines in the rel
 nearly uniform), the direction of the divergence (equation 6 says student first, the code teacher first), sum or mean
 over the batch, what is trained. A learning rate belongs to one choice of these and cannot be carried to another.
 
-`stages` picks rows of the paper's tables: "both", "hpt" alone, "ga" alone, or "clean": distillation on clean images
-without an attack.
+`stages` picks rows of the paper's tables: "both"; stage 2 alone, "hpt"; stage 1 alone, "ga", whose result is theta and
+not its average; or "clean", distillation on clean images without an attack, at stage 2's rate and epochs.
 
 Presets. `paper`: SGD, batch 64, 10 epochs of each stage (whether that is per stage is not said), PGD-2 at 1/255, s = 1
 and sums as in the code that published rates belong to. `code`: the first upload's defaults (PGD-5 at 2/255, batch 256,
@@ -135,8 +135,8 @@ class HPTGPD(VisionMethod):
             on_epoch_end=self._average,
         )  # fmt: skip
         transfer = Stage(config.epochs, self.learning(), schedule, "hpt", on_epoch_start=self._begin_transfer)
-        alone = Stage(config.epochs, self.learning(), schedule, config.stages)
-        return {"both": [anchored, transfer], "hpt": [transfer]}.get(config.stages, [alone])
+        clean = Stage(config.epochs, self.learning(), schedule, "clean")
+        return {"both": [anchored, transfer], "hpt": [transfer], "ga": [anchored], "clean": [clean]}[config.stages]
 
     def _begin_anchored(self, epoch: int) -> None:
         self.anchored = True

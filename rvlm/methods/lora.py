@@ -31,22 +31,19 @@ class LowRank(nn.Module):
         return weight + self.scale * self.b @ self.a
 
 
-def attach(tower: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
-    """Adds corrections to all attentions of a tower; returns the new parameters.
+def attach(tower: nn.Module, rank: int, alpha: float) -> None:
+    """Adds corrections to all attentions of a tower.
 
     Raises:
         ValueError: the tower has no attention, or has corrections already.
     """
-    new = []
-    for module, name in _projections(tower):
+    projections = _projections(tower)
+    if not projections:
+        raise ValueError(f"{type(tower).__name__} has no attention to correct: low-rank training needs a ViT")
+    for module, name in projections:
         if parametrize.is_parametrized(module, name):
             raise ValueError("the tower has low-rank corrections already: merge them first")
-        correction = LowRank(getattr(module, name), rank, alpha)
-        parametrize.register_parametrization(module, name, correction)
-        new += [correction.a, correction.b]
-    if not new:
-        raise ValueError(f"{type(tower).__name__} has no attention to correct: low-rank training needs a ViT")
-    return new
+        parametrize.register_parametrization(module, name, LowRank(getattr(module, name), rank, alpha))
 
 
 def merge(tower: nn.Module) -> None:

@@ -46,8 +46,8 @@ class Teacher:
         with scoring(self.call), torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.call(x).float()
 
-    def remember(self, data: Data, device: torch.device, batch_size: int = 256, progress: bool = False) -> None:
-        """Computes its rows for all samples of `data`, or reads them from the cache on disk."""
+    def remember(self, data: Data, device: torch.device, batch_size: int = 256) -> None:
+        """Computes its rows for all samples of `data` (with a bar on a terminal), or reads them from disk."""
         path = None
         if isinstance(self.call, _ClipClassifier | _Embedder):
             key = [
@@ -69,7 +69,7 @@ class Teacher:
             from tqdm import tqdm
 
             chunks = torch.arange(len(data)).split(batch_size)
-            shown = tqdm(chunks, desc=f"{self.name} on clean images", disable=not progress, unit="batch")
+            shown = tqdm(chunks, desc=f"{self.name} on clean images", disable=None, unit="batch")
             self.rows = torch.cat([self(data.batch(rows)[0].to(device)) for rows in shown])
             if path is not None:
                 write_bytes(path, save({"rows": self.rows.cpu().contiguous()}))
