@@ -6,7 +6,8 @@ logits = classifier(x)
 """
 
 from rvlm.models.clip import Clip
+from rvlm.models.ensemble import Ensemble
 from rvlm.models.load import load_clip
 from rvlm.models.zero_shot import ZeroShotClassifier
 
-__all__ = ["Clip", "ZeroShotClassifier", "load_clip"]
+__all__ = ["Clip", "Ensemble", "ZeroShotClassifier", "load_clip"]

@@ -199,8 +199,8 @@ def test_lines_of_the_iterates_are_the_ops(peers):
 
 
 @pytest.fixture
-def methods_on_digits():
-    spec = importlib.util.spec_from_file_location("methods_on_digits", BENCH / "methods_on_digits.py")
+def methods():
+    spec = importlib.util.spec_from_file_location("methods", BENCH / "methods.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -209,30 +209,28 @@ def methods_on_digits():
 def row(**given):
     base = {"name": "tecoa", "seed": 0, "train_seconds": 1.0, "samples": 20, "few": 10, "clean": 0.9}
     rates = {"pgd 8/255": 0.5, "pgd 8/255, same samples": 0.5, "autoattack 8/255": 0.45, "proxy clean": 0.9}
-    return base | rates | {"proxy on its images 8/255": 0.8, "failed checks 8/255": []} | given
+    return base | rates | {"joint 8/255": 0.7, "proxy on its images 8/255": 0.8, "failed checks 8/255": []} | given
 
 
-def test_the_table_of_methods(methods_on_digits, monkeypatch, tmp_path, capsys):
+def test_the_table_of_methods(methods, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
-        methods_on_digits, "measure", lambda name, seed, *_: row(name=name, seed=seed, clean=0.9 + 0.02 * seed)
+        methods, "measure", lambda task, name, seed, args: row(name=name, seed=seed, clean=0.9 + 0.02 * seed)
     )
     argv = ["--out", str(tmp_path / "digits"), "--seeds", "0,1", "--eps", "8/255", "--only", "undefended;tecoa"]
-    assert methods_on_digits.main(argv) == 0
+    assert methods.main(argv) == 0
     text = (tmp_path / "digits.md").read_text()
-    assert "| undefended | 1 | 1 | 90.0 | 50.0 | 45.0 | 80.0 |" in text
-    assert "| tecoa | 2 | 1 | 91.0 ±1.0 | 50.0 ±0.0 | 45.0 ±0.0 | 80.0 ±0.0 |" in text
-    assert "bench/methods_on_digits.py" in text and len(list((tmp_path / "digits").glob("*.json"))) == 3
-    monkeypatch.setattr(methods_on_digits, "measure", None)  # runs that are there are not repeated
-    assert methods_on_digits.main(argv) == 0
+    assert "| undefended | 1 | 1 | 90.0 | 50.0 | 45.0 | 70.0 | 80.0 |" in text
+    assert "| tecoa | 2 | 1 | 91.0 ±1.0 | 50.0 ±0.0 | 45.0 ±0.0 | 70.0 ±0.0 | 80.0 ±0.0 |" in text
+    assert "bench/methods.py" in text and len(list((tmp_path / "digits").glob("*.json"))) == 3
+    monkeypatch.setattr(methods, "measure", None)  # runs that are there are not repeated
+    assert methods.main(argv) == 0
 
 
-def test_no_table_where_pgd_was_too_weak(methods_on_digits, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        methods_on_digits, "measure", lambda name, seed, *_: row(name=name, **{"autoattack 8/255": 0.3})
-    )
+def test_no_table_where_pgd_was_too_weak(methods, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(methods, "measure", lambda task, name, seed, args: row(name=name, **{"autoattack 8/255": 0.3}))
     argv = ["--out", str(tmp_path / "digits"), "--seeds", "0", "--eps", "8/255", "--only", "tecoa"]
-    assert methods_on_digits.main(argv) == 4
+    assert methods.main(argv) == 4
     assert "PGD leaves 50.0%, AutoAttack 30.0% of the same samples" in capsys.readouterr().err
     assert not (tmp_path / "digits.md").exists()
     with pytest.raises(SystemExit):
-        methods_on_digits.main(["--out", str(tmp_path), "--only", "magic"])
+        methods.main(["--out", str(tmp_path), "--only", "magic"])

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from rvlm.data import templates
-from rvlm.models import Clip, ZeroShotClassifier, load_clip, tiny
+from rvlm.models import Clip, Ensemble, ZeroShotClassifier, load_clip, tiny
 from rvlm.models.clip import CONFIG, WEIGHTS
 
 
@@ -144,3 +144,17 @@ def test_bad_classifiers(clip):
         ZeroShotClassifier(clip, ["a"], ["a photo"])
     with pytest.raises(ValueError, match="unknown templates"):
         ZeroShotClassifier(clip, ["a"], "a photo")
+
+
+def test_an_ensemble_averages_probabilities():
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+    x = torch.randn(5, 6)
+    expected = (first(x).softmax(1) + second(x).softmax(1)) / 2
+    ensemble = Ensemble([first, second])
+    torch.testing.assert_close(ensemble(x).exp(), expected)
+    assert len(list(ensemble.parameters())) == 4  # what an attack has to freeze
+    with pytest.raises(ValueError, match="at least one model"):
+        Ensemble([])
+    with pytest.raises(ValueError, match=r"same classes, got logits \[5, 4\], \[5, 3\]"):
+        Ensemble([first, torch.nn.Linear(6, 3)])(x)

@@ -1,0 +1,264 @@
+"""Every method on small real data: clean accuracy, white-box PGD-20 and AutoAttack, over seeds, as a table.
+
+    python bench/methods.py --out docs/results/digits
+    python bench/methods.py --out docs/results/cifar10 --data cifar10 --root FOLDER     # FOLDER: see TASKS
+
+Each method fine-tunes a tiny ViT CLIP that was trained without a defence, once per seed (order of samples, attack
+noise). Every run is a JSON file beside the table, with the command and commit that made it, and is not repeated. The
+table is refused if AutoAttack leaves more than ten points less than PGD-20 on the same samples: then PGD was too weak
+to be shown.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rvlm.attacks import Joint, pgd, scoring
+from rvlm.attacks.stages import parse_attack
+from rvlm.data import Data, load_data
+from rvlm.evaluation import evaluate
+from rvlm.evaluation.records import environment, write_json
+from rvlm.files import cache_root, write_bytes
+from rvlm.methods import build_method
+from rvlm.models import Clip, Ensemble, ZeroShotClassifier, load_clip
+from rvlm.training import train
+from rvlm.units import Eps
+
+ROWS = {
+    "undefended": None,
+    "ensemble with the proxy": None,
+    "tecoa": ("tecoa", {}),
+    "fare": ("fare", {}),
+    "pmg_aft": ("pmg_aft", {}),
+    "ard": ("ard", {}),
+    "mmt_ard": ("mmt_ard", {}),
+    "hpt_gpd": ("hpt_gpd", {}),
+    "hpt_gpd, HPT only": ("hpt_gpd", {"stages": "hpt"}),
+    "hpt_gpd, GA only": ("hpt_gpd", {"stages": "ga"}),
+    "hpt_gpd, clean distillation": ("hpt_gpd", {"stages": "clean"}),
+}
+WORSE = 0.10  # by which AutoAttack may lie below PGD-20
+JOINT_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Data and the frozen or starting models: what a row needs beside its method."""
+
+    train: Data
+    test: Data
+    student: Callable[[], Clip]
+    proxy: Callable[[], Clip]
+    robust: Callable[[], Clip]
+    settings: dict[str, dict]  # of a method, on top of its preset
+
+
+def digits(root: str | None, images: int | None) -> Task:
+    """The bundled scans, with the recipes' settings."""
+    train_data, test = load_data("digits", "train", limit=images), load_data("digits", "test")
+    names = ("digits-vit", "digits-rn", "digits-vit-tecoa")
+    return Task(train_data, test, *(functools.partial(load_clip, name) for name in names), settings={})
+
+
+def cifar10(root: str | None, images: int | None) -> Task:
+    """CIFAR-10 photographs: ROOT/train20000_jpeg.zip (train/<class>/*.jpg) and ROOT/test2000.npz.
+
+    Tiny CLIPs are trained there first, on all images and their mirror images, and kept in the cache; so is the robust
+    teacher, TeCoA on all images. Methods get `images` of them (default 5,000) and as many epochs for each.
+    """
+    if root is None:
+        raise FileNotFoundError("cifar10 needs --root, a folder with train20000_jpeg.zip and test2000.npz")
+    everything = load_data(f"folder:{root}/train20000_jpeg.zip", "train")
+    everything = dataclasses.replace(everything, read=everything.read(everything.index).__getitem__)  # decoded once
+    kept = cache_root() / "bench" / f"cifar10-{everything.fingerprint}"
+    vit, rn = (functools.partial(_made, kept / name, name, _mirrored(everything), "clip", {"epochs": 15})
+               for name in ("tiny-vit", "tiny-rn"))  # fmt: skip
+    robust = functools.partial(_made, kept / "tecoa", vit, everything, "tecoa", {"epochs": 10})
+    epochs = {"epochs": 20}
+    settings = dict.fromkeys(("tecoa", "fare", "pmg_aft", "ard", "mmt_ard"), epochs)
+    settings["hpt_gpd"] = {"epochs": 10, "ga_epochs": 10}
+    test = load_data(f"npz:{root}/test2000.npz", limit=1000)
+    return Task(everything.limited(images or 5000), test, vit, rn, robust, settings)
+
+
+TASKS = {"digits": digits, "cifar10": cifar10}
+
+
+def _made(folder: Path, start: str | Callable[[], Clip], data: Data, method: str, settings: dict) -> Clip:
+    """A model that is trained at first use and kept."""
+    if not (folder / "open_clip_config.json").is_file():
+        clip = load_clip(start) if isinstance(start, str) else start()
+        train(clip, data, build_method(method, **settings)).student.save(folder)
+    return load_clip(str(folder))
+
+
+def _mirrored(data: Data) -> Data:
+    """Twice the samples: the second half is flipped left to right."""
+    n = int(data.index.max()) + 1
+
+    def read(index: torch.Tensor) -> torch.Tensor:
+        pixels = data.read(index % n)
+        return torch.where((index >= n).view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+
+    index = torch.cat([data.index, data.index + n])
+    return dataclasses.replace(data, y=data.y.repeat(2), index=index, read=read, index_rule="and mirrored")
+
+
+def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
+    """One row: accuracies on the test split, and the proxy's on the images that were made for the student."""
+    student, proxy, robust = (make().to(args.device) for make in (task.student, task.proxy, task.robust))
+    row = {"name": name, "seed": seed, "train_seconds": 0.0, "train_images": 0}
+    if ROWS[name] is not None:
+        method, settings = ROWS[name]
+        teachers = {"hpt_gpd": {"proxy": proxy}, "ard": {"teacher": robust},
+                    "mmt_ard": {"robust_teacher": robust, "clean_teacher": proxy}}.get(method, {})  # fmt: skip
+        built = build_method(method, **(task.settings.get(method, {}) | teachers | settings))
+        result = train(student, task.train, built, seed=seed, progress=args.progress)
+        row |= {"train_seconds": round(result.seconds, 1), "train_images": result.images}
+    test, subset = task.test, task.test.limited(args.few)
+    model, other = (ZeroShotClassifier(c, test.class_names, test.template).eval() for c in (student, proxy))
+    row |= {"samples": len(test), "few": len(subset)}
+    if name == "ensemble with the proxy":
+        model = Ensemble([model, other])
+    place = {int(i): k for k, i in enumerate(test.index)}
+    rows = [place[int(i)] for i in subset.index]
+    for eps in args.radii:
+        given = {"eps": eps, "seed": seed, "progress": args.progress, "device": args.device}
+        weak = evaluate(model, test, attack=args.attack, **given)
+        strong = evaluate(model, subset, attack=args.strong, **given)
+        fooled = evaluate(other, test, source=model, attack=args.attack, **given)
+        row |= {
+            "clean": weak.clean, f"pgd {eps}": weak.robust, f"autoattack {eps}": strong.robust,
+            f"pgd {eps}, same samples": (weak.broken_by[rows] == -1).double().mean().item(),
+            f"proxy on its images {eps}": fooled.robust, "proxy clean": fooled.clean,
+            f"joint {eps}": against_both(model, other, test, eps, seed, args.device),
+            f"failed checks {eps}": [c["id"] for c in [*weak.checks, *strong.checks] if not c["ok"]],
+        }  # fmt: skip
+    return row
+
+
+def against_both(model, proxy, data: Data, eps: str, seed: int, device: str) -> float:
+    """Accuracy under PGD that raises the student's and the proxy's cross-entropy together, as an attacker who knows how
+    the student was trained might: losses added up, and gradients of equal length added up; the worse of the two."""
+    right = 0
+    for rows in torch.arange(len(data)).split(250):
+        x, y, index = (t.to(device) for t in data.batch(rows))
+        with scoring(model):
+            holds = model(x).argmax(1) == y
+        for rule in ("sum", "unit"):
+            joint = Joint([model, proxy], gradients=rule)
+            generator = torch.Generator().manual_seed(seed)
+            x_adv = pgd(joint, x, y, loss=joint.loss, best="loss", eps=Eps(eps), steps=JOINT_STEPS,
+                        generator=generator, sample_ids=index)  # fmt: skip
+            with scoring(model):
+                holds &= model(x_adv).argmax(1) == y
+        right += int(holds.sum())
+    return right / len(data)
+
+
+def table(rows: list[dict], args: argparse.Namespace) -> str:
+    """Means over seeds, with the spread (half of largest minus smallest) where there are several."""
+    columns = {"clean": "clean"}
+    for eps in args.radii:
+        columns |= {f"pgd {eps}": f"{args.attack} {eps}", f"autoattack {eps}": f"{args.strong} {eps}"}
+        columns |= {f"joint {eps}": f"joint {eps}", f"proxy on its images {eps}": f"proxy {eps}"}
+    lines = ["| method | seeds | train s | " + " | ".join(columns.values()) + " |", "| --- " * (3 + len(columns)) + "|"]
+    for name in ROWS:
+        mine = [row for row in rows if row["name"] == name]
+        if not mine:
+            continue
+        cells = [name, str(len(mine)), f"{statistics.mean(row['train_seconds'] for row in mine):.0f}"]
+        for key in columns:
+            values = [100 * row[key] for row in mine]
+            spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def too_weak(rows: list[dict], radii: list[str]) -> list[str]:
+    """Rows in which AutoAttack found much that PGD had not."""
+    return [
+        f"{row['name']} (seed {row['seed']}, eps {eps}): PGD leaves {row[f'pgd {eps}, same samples']:.1%}, AutoAttack "
+        f"{row[f'autoattack {eps}']:.1%} of the same samples"
+        for row in rows
+        for eps in radii
+        if row[f"autoattack {eps}"] < row[f"pgd {eps}, same samples"] - WORSE
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; the table is OUT.md")
+    parser.add_argument("--data", default="digits", choices=TASKS)
+    parser.add_argument("--root", help="where the data lies, for data that is not bundled")
+    parser.add_argument("--images", type=int, help="training images for the methods")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--eps", default="4/255,8/255")
+    parser.add_argument("--attack", default="pgd-20")
+    parser.add_argument("--strong", default="autoattack")
+    parser.add_argument("--few", type=int, default=50, help="samples of the strong attack")
+    parser.add_argument("--only", default="", help="names of rows, separated by semicolons")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--progress", action="store_true")
+    args = parser.parse_args(argv)
+    args.radii, only = args.eps.split(","), [name for name in args.only.split(";") if name]
+    for attack in (args.attack, args.strong):
+        parse_attack(attack)
+    unknown = set(only) - set(ROWS)
+    if unknown:
+        parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {'; '.join(ROWS)}")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if args.root:
+        given = [part.replace(args.root, "FOLDER") for part in given]
+    command = shlex.join(["python", "bench/methods.py", *given])
+    make_task = functools.cache(functools.partial(TASKS[args.data], args.root, args.images))
+    rows = []
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for seed in seeds:
+        for name in only or ROWS:
+            if ROWS[name] is None and seed != seeds[0]:
+                continue  # nothing is trained
+            stem = f"{name} {args.attack} {args.strong}-{args.few} {args.eps} {seed}".translate(
+                str.maketrans(" ,/", "---")
+            )
+            path = args.out / f"{stem}.json"
+            if not path.is_file():
+                began = time.time()
+                row = measure(make_task(), name, seed, args)
+                about = {"command": command, "seconds": round(time.time() - began, 1), "env": environment()}
+                write_json(path, {"schema": "rvlm.method/2", "data": args.data, "row": row, **about})
+            rows.append(json.loads(path.read_text()))
+    measured = [row["row"] for row in rows]
+    if weak := too_weak(measured, args.radii):
+        print("no table: PGD is too weak to be shown beside AutoAttack:", *weak, sep="\n  ", file=sys.stderr)
+        return 4
+    commits = sorted({str(row["env"]["git"])[:12] + ("+" if row["env"]["dirty"] else "") for row in rows})
+    proxy = f"{100 * measured[0]['proxy clean']:.1f}"
+    text = f"""# Methods on {args.data}
+
+Tiny ViT CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
+{measured[0]["few"]} of them; means over seeds ± half the spread. "joint" is PGD-{JOINT_STEPS} on student and proxy
+together, scored on the student. "proxy" is a vanilla ResNet CLIP ({proxy} clean) on the images that {args.attack} made
+for the student (transfer).
+
+{table(measured, args)}
+
+Made by `{command}` at commit {", ".join(commits)} from the files in [{args.out.name}]({args.out.name}).
+"""
+    write_bytes(args.out.with_suffix(".md"), text.encode())
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
