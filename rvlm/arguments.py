@@ -159,6 +159,10 @@ class TrainArgs(Arguments):
     """Samples of that evaluation."""
     seed: int = 0
     """Seed of weights, data order and attack noise."""
+    parallel: str = "ddp"
+    """What the processes of torchrun do: ddp, or fsdp to cut up a vision tower that is too large for one device."""
+    tensorboard: bool = False
+    """Also write the log for TensorBoard (pip install "rvlm[tensorboard]")."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     out: str | None = None

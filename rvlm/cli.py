@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(command, "interrupted", 130)
     except FileNotFoundError as error:
         return _expected(command, error, DATA_MISSING)
-    except (ValueError, TypeError, FloatingPointError) as error:
+    except (ValueError, TypeError, FloatingPointError, ImportError) as error:
         return _expected(command, error, USAGE)
 
 

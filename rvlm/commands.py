@@ -216,7 +216,10 @@ def train(args: tuple[TrainArgs, Any]) -> int:
                 _warn(found)
 
         measure("before")
-        result = run_training(student, data, method, seed=args.seed, out=out, validation=held_out)
+        result = run_training(
+            student, data, method, seed=args.seed, out=out, validation=held_out, parallel=args.parallel,
+            tensorboard=args.tensorboard,
+        )  # fmt: skip
         if ranks.first:
             speed = result.images / result.seconds
             print(f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s)")

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["Ranks", "joined", "placed_like", "whole"]
 
 
 class Ranks:
@@ -56,6 +56,23 @@ class Ranks:
         yield
         if self.first and self.size > 1:
             distributed.barrier()
+
+
+def whole(state: Any) -> Any:
+    """A tensor, or a dict of such, with the slices of all processes put together. All processes must call it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+
+def placed_like(t: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of another one, and cut into slices as that is."""
+    t = t.to(like.device)
+    if not hasattr(like, "placements"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements)
 
 
 @contextmanager

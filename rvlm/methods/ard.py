@@ -52,7 +52,7 @@ class ARD(VisionMethod):
     def setup(self, student: Clip, data: Data) -> None:
         super().setup(student, data)
         config, templates = self.config, self.training_templates(data)
-        self.teacher = classifier(config.teacher, student, data, templates, precision=config.precision)
+        self.teacher = classifier(config.teacher, student, data, templates, precision=self.teacher_precision(student))
         if config.cache_teachers:
             self.teacher.remember(data, student.device)
 

@@ -72,7 +72,10 @@ class MethodConfig:
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 128
-    """Images a step."""
+    """Images a step, of all processes together."""
+    accumulate: int = 1
+    """Parts that a step's images are cut into to save memory; their gradients add up to that of the whole. Batch norm
+    and the shares of mmt_ard's mtard see each part by itself."""
     optimizer: str = "adamw"
     """adamw or sgd (momentum 0.9)."""
     lr: float = 1e-5
@@ -83,6 +86,9 @@ class MethodConfig:
     """Linear warm-up; a cosine to 0 follows."""
     clip_grad: float | None = None
     """Largest norm of the gradient, or None."""
+    ema: float = 0.0
+    """Decay per step of an average of the weights, which is then what is validated and kept; 0 keeps the weights. It
+    starts anew with each stage."""
     eps: Eps = Eps("4/255")
     """Radius of the inner attack in pixel units (Linf)."""
     alpha: float | None = None
@@ -94,7 +100,10 @@ class MethodConfig:
     momentum: float = 0.0
     """Decay of the attack's velocity of signs (RobustVLM's PGD, 0.9 there), or 0 for plain PGD."""
     precision: str = "fp32"
-    """fp32, or bf16: student, attack and teachers under autocast; weights, images and losses stay fp32."""
+    """fp32, or bf16 or fp16: student and attack under autocast; weights, images and losses stay fp32. Under fp16 the
+    losses of step and attack are scaled, so that small gradients do not vanish."""
+    teacher_precision: str = "auto"
+    """fp32 or bf16; auto is bf16 on a GPU and where the student has it."""
     templates: str = "auto"
     """Id of the prompt templates for the training classes; auto takes the data set's own."""
 
@@ -103,11 +112,17 @@ class MethodConfig:
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")
         self.eps.check("linf")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        for name, allowed in (
+            ("precision", ("fp32", "bf16", "fp16")),
+            ("teacher_precision", ("auto", "fp32", "bf16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        for name in ("epochs", "batch_size", "steps"):
+        for name in ("epochs", "batch_size", "steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -145,6 +160,12 @@ class Method:
         """
         raise NotImplementedError
 
+    def teacher_precision(self, student: Clip) -> str:
+        """What frozen models run in."""
+        if self.config.teacher_precision != "auto":
+            return self.config.teacher_precision
+        return "bf16" if student.device.type == "cuda" or self.config.precision == "bf16" else "fp32"
+
     def finish(self) -> None:
         """Called once after the last step: makes the student's weights what is to be saved."""
 
@@ -153,7 +174,7 @@ class Method:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave, after `setup`."""
+        """Takes back what `state` gave, after `stages`."""
 
     def training_templates(self, data: Data) -> list[str]:
         from rvlm.data import templates

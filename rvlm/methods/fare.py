@@ -66,7 +66,7 @@ class FARE(VisionMethod):
 
     def setup(self, student: Clip, data: Data) -> None:
         super().setup(student, data)
-        self.reference = embedder(student, self.unit_norm, self.config.precision)
+        self.reference = embedder(student, self.unit_norm, self.teacher_precision(student))
         if self.config.cache_teachers:
             self.reference.remember(data, student.device)
 

@@ -13,7 +13,9 @@ With several proxies the divergence is their mean. A proxy may be any callable t
 
 Open in the paper, and so knobs: the scale of the logits (raw cosines in the released code, s = 1, where a softmax is
 nearly uniform), the direction of the divergence (equation 6 says student first, the code teacher first), sum or mean
-over the batch, what is trained. A learning rate belongs to one choice of these and cannot be carried to another.
+over the batch, what is trained (the equations and the first upload say both towers, the code it builds on the vision
+tower; with `trains="all"` the prompts are encoded once a step, and the attack sees them as constants). A learning rate
+belongs to one choice of these and cannot be carried to another.
 
 `stages` picks rows of the paper's tables: "both"; stage 2 alone, "hpt"; stage 1 alone, "ga", whose result is theta and
 not its average; or "clean", distillation on clean images without an attack, at stage 2's rate and epochs.
@@ -24,6 +26,7 @@ anchor weight 0.001, one stage). `rvlm`: ours, on the digits.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -34,6 +37,8 @@ from rvlm.data import Data
 from rvlm.methods.base import Batch, MethodConfig, Stage, VisionMethod, accuracy, register, warmup_cosine
 from rvlm.methods.teachers import classifier, frozen_copy
 from rvlm.models import Clip
+from rvlm.models.zero_shot import text_head
+from rvlm.ranks import placed_like
 
 __all__ = ["HPTGPD"]
 
@@ -45,6 +50,8 @@ class HPTGPDConfig(MethodConfig):
     """Frozen model(s) of other architectures; from Python also Clips and callables to logits."""
     stages: str = "both"
     """both, hpt, ga or clean."""
+    trains: str = "vision"
+    """vision, the vision tower, or all: both towers and the logit scale, which stays between 1 and 100."""
     ga_epochs: int | None = None
     """Epochs of stage 1; as many as stage 2 if None."""
     ga_lr: float = 5e-5
@@ -76,6 +83,7 @@ class HPTGPDConfig(MethodConfig):
         super().__post_init__()
         for name, allowed in (
             ("stages", ("both", "hpt", "ga", "clean")),
+            ("trains", ("vision", "all")),
             ("direction", ("student_first", "teacher_first")),
             ("reduction", ("mean", "sum")),
         ):
@@ -116,10 +124,13 @@ class HPTGPD(VisionMethod):
     def setup(self, student: Clip, data: Data) -> None:
         super().setup(student, data)
         config, templates = self.config, self.training_templates(data)
+        if config.trains == "all":
+            student.requires_grad_(True)
+            student.model.logit_scale.requires_grad_(config.logit_scale is None)  # else the loss does not depend on it
+            self.text = lambda: text_head(student, data.class_names, templates)
         proxies = config.proxy if isinstance(config.proxy, list | tuple) else [config.proxy]
-        given = {"scale": config.logit_scale, "precision": config.precision}
+        given = {"scale": config.logit_scale, "precision": self.teacher_precision(student)}
         self.proxies = [classifier(proxy, student, data, templates, **given) for proxy in proxies]
-        self.vanilla = {name: t.clone() for name, t in self._weights().items()}
         self.anchor = None
         if config.anchor_weight:
             self.anchor = classifier(frozen_copy(student), student, data, templates, **given)
@@ -128,6 +139,8 @@ class HPTGPD(VisionMethod):
                 teacher.remember(data, student.device)
 
     def stages(self) -> list[Stage]:
+        # Here and not in setup: several processes may have cut the tower into slices since.
+        self.vanilla = {name: t.clone() for name, t in self._weights().items()}
         config, schedule = self.config, warmup_cosine(self.config.warmup_steps)
         epochs = config.epochs if config.ga_epochs is None else config.ga_epochs
         anchored = Stage(
@@ -160,21 +173,34 @@ class HPTGPD(VisionMethod):
                 t.lerp_(self.ema[name], 1 - self.config.beta)
 
     def _weights(self) -> dict[str, Tensor]:
-        """What is averaged and pulled: all floating-point numbers of the vision tower, statistics included."""
-        tower = self.student.model.visual.state_dict()
+        """What is averaged and pulled: all floating-point numbers of what learns, statistics included."""
+        tower = (self.student.model if self.config.trains == "all" else self.student.model.visual).state_dict()
         return {name: t for name, t in tower.items() if t.is_floating_point()}
 
     def state(self) -> dict[str, Any]:
         return {"ema": self.ema, "vanilla": self.vanilla, "anchored": self.anchored}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.ema, self.vanilla, self.anchored = state["ema"], state["vanilla"], state["anchored"]
+        weights, self.anchored = self._weights(), state["anchored"]
+        self.ema, self.vanilla = (
+            {name: placed_like(t, weights[name]) for name, t in state[part].items()} for part in ("ema", "vanilla")
+        )
 
     def attack(self, batch: Batch):
-        return lambda embedding: ops.attack_loss(embedding @ self.head, batch.y)[0]
+        self._encode_text()
+        head = self.head.detach()
+        return lambda embedding: ops.attack_loss(embedding @ head, batch.y)[0]
+
+    def _encode_text(self) -> None:
+        """The class embeddings of this step, with their graph, if the text tower learns."""
+        if self.config.trains == "all":
+            scale = self.student.model.logit_scale.clamp(0, math.log(100)).exp()
+            self.head = (scale if self.config.logit_scale is None else self.config.logit_scale) * self.text()
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         config = self.config
+        if out_adv is None:
+            self._encode_text()
         logits = (out_clean if out_adv is None else out_adv) @ self.head
         said = [proxy.on_clean(batch) if self.anchored else proxy(batch.x_adv) for proxy in self.proxies]
         weights = [1 / len(said)] * len(said)

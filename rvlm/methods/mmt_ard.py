@@ -76,6 +76,10 @@ class MMTARDConfig(MethodConfig):
     """Rank of the corrections to the attention's projections; 0 trains the whole tower."""
     lora_alpha: float = 16.0
     """They are scaled by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Share of the input features that a correction does not see in a training pass (0.1 in the released code)."""
+    lora_targets: str = "all"
+    """Which projections of the attention are corrected: qkv, out or all."""
     cache_teachers: bool = True
     """Compute what teachers say of clean images once."""
 
@@ -86,11 +90,14 @@ class MMTARDConfig(MethodConfig):
             ("confidence", ("cosine", "prob")),
             ("inner_loss", ("clean", "robust", "ce")),
             ("robust_input", ("adv", "clean")),
+            ("lora_targets", ("all", "qkv", "out")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
 
 
 @register
@@ -109,10 +116,12 @@ class MMTARD(VisionMethod):
         config, templates = self.config, self.training_templates(data)
         if config.lora_rank:
             student.model.visual.requires_grad_(False)
-            lora.attach(student.model.visual, config.lora_rank, config.lora_alpha)
+            lora.attach(
+                student.model.visual, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets
+            )
 
         def teacher(source: Any):
-            return classifier(source, student, data, templates, precision=config.precision)
+            return classifier(source, student, data, templates, precision=self.teacher_precision(student))
 
         self.robust, self.clean = teacher(config.robust_teacher), teacher(config.clean_teacher)
         self.origin = None if config.origin is None else teacher(config.origin)

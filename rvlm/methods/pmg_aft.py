@@ -70,7 +70,7 @@ class PMGAFT(VisionMethod):
         super().setup(student, data)
         config, templates = self.config, self.training_templates(data)
         frozen = frozen_copy(student)
-        self.frozen = classifier(frozen, student, data, templates, config.logit_scale, config.precision)
+        self.frozen = classifier(frozen, student, data, templates, config.logit_scale, self.teacher_precision(student))
 
     def attack(self, batch: Batch):
         return lambda embedding: ops.attack_loss(embedding @ self.head, batch.y)[0]

@@ -95,7 +95,7 @@ def classifier(
         precision: see Teacher.
 
     Raises:
-        ValueError: logits for another number of classes.
+        ValueError: logits for another number of classes, or a teacher that cannot take the images.
     """
     clip = load_clip(source, student.device) if isinstance(source, str) else source
     name = source if isinstance(source, str) else getattr(source, "name", type(source).__name__)
@@ -103,7 +103,12 @@ def classifier(
         with torch.no_grad():
             clip = _ClipClassifier(clip, data.class_names, templates, scale)
     teacher = Teacher(clip, name, precision)
-    got = teacher(data.batch(slice(0, 2))[0].to(student.device))
+    images = data.batch(slice(0, 2))[0].to(student.device)
+    try:
+        got = teacher(images)
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[-2:]))
+        raise ValueError(f"teacher {name} fails on images of {size} pixels, those of {data.name}: {error}") from error
     if got.dim() != 2 or got.shape[1] != len(data.class_names):
         classes = len(data.class_names)
         raise ValueError(

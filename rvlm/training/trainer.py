@@ -1,10 +1,12 @@
 """The training loop of all methods.
 
 Per batch: craft x_adv on the raw frozen student (no gradient of the attack reaches a parameter), one forward of the
-student on what the method asks for, its loss, one optimiser step. The learning rate is set before the step.
+student on what the method asks for, its loss, one optimiser step. The learning rate is set before the step. With
+`accumulate` this is done for parts of the batch, whose gradients add up, before the step.
 
 Under torchrun every process takes every n-th sample of a batch; one reduction a step (DistributedDataParallel) makes
-the gradient that of the whole batch. The attack runs on the module inside the wrapper.
+the gradient that of the whole batch. The attack runs on the module inside the wrapper. Towers that are too large for a
+device are cut up instead (`rvlm.training.sharding`).
 
 A run with a folder writes its state at every epoch and once a minute; a run that was killed goes on there and ends,
 on one device, with the same bits.
@@ -16,7 +18,7 @@ import functools
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,14 @@ from rvlm.methods import Batch, Method, lora
 from rvlm.methods.base import Stage
 from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import weights_sha
-from rvlm.ranks import Ranks
+from rvlm.ranks import Ranks, placed_like, whole
+from rvlm.training.sharding import Sharded
 from rvlm.units import Eps
 
 __all__ = ["TrainResult", "train"]
 
 STATE = "state.pt"
+PARALLEL = ("ddp", "fsdp")
 SAVE_SECONDS = 60.0
 
 
@@ -77,6 +81,8 @@ def train(
     progress: bool = True,
     validation: Data | None = None,
     validation_attack: str = "pgd-10",
+    parallel: str = "ddp",
+    tensorboard: bool = False,
 ) -> TrainResult:
     """Trains `student` in place.
 
@@ -96,13 +102,20 @@ def train(
             are added to the log as val_clean and val_robust, and the student with the best val_robust so far is kept
             in `best/`. Use samples that the final evaluation does not.
         validation_attack: see `rvlm.attacks.stages`.
+        parallel: what several processes do: "ddp", each holds the whole student, or "fsdp", each holds a slice of the
+            vision tower, its gradients and its optimiser state. With one process there is no difference.
+        tensorboard: also write the rows of the log to `out`/tensorboard, over images (needs the package tensorboard).
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; names step and samples. The state before that step is saved.
-        ValueError: no data, or a folder with the state of another run.
+        ValueError: no data, a folder with the state of another run, or settings that exclude each other.
     """
     if not len(data):
         raise ValueError(f"{data.name} has no samples to train on")
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if tensorboard and out is None:
+        raise ValueError("tensorboard=True needs a folder: pass out")
     ranks = Ranks()
     if method.config.batch_size < ranks.size:
         raise ValueError(f"batch_size={method.config.batch_size} is less than the {ranks.size} processes")
@@ -111,13 +124,15 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_mix(seed, 0, -(2**20)))  # for what draws from torch's own generator: low-rank starts
         method.setup(student, data)
-        stages = method.stages()
-        run = _Run(student, data, method, stages, seed, out, key, ranks)
+        run = _Run(student, data, method, seed, out, key, ranks, parallel)
+        if tensorboard and ranks.first:
+            run.board = _board(out, run.at.images)
         if validation is not None:
             templates = method.training_templates(validation)
-            run.validate = lambda: _accuracies(student, validation, templates, validation_attack, method.config.eps)
-        for number in range(run.at.stage, len(stages)):
+            run.validate = lambda clip: _accuracies(clip, validation, templates, validation_attack, method.config.eps)
+        for number in range(run.at.stage, len(run.stages)):
             run.stage(number, progress and ranks.first)
+        run.end()
         method.finish()
     student.eval().requires_grad_(False)
     if out is not None and ranks.first:
@@ -129,14 +144,21 @@ def train(
 class _Run:
     """One run, as far as it has come."""
 
-    def __init__(self, student, data, method, stages, seed, out, key, ranks) -> None:
-        self.student, self.data, self.method, self.stages, self.seed = student, data, method, stages, seed
+    def __init__(self, student, data, method, seed, out, key, ranks, parallel) -> None:
+        self.student, self.data, self.method, self.seed = student, data, method, seed
         self.out, self.key, self.ranks = out, key, ranks
-        self.at, self.optimizer = _Progress(), None
-        self.validate: Callable[[], dict[str, float]] | None = None
+        self.at, self.optimizer, self.average = _Progress(), None, {}
+        self.validate: Callable[[Clip], dict[str, float]] | None = None
+        self.board = None
+        self.sharded = Sharded(student) if ranks.size > 1 and parallel == "fsdp" else None
         self.forward: nn.Module = student
-        if ranks.size > 1:
+        if ranks.size > 1 and self.sharded is None:
             self.forward = DistributedDataParallel(student)
+        self.stages = method.stages()  # now that the weights are what an optimiser will hold
+        half = method.config.precision == "fp16"
+        if half and self.sharded is not None:
+            raise ValueError("precision fp16 cannot be sharded: use bf16, or ddp")
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=half)
         self.began = self.saved = time.perf_counter()
         if out is not None and (out / STATE).is_file():
             self._restore()
@@ -150,6 +172,7 @@ class _Run:
         stage, config, at = self.stages[number], self.method.config, self.at
         if self.optimizer is None:
             self.optimizer = _optimizer(stage, self.method)
+            self.average = {}
         per_epoch = -(-len(self.data) // config.batch_size)
         peak = config.lr if stage.lr is None else stage.lr
         title = f"{self.method.name} {stage.name}".strip()
@@ -165,6 +188,7 @@ class _Run:
                         group["lr"] = factor * peak * group.get("lr_scale", 1.0)
                     if len(rows) >= self.ranks.size:  # else the last few samples, fewer than processes
                         self._step(rows, _mix(self.seed, number, step))
+                        self._follow()
                     at.batch += 1
                     bar.update()
                     bar.set_postfix(_shown(at, at.images / self.seconds()), refresh=False)
@@ -184,32 +208,50 @@ class _Run:
                 sums[name] = sums.get(name, 0.0) + value
         row = {"stage": number, "epoch": epoch, **({"name": stage.name} if stage.name else {}), **_means(sums, count)}
         if self.validate is not None:
-            self.student.eval()
-            row |= self.validate()
-            if self.out is not None and self.ranks.first and row["val_robust"] > at.best:
-                self.student.save(self.out / "best", lora.plain_state(self.student.model))
+            with self._kept() as student:
+                row |= self.validate(student)
+                if self.out is not None and self.ranks.first and row["val_robust"] > at.best:
+                    student.save(self.out / "best", lora.plain_state(student.model))
             at.best = max(at.best, row["val_robust"])
         at.history.append(row)
         at.epoch, at.batch, at.sums, at.count = epoch + 1, 0, {}, 0
         if self.out is not None and self.ranks.first:
             _write_log(self.out, at.history)
+        if self.board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, at.images)
+            self.board.flush()
 
     def _step(self, rows: Tensor, noise_seed: int) -> None:
-        student, method, config = self.student, self.method, self.method.config
-        mine = rows[self.ranks.rank :: self.ranks.size]
-        batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=len(rows))
-        mixed = torch.autocast(student.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        config, size = self.method.config, self.ranks.size
+        mine = rows[self.ranks.rank :: size]
+        parts = mine.tensor_split(min(config.accumulate, len(rows) // size))  # as many in all processes
+        self.optimizer.zero_grad(set_to_none=True)
+        for k, part in enumerate(parts):
+            with self._reducing(k + 1 == len(parts)):
+                self._part(part, len(rows), noise_seed)
+        if config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(_trained(self.optimizer), config.clip_grad)
+        with profiling.phase("optimizer"):
+            self.scaler.step(self.optimizer)  # leaves a step with infinite gradients out
+            self.scaler.update()
+        self.at.count += len(mine)
+        self.at.images += len(rows)
+
+    def _part(self, mine: Tensor, count: int, noise_seed: int) -> None:
+        """Adds the gradient of some of a step's samples."""
+        student, method = self.student, self.method
+        batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=count)
         if method.inputs in ("adv", "both"):
             with profiling.phase("attack"):
-                batch.x_adv = _craft(student, method, batch, noise_seed)
+                batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler)
         student.train()
-        with profiling.phase("student forward"), mixed:
+        with profiling.phase("student forward"), _mixed(student, method.config.precision):
             outputs = _forward(self.forward, method, batch)
         with profiling.phase("loss and teachers"):
             losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
-        with profiling.phase("student backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            (losses["total"] * self.ranks.size).backward()  # since the wrapper averages over processes
         values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
         if not abs(values["total"]) < float("inf"):
             if self.ranks.size == 1:
@@ -219,16 +261,58 @@ class _Run:
                 f"{self.at.batch}; the model was not updated. Lower the learning rate, clip gradients (clip_grad), or "
                 "look at these images."
             )
-        if config.clip_grad is not None:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
-        with profiling.phase("optimizer"):
-            self.optimizer.step()
-        values["total"] *= len(rows) / len(mine)
-        self.at.count += len(mine)
-        self.at.images += len(rows)
+        with profiling.phase("student backward"):
+            # Wrappers average over processes, and the shares of all are to be added up.
+            self.scaler.scale(losses["total"] * self.ranks.size).backward()
+        values["total"] *= count / len(mine)
         for name, value in values.items():
             self.at.sums[name] = self.at.sums.get(name, 0.0) + value * len(mine)
+
+    @contextlib.contextmanager
+    def _reducing(self, on: bool) -> Iterator[None]:
+        """A backward pass that exchanges gradients, or keeps them to be added to."""
+        if self.sharded is not None:
+            self.sharded.sync(on)
+        with contextlib.nullcontext() if on or self.forward is self.student else self.forward.no_sync():
+            yield
+
+    def _follow(self) -> None:
+        """Moves the average of the weights."""
+        decay = self.method.config.ema
+        if not decay:
+            return
+        weights = {name: t for name, t in self.student.state_dict().items() if t.is_floating_point()}
+        if not self.average:
+            self.average = {name: t.clone() for name, t in weights.items()}
+        for name, t in weights.items():
+            self.average[name].lerp_(t, 1 - decay)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[Clip]:
+        """The student as it would be kept if the run ended now, in eval mode: averaged and whole."""
+        student = self.student
+        training = {name: t.clone() for name, t in student.state_dict().items()} if self.average else {}
+        if self.average:
+            student.load_state_dict(self.average, strict=False)
+        tower = student.model.visual
+        if self.sharded is not None:
+            student.model.visual = self.sharded.whole_tower()
+        student.eval()
+        try:
+            yield student
+        finally:
+            student.model.visual = tower
+            if training:
+                student.load_state_dict(training)
+
+    def end(self) -> None:
+        """Makes the student what is kept."""
+        with self._kept() as student:
+            tower, weights = student.model.visual, {name: t.clone() for name, t in student.state_dict().items()}
+        self.student.model.visual = tower
+        self.student.load_state_dict(weights)
+        if self.board is not None:
+            self.board.close()
 
     def save(self) -> None:
         """Everything that the rest of the run depends on, in one file that is replaced as a whole."""
@@ -237,6 +321,10 @@ class _Run:
             return
         # Sums over the epoch so far are each process's own; all of them are needed to go on.
         progress = self.ranks.gather(dataclasses.asdict(self.at) | {"seconds": self.seconds()})
+        student, optimizer = self.student.state_dict(), self.optimizer and self.optimizer.state_dict()
+        if self.sharded is not None:
+            student, optimizer = self.sharded.state(self.optimizer)
+        average, method = whole(self.average), whole(self.method.state())
         if not self.ranks.first:
             return
         buffer = io.BytesIO()
@@ -244,9 +332,11 @@ class _Run:
             {
                 "key": self.key,
                 "progress": progress,
-                "student": self.student.state_dict(),
-                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-                "method": self.method.state(),
+                "student": student,
+                "optimizer": optimizer,
+                "average": average,
+                "scaler": self.scaler.state_dict(),
+                "method": method,
                 "random": torch.get_rng_state(),
             },
             buffer,
@@ -268,27 +358,45 @@ class _Run:
         if len(parts) != self.ranks.size and parts[0]["batch"]:
             raise ValueError(f"{path} stopped inside an epoch of one process: go on with one, not {self.ranks.size}")
         self.at = _Progress(**parts[self.ranks.rank % len(parts)])
-        self.student.load_state_dict(state["student"])
-        self.method.restore(state["method"])
         if self.at.stage < len(self.stages) and state["optimizer"] is not None:
             self.optimizer = _optimizer(self.stages[self.at.stage], self.method)
-            self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded is not None:
+            self.sharded.load(state["student"], self.optimizer, state["optimizer"])
+        else:
+            self.student.load_state_dict(state["student"])
+            if self.optimizer is not None:
+                self.optimizer.load_state_dict(state["optimizer"])
+        self.method.restore(state["method"])
+        weights = self.student.state_dict()
+        self.average = {name: placed_like(t, weights[name]) for name, t in state["average"].items()}
+        self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"].cpu())
 
 
-def _craft(student: Clip, method: Method, batch: Batch, noise_seed: int) -> Tensor:
+def _craft(student: Clip, method: Method, batch: Batch, noise_seed: int, scaler: torch.amp.GradScaler) -> Tensor:
     """The inner attack of a method, on the raw student."""
     config, attack_loss = method.config, method.attack(batch)
+
+    def raised(embedding: Tensor, _: None) -> Tensor:
+        with torch.autocast(student.device.type, enabled=False):
+            loss = attack_loss(embedding.float())
+        # Directions do not feel a factor, but in 16 bits gradients without one are 0. The scaler's fits a mean.
+        return scaler.scale(loss) / len(loss) if scaler.is_enabled() else loss
+
     given = {
-        "loss": lambda embedding, _: attack_loss(embedding.float()), "eps": config.eps, "steps": config.steps,
-        "random_start": config.random_start, "sample_ids": batch.index,
-        "generator": torch.Generator().manual_seed(noise_seed),
-        "precision": None if config.precision == "fp32" else config.precision,
+        "loss": raised, "eps": config.eps, "steps": config.steps, "random_start": config.random_start,
+        "sample_ids": batch.index, "generator": torch.Generator().manual_seed(noise_seed), "alpha": config.alpha,
     }  # fmt: skip
     model = functools.partial(student.encode_pixels, unit_norm=method.unit_norm)
-    if config.momentum:
-        return mifgsm(model, batch.x, mu=config.momentum, velocity="sign", alpha=config.alpha, **given)
-    return pgd(model, batch.x, alpha=config.alpha, **given)
+    with _mixed(student, config.precision):
+        if config.momentum:
+            return mifgsm(model, batch.x, mu=config.momentum, velocity="sign", **given)
+        return pgd(model, batch.x, **given)
+
+
+def _mixed(student: Clip, precision: str) -> torch.autocast:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    return torch.autocast(student.device.type, dtype, enabled=precision != "fp32")
 
 
 def _forward(student: nn.Module, method: Method, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
@@ -311,6 +419,18 @@ def _optimizer(stage: Stage, method: Method) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(stage.param_groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     return torch.optim.AdamW(stage.param_groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _board(out: Path, images: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError('tensorboard=True needs the package tensorboard: pip install "rvlm[tensorboard]"') from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=images + 1)
 
 
 def _key(student: Clip, data: Data, method: Method, seed: int, validation: Data | None) -> dict[str, Any]:

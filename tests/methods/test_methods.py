@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from rvlm.data import load_data
-from rvlm.methods import Batch, build_method, list_methods
+from rvlm.methods import Batch, build_method, list_methods, lora
 from rvlm.methods.teachers import Teacher, classifier
 from rvlm.models import load_clip
+from rvlm.models.zero_shot import text_head
 from rvlm.training import train
 
 QUICK = {"epochs": 1, "batch_size": 32, "warmup_steps": 1}
@@ -336,8 +337,9 @@ def test_averages_and_pulls(data):
         torch.testing.assert_close(weight, 0.25 * (vanilla + 1) + 0.75 * average)
     first = build("hpt_gpd", pull_first=True, start_from_ema=True)
     first.setup(student, data)
+    transfer = first.stages()[1]
     first.restore(method.state())
-    first.stages()[1].on_epoch_start(0)
+    transfer.on_epoch_start(0)
     torch.testing.assert_close(weight, average)
 
 
@@ -354,6 +356,65 @@ def test_low_rank_training_moves_the_projections_alone_and_is_merged(data):
         train(load_clip("tiny-rn"), data, build("mmt_ard", lora_rank=4), progress=False)
 
 
+@pytest.mark.parametrize("targets, ends", [("qkv", "in_proj_weight"), ("out", "out_proj.weight")])
+def test_low_rank_targets(data, targets, ends):
+    student, before = load_clip("tiny-vit"), load_clip("tiny-vit")
+    train(student, data, build("mmt_ard", lora_rank=2, lora_targets=targets), progress=False)
+    moved = {key for key, old in before.named_parameters() if not torch.equal(old, student.get_parameter(key))}
+    assert len(moved) == 3 and all(key.endswith(ends) for key in moved)
+
+
+def test_low_rank_dropout_hides_input_features_in_training_alone():
+    tower = load_clip("tiny-vit").model.visual
+    lora.attach(tower, rank=4, alpha=4.0, dropout=0.5)
+    module = tower.transformer.resblocks[0].attn
+    correction = module.parametrizations.in_proj_weight[0]
+    nn.init.normal_(correction.b)
+    plain = module.parametrizations.in_proj_weight.original
+    tower.eval()
+    whole = correction.b @ correction.a
+    torch.testing.assert_close(module.in_proj_weight - plain, whole)
+    tower.train()
+    change = module.in_proj_weight - plain
+    seen = change.abs().sum(0) > 1e-6
+    assert 0.2 < seen.float().mean() < 0.8
+    torch.testing.assert_close(change[:, seen], 2 * whole[:, seen], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"logit_scale": 1.0}, {"stages": "clean"}, {"precision": "bf16"}])
+def test_both_towers_may_learn(data, settings):
+    """The gradient of one step is that of the loss with the text encoded in its graph."""
+    seen, given = {}, {"stages": "hpt", "trains": "all", "optimizer": "sgd", "lr": 0.1, "batch_size": 96,
+                       "ce_weight": 0.5, "clip_grad": None} | settings  # fmt: skip
+    method = build("hpt_gpd", **given)
+    loss = method.loss
+    method.loss = lambda adv, clean, batch: (seen.update(batch=batch), loss(adv, clean, batch))[1]
+    student, fresh = load_clip("tiny-vit", seed=1), load_clip("tiny-vit", seed=1)
+    train(student, data, method, progress=False)
+    batch = seen["batch"]
+    fresh.requires_grad_(True)
+    x = batch.x if given["stages"] == "clean" else batch.x_adv
+    text = text_head(fresh, data.class_names, method.training_templates(data))
+    scale = given.get("logit_scale") or fresh.logit_scale
+    logits = scale * fresh(x) @ text
+    said = classifier("tiny-rn", fresh, data, method.training_templates(data), given.get("logit_scale"))(x)
+    (kl(logits, said).mean() + 0.5 * F.cross_entropy(logits, batch.y)).backward()
+    tolerance = 0.25 if given.get("precision") == "bf16" else 1e-3
+    for (key, new), old in zip(student.named_parameters(), fresh.parameters(), strict=True):
+        step = torch.zeros_like(old) if old.grad is None else -0.1 * old.grad
+        assert (new - (old + step)).abs().max() <= 1e-6 + tolerance * step.abs().max(), key
+        assert torch.equal(new, old) == (old.grad is None), key
+
+
+def test_the_precision_of_teachers(data):
+    student, kinds = load_clip("tiny-vit"), []
+    for settings in ({}, {"precision": "bf16"}, {"teacher_precision": "bf16"}, {"precision": "fp16"}):
+        method = build("ard", teacher="tiny-rn", **settings)
+        method.setup(student, data)
+        kinds.append(method.teacher.precision)
+    assert kinds == ["fp32", "bf16", "bf16", "fp32"]
+
+
 @pytest.mark.parametrize("name, settings, message", [
     ("fare", {"distance": "l1"}, "distance must be l2 or cosine"),
     ("fare", {"clean_weight": 2.0}, "clean_weight must be a share"),
@@ -363,8 +424,14 @@ def test_low_rank_training_moves_the_projections_alone_and_is_merged(data):
     ("hpt_gpd", {"gamma": 1.5}, "gamma must be in"),
     ("mmt_ard", {"weights": "magic"}, "weights must be one of code, fixed, mtard, sigmoid, hard"),
     ("mmt_ard", {"lora_rank": -1}, "lora_rank must be at least 0"),
-    ("tecoa", {"precision": "fp8"}, "precision must be fp32 or bf16"),
+    ("tecoa", {"precision": "fp8"}, "precision must be one of fp32, bf16, fp16"),
     ("tecoa", {"momentum": 1.0}, "momentum must be in"),
+    ("tecoa", {"ema": 1.0}, "ema must be in"),
+    ("tecoa", {"accumulate": 0}, "accumulate must be at least 1"),
+    ("tecoa", {"teacher_precision": "fp16"}, "teacher_precision must be one of auto, fp32, bf16"),
+    ("hpt_gpd", {"trains": "text"}, "trains must be one of vision, all"),
+    ("mmt_ard", {"lora_targets": "mlp"}, "lora_targets must be one of all, qkv, out"),
+    ("mmt_ard", {"lora_dropout": 1.0}, "lora_dropout must be in"),
     ("ard", {"teachr": "x"}, "no setting 'teachr': did you mean 'teacher'"),
 ])  # fmt: skip
 def test_bad_settings(name, settings, message):
@@ -375,6 +442,7 @@ def test_bad_settings(name, settings, message):
 @pytest.mark.parametrize("teacher, message", [
     (lambda x: torch.zeros(len(x), 7), r"returns \[2, 7\] for two images, but digits has 10 classes"),
     (lambda x: torch.zeros(len(x)), r"returns \[2\] for two images"),
+    (lambda x: x.reshape(len(x), 3 * 64 * 64), "fails on images of 32 x 32 pixels, those of digits"),
     ("no/such/folder", "no/such/folder lacks"),
     ("ViT-Q-99", "unknown model"),
 ])  # fmt: skip

@@ -12,12 +12,16 @@ from rvlm.methods import build_method
 from rvlm.models import load_clip
 from rvlm.training import train
 
-# One SGD step of a known size on 62 samples: 31 for each process.
-SETTINGS = {
-    "tecoa": {},
-    "pmg_aft": {"reduction": "sum"},
-    "hpt_gpd": {"proxy": "tiny-rn", "ga_epochs": 1, "beta": 0.5},
-    "clip": {},
+# SGD steps of a known size on 62 samples: 31 for each process.
+RUNS = {
+    "tecoa": ("tecoa", "ddp", {"ema": 0.5}),
+    "pmg_aft in parts": ("pmg_aft", "ddp", {"reduction": "sum", "accumulate": 3}),
+    "hpt_gpd": ("hpt_gpd", "ddp", {"proxy": "tiny-rn", "ga_epochs": 1, "beta": 0.5}),
+    "hpt_gpd of both towers": ("hpt_gpd", "ddp", {"proxy": "tiny-rn", "stages": "hpt", "trains": "all"}),
+    "clip": ("clip", "ddp", {}),
+    "pmg_aft sharded": ("pmg_aft", "fsdp", {"reduction": "sum", "accumulate": 3}),
+    "hpt_gpd sharded": ("hpt_gpd", "fsdp", {"proxy": "tiny-rn", "ga_epochs": 1, "beta": 0.5, "clip_grad": 1.0}),
+    "tecoa sharded": ("tecoa", "fsdp", {"ema": 0.5}),
 }
 SCRIPT = """
 import sys, torch
@@ -28,7 +32,7 @@ from rvlm.models import load_clip
 from rvlm.ranks import joined
 from rvlm.training import train, trainer
 
-name, settings, folder = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
+name, parallel, settings, folder = sys.argv[1], sys.argv[2], eval(sys.argv[3]), sys.argv[4]
 with joined() as ranks:
     calls = []
     wrap = trainer.DistributedDataParallel
@@ -45,30 +49,56 @@ with joined() as ranks:
         return ddp
 
     trainer.DistributedDataParallel = counted
-    student = load_clip("tiny-vit", seed=1)
     data = load_data("digits", "train", limit=62)
-    result = train(student, data, build_method(name, **settings), out=folder, progress=False)
+
+    def stopping(method, calls):
+        loss, left = method.loss, [calls]
+
+        def counted(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise InterruptedError
+            return loss(*args)
+
+        method.loss = counted
+        return method
+
+    cuts = [settings["ga_epochs"]] if "ga_epochs" in settings else []  # as stage 2 begins
+    for cut in [*cuts, None]:
+        student, method = load_clip("tiny-vit", seed=1), build_method(name, **settings)
+        given = {"out": folder, "progress": False, "parallel": parallel}
+        if cut is None:
+            result = train(student, data, method, **given)
+            continue
+        try:
+            train(student, data, stopping(method, cut), **given)
+            raise AssertionError("not cut")
+        except InterruptedError:
+            pass
     steps = sum(row["loss"] == row["loss"] for row in result.history)
     same = ranks.gather(torch.cat([p.flatten() for p in student.parameters()]))
     if ranks.first:
         assert torch.equal(*same), "the processes' models differ"
-        assert sum(calls) == steps, (calls, steps)  # the last bucket of a reduction, once a step
+        # The last bucket of a reduction, once a step; fsdp reduces block by block instead.
+        assert sum(calls) == (0 if parallel == "fsdp" else steps), (calls, steps)
+        assert all(type(p.data) is torch.Tensor for p in student.parameters()), "the student is whole again"
         torch.save((result.history, student.state_dict()), folder + "/two.pt")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch, run):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
+    name, parallel, more = RUNS[run]
     settings = {"optimizer": "sgd", "lr": 0.05, "epochs": 1, "batch_size": 62, "warmup_steps": 1, "clip_grad": None}
-    settings |= SETTINGS[name]
+    settings |= more
     one = train(load_clip("tiny-vit", seed=1), load_data("digits", "train", limit=62), build_method(name, **settings),
                 progress=False)  # fmt: skip
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(tmp_path / "script.py"), name, repr(settings), str(tmp_path)],
+        [*launcher, str(tmp_path / "script.py"), name, parallel, repr(settings), str(tmp_path)],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

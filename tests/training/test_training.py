@@ -160,11 +160,13 @@ def stopping(method, steps):
 SETTINGS = {
     "tecoa": {"optimizer": "sgd", "lr": 0.01},
     "hpt_gpd": {"proxy": "tiny-rn", "ga_epochs": 2},
-    "mmt_ard": {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-rn", "weights": "mtard", "lora_rank": 2},
-}
+    "mmt_ard": {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-rn", "weights": "mtard", "lora_rank": 2,
+                "lora_dropout": 0.1, "ema": 0.7, "accumulate": 2},
+    "pmg_aft": {"precision": "fp16", "ema": 0.5},
+}  # fmt: skip
 
 
-FAST = {("tecoa", 2), ("tecoa", 3), ("hpt_gpd", 4), ("mmt_ard", 2)}
+FAST = {("tecoa", 2), ("tecoa", 3), ("hpt_gpd", 4), ("mmt_ard", 2), ("pmg_aft", 2)}
 
 
 @pytest.mark.parametrize("name, steps", [
@@ -302,6 +304,90 @@ def test_bf16_trains_fp32_weights(data):
     result = run(data, precision="bf16")
     assert all(p.dtype == torch.float32 for p in result.student.parameters())
     assert result.history[0]["loss"] == pytest.approx(run(data).history[0]["loss"], rel=0.05)
+
+
+def test_fp16_scales_losses_of_step_and_attack(data, monkeypatch):
+    """Gradients that fp16 cannot hold without a factor move pixels and weights all the same."""
+    import rvlm.training.trainer as trainer
+
+    seen = []
+    craft = trainer._craft
+
+    def noting(student, method, batch, *rest):
+        x_adv = craft(student, method, batch, *rest)
+        seen.append((x_adv - batch.x).abs().flatten(1).mean(1))
+        return x_adv
+
+    monkeypatch.setattr(trainer, "_craft", noting)
+    tiny = build_method("tecoa", precision="fp16", epochs=1, batch_size=96, random_start=False, warmup_steps=1)
+    attack, loss = tiny.attack, tiny.loss
+    tiny.attack = lambda batch: lambda embedding: 1e-6 * attack(batch)(embedding)
+    tiny.loss = lambda *args: {key: 1e-6 * value for key, value in loss(*args).items()}
+    student = load_clip("tiny-vit")
+    train(student, data, tiny, progress=False)
+    assert seen[0].min() > 2 / 255, "every image moved"
+    assert not torch.equal(student.model.visual.conv1.weight, load_clip("tiny-vit").model.visual.conv1.weight)
+    half, full = run(data, precision="fp16"), run(data)
+    assert all(p.dtype == torch.float32 for p in half.student.parameters())
+    assert half.history[0]["loss"] == pytest.approx(full.history[0]["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "pmg_aft", "reduction": "sum"}, {"batch_size": 10}])
+def test_parts_of_a_batch_add_up(data, settings):
+    given = {"optimizer": "sgd", "lr": 0.01, "batch_size": 96, "clip_grad": 1.0} | settings
+    whole, parts = run(data, **given), run(data, **given, accumulate=3)
+    for p, q in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-5)
+    assert parts.images == whole.images
+    for one, three in zip(whole.history, parts.history, strict=True):
+        assert three == pytest.approx(one, rel=1e-3)
+
+
+def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path):
+    learn, held = data.held_out(24)
+    settings = {"epochs": 1, "batch_size": 24, "warmup_steps": 1, "ema": 0.8, "lr": 1e-3}
+    seen, method = [], build_method("tecoa", **settings)
+    student = load_clip("tiny-vit")
+    loss = method.loss
+
+    def noting(*args):
+        seen.append(student.model.visual.conv1.weight.detach().clone())
+        return loss(*args)
+
+    method.loss = noting
+    result = train(student, learn, method, out=tmp_path, progress=False, validation=held)
+    plain = load_clip("tiny-vit")
+    train(plain, learn, build_method("tecoa", **(settings | {"ema": 0.0})), progress=False)
+    weights = [*seen[1:], plain.model.visual.conv1.weight]  # after each of the three steps
+    average = weights[0]
+    for weight in weights:
+        average = 0.8 * average + 0.2 * weight
+    torch.testing.assert_close(result.student.model.visual.conv1.weight, average)
+    assert not torch.allclose(average, weights[-1], atol=1e-5)
+    for folder in (tmp_path, tmp_path / "best"):
+        assert torch.equal(load_clip(str(folder)).model.visual.conv1.weight, result.student.model.visual.conv1.weight)
+
+
+def test_tensorboard_holds_the_log(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    method = build_method("tecoa", epochs=2, batch_size=48, warmup_steps=1)
+    result = train(load_clip("tiny-vit"), data, method, out=tmp_path, progress=False, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = events.Scalars("loss")
+    assert [row.step for row in rows] == [96, 192]
+    assert [row.value for row in rows] == pytest.approx([row["loss"] for row in result.history])
+    assert {"loss", "robust_acc"} <= set(events.Tags()["scalars"])
+
+
+def test_settings_of_the_trainer_that_cannot_be(data, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="parallel must be one of ddp, fsdp, got 'zero'"):
+        train(load_clip("tiny-vit"), data, build_method("tecoa"), parallel="zero")
+    with pytest.raises(ValueError, match="needs a folder"):
+        train(load_clip("tiny-vit"), data, build_method("tecoa"), tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install \"rvlm\[tensorboard\]"):
+        train(load_clip("tiny-vit"), data, build_method("tecoa"), out=tmp_path, progress=False, tensorboard=True)
 
 
 def test_momentum_uses_the_velocity_of_signs(data):
