@@ -54,6 +54,7 @@ def info(args: InfoArgs) -> int:
 def ls(args: LsArgs) -> int:
     from rvlm.attacks.stages import PATTERNS
     from rvlm.data import TEMPLATES
+    from rvlm.data.torchvision_sets import SETS
     from rvlm.methods import list_methods, method_class
     from rvlm.models import tiny, zoo
 
@@ -61,7 +62,7 @@ def ls(args: LsArgs) -> int:
         "models": [*zoo.NAMES, *tiny.ARCHITECTURES, "ARCH[:PRETRAINED] of open_clip", "hf-hub:ORG/NAME", "FOLDER"],
         "methods": [f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()],
         "attacks": [*PATTERNS, "several, separated by commas"],
-        "datasets": ["digits", "npz:PATH", "folder:PATH"],
+        "datasets": ["digits", "npz:PATH", "folder:PATH", "wds:PATH", *(f"torchvision:{name}:ROOT" for name in SETS)],
         "templates": [*TEMPLATES, "openai", "simple"],
         "recipes": recipes(),
     }

@@ -3,7 +3,8 @@
     data = load_data("digits", "test")
     x, y, index = data.batch(slice(0, 64))
 
-Specs: `digits` (offline, real scans), `npz:PATH`, `folder:PATH` (a tree of class folders, or a .zip of one).
+Specs: `digits` (offline, real scans), `npz:PATH`, `folder:PATH` (a tree of class folders, or a .zip of one), `wds:PATH`
+(WebDataset shards), `torchvision:NAME:ROOT` (what torchvision.datasets finds on disk).
 """
 
 from rvlm.data.base import Data

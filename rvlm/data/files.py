@@ -1,9 +1,8 @@
 """Data sets on disk: npz arrays, and trees of class folders or zip archives of them. Nothing is downloaded."""
 
-import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rvlm.data.base import Data
+from rvlm.data.images import Reader, fit
 
-__all__ = ["load_folder", "load_npz"]
+__all__ = ["SPLITS", "load_folder", "load_npz", "split_folder"]
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
@@ -38,7 +38,7 @@ def load_npz(path: str, split: str, size: int | None = None) -> Data:
     if not len(y):
         raise ValueError(f"{file} holds no samples")
     if size is not None and pixels.shape[-2:] != (size, size):
-        pixels = torch.stack([_fit(_to_image(p), size) for p in pixels])
+        pixels = torch.stack([fit(_to_image(p), size) for p in pixels])
     names = names or _names_beside(file, None) or [str(c) for c in range(int(y.max()) + 1)]
     return Data(f"npz:{file.name}", split, names, y, torch.arange(len(y)), lambda i: pixels[i], "plain", len(y))
 
@@ -62,7 +62,10 @@ def load_folder(path: str, split: str, size: int | None = None) -> Data:
             f"no folder or zip {root}: expected {root}/<class>/<image> or {root}/{split}/<class>/<image>"
         )
     files = sorted(name for name in names if PurePosixPath(name).suffix.lower() in IMAGES)
-    prefix = _split_prefix(files, split, root)
+    if not files:
+        raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGES))}): expected {root}/<class>/<image>")
+    folder = split_folder(split, {name.split("/")[0] for name in files}, root)
+    prefix = f"{folder}/" if folder else ""
     files = [name for name in files if name.startswith(prefix)]
     labels = [PurePosixPath(name[len(prefix) :]).parts for name in files]
     if any(len(parts) < 2 for parts in labels):
@@ -74,51 +77,9 @@ def load_folder(path: str, split: str, size: int | None = None) -> Data:
         raise ValueError(f"{root}: class folder(s) without images: {', '.join(empty)}. Remove or fill them.")
     number = {name: c for c, name in enumerate(classes)}
     y = torch.tensor([number[parts[0]] for parts in labels])
-    reader = _Reader(files, open_bytes, size, root)
+    reader = Reader(lambda i: open_bytes(files[i]), root, files, size)
     class_names = _names_beside(root, classes) or [name.replace("_", " ") for name in classes]
     return Data(f"folder:{root.name}", split, class_names, y, torch.arange(len(y)), reader, "plain", len(y))
-
-
-class _Reader:
-    """index [B] -> uint8 [B, 3, H, W], decoding the files."""
-
-    def __init__(self, files: list[str], open_bytes: Callable[[str], bytes], size: int | None, root: Path) -> None:
-        self.files, self.open_bytes, self.size, self.root = files, open_bytes, size, root
-        self.shape: torch.Size | None = None
-
-    def __call__(self, index: Tensor) -> Tensor:
-        images = [self._read(self.files[i]) for i in index.tolist()]
-        return torch.stack(images) if images else torch.zeros(0, 3, self.size or 0, self.size or 0, dtype=torch.uint8)
-
-    def _read(self, name: str) -> Tensor:
-        from PIL import Image
-
-        try:
-            image = Image.open(io.BytesIO(self.open_bytes(name))).convert("RGB")
-        except (OSError, SyntaxError, zipfile.BadZipFile) as error:  # PIL reports broken headers as SyntaxError
-            raise ValueError(f"{self.root}: cannot decode {name} ({error}). Repair or remove it.") from error
-        if self.size is not None:
-            return _fit(image, self.size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        self.shape = self.shape or pixels.shape
-        if pixels.shape != self.shape:
-            raise ValueError(
-                f"{self.root}: images differ in size ({name} is {pixels.shape[2]} x {pixels.shape[1]}, the first read "
-                f"was {self.shape[2]} x {self.shape[1]}). Pass size= to resize and crop them."
-            )
-        return pixels
-
-
-def _fit(image, size: int) -> Tensor:
-    """Shorter side to `size` (bicubic, antialiased), centre crop: CLIP's preprocessing, on uint8."""
-    from PIL import Image
-
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
 
 
 def _to_image(pixels: Tensor):
@@ -146,18 +107,20 @@ def _as_uint8(x: np.ndarray, file: Path) -> Tensor:
     return pixels.expand(-1, 3, -1, -1)
 
 
-def _split_prefix(files: list[str], split: str, root: Path) -> str:
-    if not files:
-        raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGES))}): expected {root}/<class>/<image>")
+def split_folder(split: str, there: Collection[str], root: Path) -> str:
+    """Which of the folders `there` holds the split; "" where no folder is called like a split: then all of it does.
+
+    "test" may be called val, and "val" test.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected train, test or val")
-    tops = {name.split("/")[0] for name in files}
-    if not tops & {"train", "test", "val"}:
+    splits = sorted(set(there) & set(SPLITS))
+    if not splits:
         return ""
     for candidate in SPLITS[split]:
-        if candidate in tops:
-            return f"{candidate}/"
-    raise ValueError(f"{root} has no split {split!r}, only {', '.join(sorted(tops))}: choose one of those")
+        if candidate in splits:
+            return candidate
+    raise ValueError(f"{root} has no split {split!r}, only {', '.join(splits)}: choose one of those")
 
 
 def _empty_classes(root: Path, prefix: str, classes: list[str]) -> list[str]:

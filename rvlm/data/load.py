@@ -3,18 +3,22 @@
 from rvlm.data.base import Data
 from rvlm.data.digits import load_digits
 from rvlm.data.files import load_folder, load_npz
+from rvlm.data.torchvision_sets import load_torchvision
+from rvlm.data.wds import load_wds
 
 __all__ = ["load_data"]
 
 
 def load_data(spec: str, split: str = "test", *, size: int | None = None, limit: int | None = None) -> Data:
-    """Loads `digits`, `npz:PATH` or `folder:PATH`.
+    """Loads `digits`, `npz:PATH`, `folder:PATH`, `wds:PATH` or `torchvision:NAME:ROOT`. Nothing is ever downloaded.
 
     Args:
-        spec: which data set.
-        split: "train" or "test"; for folders also "val". An npz file is one split, whatever this says.
-        size: resize the shorter side to `size` pixels (bicubic) and crop the centre. Needed for folders whose images
-            differ in size.
+        spec: which data set. `wds` are WebDataset shards; NAME is a class of torchvision.datasets, in any case.
+        split: "train" or "test"; where there is one also "val", and what torchvision's class accepts. An npz file,
+            and folders and tars outside of folders called like a split, are one split, whatever this says. What
+            torchvision has without splits (Caltech101, SUN397, EuroSAT, ...) is "test", and any other split an error.
+        size: resize the shorter side to `size` pixels (bicubic) and crop the centre. Needed where images differ in
+            size.
         limit: this many samples, drawn with a fixed seed.
 
     Raises:
@@ -27,9 +31,19 @@ def load_data(spec: str, split: str = "test", *, size: int | None = None, limit:
         data = load_npz(path, split, size)
     elif kind == "folder" and path:
         data = load_folder(path, split, size)
+    elif kind == "wds" and path:
+        data = load_wds(path, split, size)
+    elif kind == "torchvision" and all(path.partition(":")):
+        name, _, root = path.partition(":")
+        data = load_torchvision(name, root, split, size)
     else:
-        raise ValueError(f"unknown data {spec!r}: expected digits, npz:PATH or folder:PATH")
+        raise ValueError(
+            f"unknown data {spec!r}: expected digits, npz:PATH, folder:PATH, wds:PATH or torchvision:NAME:ROOT"
+        )
     low, high = data.y.min().item(), data.y.max().item()
     if low < 0 or high >= len(data.class_names):
-        raise ValueError(f"{spec}: labels span {low} .. {high}, but there are {len(data.class_names)} class names")
+        raise ValueError(
+            f"{spec}: labels span {low} .. {high}, but there are {len(data.class_names)} class names. Labels count "
+            "from 0; correct them, or the names."
+        )
     return data.limited(limit)

@@ -132,8 +132,8 @@ def test_broken_folders_are_named(tree, tmp_path):
 
 
 def test_unknown_specs():
-    for spec in ("cifar", "npz:", "wds:x"):
-        with pytest.raises(ValueError, match="expected digits, npz:PATH or folder:PATH"):
+    for spec in ("cifar", "npz:", "wds:", "torchvision:DTD", "torchvision:DTD:", "torchvision::x", "zip:x"):
+        with pytest.raises(ValueError, match="expected digits, npz:PATH, folder:PATH, wds:PATH or torchvision:NAME:"):
             load_data(spec)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_data("npz:/nowhere.npz")

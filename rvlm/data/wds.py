@@ -1,0 +1,150 @@
+"""WebDataset shards on disk, in the layout of CLIP_benchmark: tars that hold KEY.webp and KEY.cls, side by side.
+
+Shards are made to be streamed. Here every tar is indexed once, so that samples can be read in any order, as from any
+other data set. Nothing is downloaded.
+"""
+
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rvlm.data.base import Data
+from rvlm.data.files import SPLITS, split_folder
+from rvlm.data.images import Reader
+
+__all__ = ["load_wds"]
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+CLASS = re.compile(rb"\s*\d{1,7}\s*")
+
+
+def load_wds(path: str, split: str, size: int | None = None) -> Data:
+    """ROOT/<split>/0.tar ... with ROOT/<split>/nshards.txt, their number; or a folder of tars; or one tar.
+
+    A folder without nshards.txt is read whole, in the order of its tars' names. Where there are no folders called
+    train, test or val, the tars are one split, whatever `split` says. KEY.cls holds the number of the class. Keys end
+    at the first dot and are unique in their tar. Class names are the lines of ROOT/classnames.txt, or the folder's;
+    without, classes are called "0", "1", ...
+
+    Raises:
+        FileNotFoundError: no tars there. ValueError: a split, a tar, a sample or a label that is not as expected.
+    """
+    from tqdm import tqdm
+
+    root = Path(path)
+    folder, tars = _tars(root, split)
+    names, labels, places = [], [], []
+    for number, tar in enumerate(tqdm(tars, desc=f"indexing {root.name}", disable=None, leave=False, unit="tar")):
+        for name, label, offset, length in _index(tar):
+            names.append(f"{tar.name}/{name}")
+            labels.append(label)
+            places.append((number, offset, length))
+    if not labels:
+        raise ValueError(f"{root} holds no samples: expected KEY.{', .'.join(IMAGES)} and KEY.cls in the tars")
+    y = torch.tensor(labels)
+    class_names = _class_names(folder) or [str(c) for c in range(int(y.max()) + 1)]
+    reader = Reader(_Members(tars, np.array(places)), root, names, size)
+    return Data(f"wds:{root.name}", split, class_names, y, torch.arange(len(y)), reader, "plain", len(y))
+
+
+class _Members:
+    """number of a sample -> its bytes. A tar is opened for each: that is 2 us of the 150 that decoding takes."""
+
+    def __init__(self, tars: list[Path], places: np.ndarray) -> None:
+        self.tars, self.places = tars, places  # int64 [N, 3]: number of the tar, offset, length
+
+    def __call__(self, i: int) -> bytes:
+        number, offset, length = self.places[i].tolist()
+        with self.tars[number].open("rb") as file:
+            file.seek(offset)
+            found = file.read(length)
+        if len(found) != length:
+            raise OSError(f"{self.tars[number].name} was cut off after it was indexed")
+        return found
+
+
+def _tars(root: Path, split: str) -> tuple[Path, list[Path]]:
+    """The folder with the tars of the split, and the tars in order."""
+    if root.is_file():
+        split_folder(split, [], root)
+        return root.parent, [root]
+    folder = root / split_folder(split, [name for name in SPLITS if (root / name).is_dir()], root)
+    tars = [tar for tar in folder.glob("*.tar") if not tar.name.startswith(".")]
+    tars = sorted(tars, key=lambda tar: (len(tar.name), tar.name))  # 2.tar before 10.tar
+    count = folder / "nshards.txt"
+    if not tars and not count.is_file():
+        raise FileNotFoundError(
+            f"no tars in {folder}: expected {root}/{split}/nshards.txt and {root}/{split}/0.tar ..., a folder of tars, "
+            "or a tar"
+        )
+    if count.is_file():
+        _check_count(count, [tar.name for tar in tars])
+    return folder, tars
+
+
+def _check_count(count: Path, there: list[str]) -> None:
+    text = count.read_text().strip()
+    if not text.isdecimal():
+        raise ValueError(f"{count} holds {text[:40]!r}: expected the number of tars beside it")
+    n = int(text)
+    if len(there) != n or there != [f"{k}.tar" for k in range(n)]:
+        missing = next((f"{k}.tar" for k in range(n) if f"{k}.tar" not in there), None)
+        raise ValueError(
+            f"{count} says {n}, but beside it are {len(there)} tars{f', without {missing}' if missing else ''}: "
+            f"expected 0.tar ... {n - 1}.tar. Complete the tars, or correct the number."
+        )
+
+
+def _index(tar: Path) -> list[tuple[str, int, int, int]]:
+    """File name, label, offset and length of every image of a tar, in its order."""
+    images, labels = _parts(tar)
+    for key in (*images, *labels):
+        if key not in labels:
+            raise ValueError(f"{tar}: {images[key][0]} has no label; expected {key}.cls with the number of its class")
+        if key not in images:
+            raise ValueError(f"{tar}: {key}.cls has no image; expected {key}.{', .'.join(IMAGES)} in the same tar")
+        if not CLASS.fullmatch(labels[key]):
+            raise ValueError(f"{tar}: {key}.cls holds {labels[key][:40]!r}; expected the number of a class: 0, 1, ...")
+    return [(name, int(labels[key]), offset, length) for key, (name, offset, length) in images.items()]
+
+
+def _parts(tar: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, bytes]]:
+    """By key: file name, offset and length of the images, and what the labels' files hold."""
+    images, labels = {}, {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # tarfile keeps all that it has seen
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key, suffix = folder + slash + stem, suffix.lower()
+                if not member.isfile() or not stem or suffix not in (*IMAGES, "cls"):
+                    continue
+                if key in (labels if suffix == "cls" else images):
+                    what = "labels" if suffix == "cls" else "images"
+                    raise ValueError(f"{tar}: {key} has two {what} ({member.name}). Keys must be unique; rename one.")
+                if suffix == "cls":
+                    labels[key] = archive.extractfile(member).read()
+                else:
+                    images[key] = member.name, member.offset_data, member.size
+            # tarfile takes garbage, and a file that was cut off between two members, for the end.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end-of-archive mark")
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{tar} is not a whole, uncompressed tar ({error}). Fetch or write it again.") from error
+    return images, labels
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    for place in (folder, folder.parent) if folder.name in SPLITS else (folder,):
+        file = place / "classnames.txt"
+        if file.is_file():
+            names = [name.strip() for name in file.read_text(encoding="utf-8").rstrip().split("\n")]
+            if "" in names:
+                raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected the name of a class on each")
+            return names
+    return None
