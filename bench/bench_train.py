@@ -1,8 +1,12 @@
 """Training steps of the methods against the papers' style of loop (peers/train.py): same batches, same losses first.
 
 Neither side's time holds the loading of teachers; ours holds the setup of a run (class embeddings, the cached rows).
-"classes" are what the text tower has to encode: 10 for the digits, 200 as in TinyImageNet, where the papers train with
-batches of 64. Teachers' caches are warm; that the first run fills them is not in the medians.
+Teachers' caches are warm; that the first run fills them is not in the medians.
+
+Two sizes. "tiny": the library's own CLIPs for 32 px, with 10 classes, as the digits, and with 200, as TinyImageNet, on
+which the papers train with batches of 64. "1/8": the papers' models with an eighth of the width and all of the depth
+and of the tokens (ViT-B/32 as student, ViT-B/16 as proxy, ViT-L/14 as MMT-ARD's teachers; texts of 77 tokens), so that
+text, student and teachers cost each other's share of the time that they cost there.
 """
 
 import copy
@@ -10,92 +14,85 @@ import copy
 import pytest
 import torch
 from measure import QUICK
-from peers.train import STEPS
+from peers.train import STEPS, TEACHERS, epoch
 
 pytest.importorskip("open_clip", reason="open_clip is needed for the models that are trained")
 
 from rvlm.data import Data, load_data  # noqa: E402
 from rvlm.methods import build_method  # noqa: E402
-from rvlm.models import load_clip  # noqa: E402
+from rvlm.models import Clip, load_clip  # noqa: E402
 from rvlm.training import train  # noqa: E402
-from rvlm.training.trainer import _order  # noqa: E402
 
-BATCH, BATCHES = (8, 1) if QUICK else (64, 4)
-ATTACK = {"eps": 4 / 255, "alpha": 2 / 255, "steps": 2}
-ROLES = {  # of a method's teachers: its setting -> what the peer calls it
-    "tecoa": {},
-    "pmg_aft": {},
-    "hpt_gpd": {"proxy": "proxy"},
-    "mmt_ard": {"robust_teacher": "robust", "clean_teacher": "clean"},
-}
+SCENES = {"tiny C=10": (4, 10), "tiny C=200": (4, 200), "1/8 C=200": (1, 200)}  # batches, classes
+BATCH = 8 if QUICK else 64
 MORE = {"hpt_gpd": {"stages": "hpt"}, "mmt_ard": {"weights": "fixed"}}
 SETTINGS = {
     "epochs": 1, "batch_size": BATCH, "warmup_steps": 0, "lr": 1e-4, "random_start": False, "clip_grad": None,
-    "templates": "plain", "optimizer": "adamw",
+    "templates": "plain", "optimizer": "adamw", "eps": 4 / 255, "alpha": 2 / 255, "steps": 2,
+    "teacher_precision": "fp32",
 }  # fmt: skip
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 12}
+TOWERS = {  # width / 8, and as many patches as the originals have at 224 px
+    "ViT-B-32": {"patch_size": 8, "width": 96, "layers": 12},
+    "ViT-B-16": {"patch_size": 4, "width": 96, "layers": 12},
+    "ViT-L-14": {"patch_size": 4, "width": 128, "layers": 24, "image_size": 64},
+}
 
 
-@pytest.fixture(scope="module", params=[10, 200], ids=lambda classes: f"C{classes}")
-def data(request):
-    digits = load_data("digits", "train", limit=BATCH * BATCHES)
-    if request.param == 10:
-        return digits
-    names = [f"thing number {k}" for k in range(request.param)]
-    y = torch.randint(0, request.param, (len(digits),), generator=torch.Generator().manual_seed(0))
-    return Data("many", "train", names, y, digits.index, digits.read, n_total=digits.n_total)
+def eighth(name, device):
+    """An architecture with an eighth of its width; heads of 32, since those of 8 would be all overhead."""
+    import open_clip
+
+    shallow = {"layers": 2} if QUICK else {}
+    tower = {"image_size": 56, "head_width": 32} | TOWERS[name] | shallow
+    model = open_clip.CLIP(embed_dim=64, vision_cfg=tower, text_cfg=TEXT | shallow)
+    return Clip.wrap(model, open_clip.SimpleTokenizer(context_length=77), f"{name} / 8").to(device).eval()
 
 
-@pytest.fixture(scope="module")
-def teachers(device):
-    """What the peers call their frozen models."""
-    names = {"proxy": "tiny-rn", "clean": "tiny-rn", "robust": "tiny-vit", "origin": "tiny-vit"}
-    return {role: load_clip(name, device) for role, name in names.items()}
+@pytest.fixture(scope="module", params=SCENES)
+def scene(request, device):
+    """Its name, the data, the student, and the frozen models under the names that the peer gives them."""
+    batches, classes = (1, 10) if QUICK else SCENES[request.param]
+    tiny = request.param.startswith("tiny")
+    data = load_data("digits", "train", size=32 if tiny else 56, limit=BATCH * batches)
+    if classes > 10:
+        names = [f"thing number {k}" for k in range(classes)]
+        y = torch.randint(0, classes, (len(data),), generator=torch.Generator().manual_seed(0))
+        data = Data("many", "train", names, y, data.index, data.read, n_total=data.n_total)
+    if tiny:
+        student = load_clip("tiny-vit", device, seed=1)
+        names = {"proxy": "tiny-rn", "clean": "tiny-rn", "robust": "tiny-vit", "origin": "tiny-vit"}
+        return request.param, data, student, {role: load_clip(name, device) for role, name in names.items()}
+    torch.manual_seed(0)
+    student, proxy, large = (eighth(name, device) for name in TOWERS)
+    return request.param, data, student, {"proxy": proxy, "clean": large, "robust": large, "origin": large}
 
 
 def method_of(name, teachers):
-    given = {setting: teachers[role] for setting, role in ROLES[name].items()}
-    return build_method(name, **(SETTINGS | ATTACK | MORE.get(name, {}) | given))
-
-
-def ours(name, data, student, teachers):
-    return train(copy.deepcopy(student), data, method_of(name, teachers), progress=False)
-
-
-def twin(name, data, student, teachers, device):
-    """One epoch of the papers' style."""
-    (template,) = method_of(name, teachers).training_templates(data)
-    texts = [template.format(thing) for thing in data.class_names]
-    if name == "pmg_aft":
-        teachers = {"frozen": copy.deepcopy(student)}
-    student = copy.deepcopy(student)
-    for model in (student, *teachers.values()):
-        model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.model.visual.parameters(), lr=SETTINGS["lr"], weight_decay=0.0)
-    for rows in _order(len(data), 0, 0, 0).split(BATCH):
-        x, y, _ = data.batch(rows)
-        loss = STEPS[name](student, teachers, x.to(device), y.to(device), texts, ATTACK)
-        optimizer.zero_grad()  # else the attack's weight gradients would be added
-        loss.backward()
-        optimizer.step()
+    given = {setting: teachers[role] for role, setting in TEACHERS[name].items() if role != "origin"}
+    return build_method(name, **(SETTINGS | MORE.get(name, {}) | given))
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.benchmark(group="training")
-def test_epoch(name, data, teachers, device, compare, benchmark, tmp_path_factory, monkeypatch):
+def test_epoch(name, scene, compare, benchmark, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    student, losses = load_clip("tiny-vit", device, seed=1), []
-    mine = ours(name, data, student, teachers).history[0]["loss"]
+    monkeypatch.setattr("rvlm.training.trainer._order", lambda n, *_: torch.arange(n))  # as the peer
+    title, data, student, teachers = scene
+    twin, losses = epoch(method_of(name, teachers), student, data), []
+
+    def ours():
+        return train(copy.deepcopy(student), data, method_of(name, teachers), progress=False)
+
+    mine = ours().history[0]["loss"]
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "backward", _noting(losses, torch.Tensor.backward))
-        twin(name, data, student, teachers, device)
-    outer = losses[ATTACK["steps"] :: ATTACK["steps"] + 1]
+        twin()
+    outer = losses[SETTINGS["steps"] :: SETTINGS["steps"] + 1]
     # Rounding decides about signs of small gradients, so the images and, after a step, the weights drift apart.
     assert abs(mine / (sum(outer) / len(outer)) - 1) < 2e-2, (mine, outer)
-    info = {"impl": "rvlm", "peer": "paper style", "case": f"{name} B={BATCH} C={len(data.class_names)}"}
-    compare(
-        lambda: ours(name, data, student, teachers), lambda: twin(name, data, student, teachers, device),
-        round_seconds=0.02, **info,
-    )  # fmt: skip
+    info = {"impl": "rvlm", "peer": "paper style", "case": f"{name}, {title}, B={BATCH}"}
+    compare(ours, twin, round_seconds=0.02, **info)
 
 
 def _noting(values, backward):

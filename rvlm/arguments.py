@@ -181,6 +181,11 @@ class ProfileArgs(Arguments):
     """For train: its settings."""
     model: str = "digits-vit"
     """The model that is trained or attacked, as --model elsewhere."""
+    twin: str | None = None
+    """For train: FILE.py:NAME of another loop to compare with, as bench/peers/train.py:epoch: called with the method,
+    the model and the data, it returns a function that trains a copy for an epoch and returns the images that it saw."""
+    rounds: int = 3
+    """With --twin: how often both are timed, in turn."""
     attack: str = "pgd-10"
     """For attack: one of `rvlm ls attacks`, at 8/255 (Linf)."""
     data: str = "digits"

@@ -1,10 +1,12 @@
 """What the commands of `rvlm.cli` do. Each takes its arguments and returns an exit code."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import shlex
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -229,41 +231,88 @@ def train(args: tuple[TrainArgs, Any]) -> int:
 
 
 def profile(args: ProfileArgs) -> int:
-    from rvlm import profiling
     from rvlm.data import load_data
-    from rvlm.evaluation import evaluate, parse_attack
-    from rvlm.methods import build_method
-    from rvlm.models import ZeroShotClassifier, load_clip
-    from rvlm.report import phase_table
-    from rvlm.training import train as run_training
 
     if args.what not in ("train", "attack"):
         raise ValueError(f"cannot profile {args.what!r}: expected train or attack")
-    device = _device(args.device)
     data = load_data(args.data, "train" if args.what == "train" else "test", size=args.size, limit=args.limit)
+    return (_profile_train if args.what == "train" else _profile_attack)(args, data)
+
+
+def _profile_train(args: ProfileArgs, data) -> int:
+    """Phases of one epoch of each stage; with a twin, images per second of both, timed in turn."""
+    from rvlm import profiling
+    from rvlm.methods import build_method
+    from rvlm.models import load_clip
+    from rvlm.training import train as run_training
+
+    twin = None if args.twin is None else _from_file(args.twin)
+    device = _device(args.device)
     clip = load_clip(args.model, device)
-    if args.what == "train":
+
+    def work():
         method = build_method(args.method, args.preset)
         whole = method.stages
         method.stages = lambda: [dataclasses.replace(stage, length=1) for stage in whole()]
+        return run_training(copy.deepcopy(clip), data, method, progress=False)
 
-        def work() -> int:
-            return run_training(clip, data, method, progress=False).images
-    else:
-        parse_attack(args.attack)
-        classifier = ZeroShotClassifier(clip, data.class_names, data.template)
+    build_method(args.method, args.preset).setup(copy.deepcopy(clip), data)  # what is made at first use
+    with profiling.record(device) as timer:
+        result = work()
+    speed = result.images / result.seconds
+    found = {"seconds": result.seconds, "images_per_s": speed, "phases": timer.totals()}
+    if twin is not None:
+        epoch = twin(build_method(args.method, args.preset), clip, data)
+        found["twin"] = _against(work, epoch, args.rounds, device)
+    return _show_profile(args, found, result.images)
 
-        def work() -> int:
-            return len(evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False))
 
+def _against(work, epoch: Callable[[], int], rounds: int, device: torch.device) -> dict[str, float]:
+    """Images per second of our epochs (without their setup) and of the twin's, and the ratio, as medians of pairs."""
+    epoch()  # what is slow once
+    pairs = []
+    for _ in range(max(1, rounds)):
+        result = work()
+        began = time.perf_counter()
+        images = epoch()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        pairs.append((result.images / result.seconds, images / (time.perf_counter() - began)))
+    ratios = sorted(ours / theirs for ours, theirs in pairs)
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {
+        "images_per_s": ours, "twin_images_per_s": theirs, "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0], "ratio_max": ratios[-1], "rounds": len(pairs),
+    }  # fmt: skip
+
+
+def _profile_attack(args: ProfileArgs, data) -> int:
+    from rvlm import profiling
+    from rvlm.evaluation import evaluate, parse_attack
+    from rvlm.models import ZeroShotClassifier, load_clip
+
+    parse_attack(args.attack)
+    device = _device(args.device)
+    classifier = ZeroShotClassifier(load_clip(args.model, device), data.class_names, data.template)
     began = time.perf_counter()
     with profiling.record(device) as timer:
-        images = work()
+        evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False)
     phases, seconds = timer.totals(), time.perf_counter() - began
+    return _show_profile(args, {"seconds": seconds, "images_per_s": len(data) / seconds, "phases": phases}, len(data))
+
+
+def _show_profile(args: ProfileArgs, found: dict[str, Any], images: int) -> int:
+    from rvlm.report import phase_table
+
     if args.json:
-        print(json.dumps({"seconds": seconds, "images_per_s": images / seconds, "phases": phases}, indent=1))
-    else:
-        print(phase_table(phases, seconds, images))
+        print(json.dumps(found, indent=1))
+        return 0
+    print(phase_table(found["phases"], found["seconds"], images))
+    if twin := found.get("twin"):
+        print(
+            f"{twin['images_per_s']:.0f} images/s, {args.twin} {twin['twin_images_per_s']:.0f}: {twin['ratio']:.2f}x "
+            f"({twin['ratio_min']:.2f} to {twin['ratio_max']:.2f} in {twin['rounds']} pairs)"
+        )
     return 0
 
 

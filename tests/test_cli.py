@@ -228,6 +228,15 @@ def test_profile(tmp_path, monkeypatch, capsys):
     assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["phases"]["forward"][0] < found["seconds"] and found["images_per_s"] > 0
+    (tmp_path / "twin.py").write_text(
+        "def epoch(method, student, data):\n    return lambda: len(data) // method.config.steps"
+    )
+    flags = ("--limit", "64", "--twin", tmp_path / "twin.py:epoch", "--rounds", "2", "--json")
+    assert run("profile", "train", "--method", "tecoa", "--model", "tiny-vit", *flags) == 0
+    twin = json.loads(capsys.readouterr().out)["twin"]
+    assert twin["rounds"] == 2 and twin["ratio_min"] <= twin["ratio"] <= twin["ratio_max"]
+    assert run("profile", "train", "--model", "tiny-vit", "--limit", "64", "--twin", tmp_path / "twin.py:lunch") == 2
+    assert "has no callable 'lunch'" in capsys.readouterr().err
     assert run("profile", "lunch") == 2
     assert "expected train or attack" in capsys.readouterr().err
 

@@ -1,17 +1,24 @@
 """Training steps as the papers' released scripts take them, in our words: what the methods are timed against.
 
+    rvlm profile train --method hpt_gpd --twin bench/peers/train.py:epoch
+
 Text is encoded anew at every forward pass, with a graph; the attack calls backward() on the whole model, weight
 gradients and all; teachers are neither under no_grad nor cached; MMT-ARD's third teacher is asked and not used. The
 arithmetic is that of the methods, so that losses agree.
 """
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rvlm.models import Clip
+from rvlm.data import Data
+from rvlm.methods import Method
+from rvlm.models import Clip, load_clip
 
-__all__ = ["STEPS"]
+__all__ = ["STEPS", "epoch"]
 
 
 def logits(clip: Clip, x: Tensor, texts: list[str]) -> Tensor:
@@ -62,3 +69,41 @@ def mmt_ard(student: Clip, teachers: dict[str, Clip], x: Tensor, y: Tensor, text
 
 
 STEPS = {"tecoa": tecoa, "pmg_aft": pmg_aft, "hpt_gpd": hpt_gpd, "mmt_ard": mmt_ard}
+
+TEACHERS = {  # of a method: what a step calls a frozen model -> the setting that names it
+    "tecoa": {},
+    "pmg_aft": {},
+    "hpt_gpd": {"proxy": "proxy"},
+    "mmt_ard": {"robust": "robust_teacher", "clean": "clean_teacher", "origin": "robust_teacher"},
+}
+
+
+def epoch(method: Method, student: Clip, data: Data) -> Callable[[], int]:
+    """What trains a copy of the student for one epoch with the settings of a method (hpt_gpd: its second stage), in the
+    order of the samples, and returns the number of images. Teachers are loaded before."""
+    config, name = method.config, method.name
+    if name not in STEPS:
+        raise ValueError(f"there is no paper-style step of {name}, only of {', '.join(STEPS)}")
+    sources = {role: getattr(config, setting) for role, setting in TEACHERS[name].items()}
+    teachers = {role: load_clip(of, student.device) if isinstance(of, str) else of for role, of in sources.items()}
+    if name == "pmg_aft":
+        teachers["frozen"] = copy.deepcopy(student)
+    for teacher in teachers.values():
+        teacher.requires_grad_(True)
+    template = method.training_templates(data)[0]
+    texts = [template.format(thing) for thing in data.class_names]
+    alpha = 2.5 * config.eps / config.steps if config.alpha is None else config.alpha
+    attack = {"eps": float(config.eps), "alpha": alpha, "steps": config.steps}
+
+    def run() -> int:
+        learning = copy.deepcopy(student).requires_grad_(True)
+        optimizer = torch.optim.AdamW(learning.model.visual.parameters(), lr=config.lr, weight_decay=0.0)
+        for rows in torch.arange(len(data)).split(config.batch_size):
+            x, y, _ = (t.to(student.device) for t in data.batch(rows))
+            loss = STEPS[name](learning, teachers, x, y, texts, attack)
+            optimizer.zero_grad()  # else the attack's weight gradients would be added
+            loss.backward()
+            optimizer.step()
+        return len(data)
+
+    return run

@@ -234,3 +234,25 @@ def test_no_table_where_pgd_was_too_weak(methods, monkeypatch, tmp_path, capsys)
     assert not (tmp_path / "digits.md").exists()
     with pytest.raises(SystemExit):
         methods.main(["--out", str(tmp_path), "--only", "magic"])
+
+
+def test_the_page_of_efficiency(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("efficiency", BENCH / "images_to_robustness.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def found(seed, *_):
+        curve = [0.3, 0.7, 0.8, 0.9] if seed == 0 else [0.1, 0.2, 0.3, 0.4]
+        seconds = {
+            f"{n} seconds, {c}": 1.0 + (n == "mmt_ard") for n in ("ard", "mmt_ard") for c in ("cached", "uncached")
+        }
+        needed = 2 if seed == 0 else None
+        return {"seed": seed, "images": 40, "held_out": 10, "epochs": 4, "goal": 0.7, "ard reached after": 4,
+                "mmt_ard reached after": needed, "mmt_ard robust": curve, "seconds to fill the cache": 0.5} | seconds  # fmt: skip
+
+    monkeypatch.setattr(module, "measure", found)
+    assert module.main(["--out", str(tmp_path / "eff"), "--seeds", "0,1"]) == 0
+    text = (tmp_path / "eff.md").read_text()
+    assert "| 0 | 70.0 | 4 (of 4) | 2 | 2.00x | 1.00x | 1.00x |" in text
+    assert "| 1 | 70.0 | 4 (of 4) | not in 4 (best 40.0) | - | - | - |" in text
+    assert len(json.loads((tmp_path / "eff.json").read_text())["rows"]) == 2
