@@ -225,7 +225,10 @@ def train(args: tuple[TrainArgs, Any]) -> int:
         )  # fmt: skip
         if ranks.first:
             speed = result.images / result.seconds
-            print(f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s)")
+            print(
+                f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s), after "
+                f"{result.setup_seconds:.1f} s for teachers and class embeddings"
+            )
         measure("after")
         return 0 if run is None else run.finish(rows)
 

@@ -48,12 +48,17 @@ SAVE_SECONDS = 60.0
 
 @dataclasses.dataclass
 class TrainResult:
-    """What a run leaves: the student (eval mode, trained in place), a log row per epoch, seconds, images seen."""
+    """What a run leaves: the student (eval mode, trained in place), a log row per epoch, seconds, images seen.
+
+    `setup_seconds` is what this call spent before the first step: loading teachers (a model of the zoo is trained at
+    first use), their rows of clean images where no cache has them, class embeddings. `seconds` holds none of it.
+    """
 
     student: Clip
     history: list[dict[str, float]]
     seconds: float
     images: int
+    setup_seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -123,7 +128,9 @@ def train(
     key = _key(student, data, method, seed, validation)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_mix(seed, 0, -(2**20)))  # for what draws from torch's own generator: low-rank starts
+        began = time.perf_counter()
         method.setup(student, data)
+        setup_seconds = time.perf_counter() - began
         run = _Run(student, data, method, seed, out, key, ranks, parallel)
         if tensorboard and ranks.first:
             run.board = _board(out, run.at.images)
@@ -138,7 +145,7 @@ def train(
     if out is not None and ranks.first:
         student.save(out / "checkpoint")
         (out / STATE).unlink(missing_ok=True)
-    return TrainResult(student, run.at.history, run.seconds(), run.at.images)
+    return TrainResult(student, run.at.history, run.seconds(), run.at.images, setup_seconds)
 
 
 class _Run:

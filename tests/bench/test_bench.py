@@ -247,8 +247,9 @@ def test_the_page_of_efficiency(monkeypatch, tmp_path):
             f"{n} seconds, {c}": 1.0 + (n == "mmt_ard") for n in ("ard", "mmt_ard") for c in ("cached", "uncached")
         }
         needed = 2 if seed == 0 else None
-        return {"seed": seed, "images": 40, "held_out": 10, "epochs": 4, "goal": 0.7, "ard reached after": 4,
-                "mmt_ard reached after": needed, "mmt_ard robust": curve, "seconds to fill the cache": 0.5} | seconds  # fmt: skip
+        base = {"images": 40, "held_out": 10, "epochs": 4, "goal": 0.7, "seconds to fill the cache": 0.5}
+        curves = {"seed": seed, "ard reached after": 4, "mmt_ard reached after": needed, "mmt_ard robust": curve}
+        return base | curves | seconds
 
     monkeypatch.setattr(module, "measure", found)
     assert module.main(["--out", str(tmp_path / "eff"), "--seeds", "0,1"]) == 0
