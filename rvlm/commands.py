@@ -190,7 +190,7 @@ def train(args: tuple[TrainArgs, Any]) -> int:
     from rvlm.data import load_data
     from rvlm.evaluation import evaluate, parse_attack, write_evaluation
     from rvlm.methods import method_class
-    from rvlm.models import ZeroShotClassifier, load_clip
+    from rvlm.models import Clip, ZeroShotClassifier, load_clip
     from rvlm.training import train as run_training
 
     args, settings = args
@@ -206,11 +206,15 @@ def train(args: tuple[TrainArgs, Any]) -> int:
         out = ranks.share(None if run is None else str(run.out))  # its default name holds the time
         rows = []
 
-        def measure(name: str) -> None:
-            classifier = ZeroShotClassifier(student, test.class_names, method.training_templates(test))
-            found = evaluate(
-                classifier, test, attack=args.eval_attack, eps=settings.eps, seed=args.seed, device=student.device
+        def measure(name: str, source: Clip | None = None) -> None:
+            classifier, made_on = (
+                clip and ZeroShotClassifier(clip, test.class_names, method.training_templates(test))
+                for clip in (student, source)
             )
+            found = evaluate(
+                classifier, test, attack=args.eval_attack, eps=settings.eps, source=made_on, seed=args.seed,
+                device=student.device,
+            )  # fmt: skip
             if run is not None:
                 trained_by = None if name == "before" else args.method
                 rows.append(
@@ -230,6 +234,8 @@ def train(args: tuple[TrainArgs, Any]) -> int:
                 f"{result.setup_seconds:.1f} s for teachers and class embeddings"
             )
         measure("after")
+        if method.undefended is not None:
+            measure("after", method.undefended)
         return 0 if run is None else run.finish(rows)
 
 

@@ -137,6 +137,8 @@ class Method:
     """Which images go through the student: "adv", "clean", or "both" (one forward on their concatenation)."""
     unit_norm: ClassVar[bool] = True
     """Whether embeddings are divided by their length, as CLIP's logits need them."""
+    undefended: Clip | None = None
+    """After setup, for defences that are to be measured by transfer too: the model that images are made on."""
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -150,6 +152,10 @@ class Method:
 
     def attack(self, batch: Batch) -> Callable[[Tensor], Tensor] | None:
         """The loss that the inner PGD raises, embeddings [B, D] -> [B]; None without adversarial images."""
+        return None
+
+    def adversary(self, batch: Batch) -> Tensor | None:
+        """Adversarial images [B, 3, H, W] that do not depend on the student as it is now; None crafts them."""
         return None
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ classifier = ZeroShotClassifier(clip, ["cat", "dog"], templates="openai")
 logits = classifier(x)
 """
 
+from rvlm.models.adapter import Adapter, apply_adapter
 from rvlm.models.clip import Clip
 from rvlm.models.ensemble import Ensemble
 from rvlm.models.load import load_clip
 from rvlm.models.zero_shot import ZeroShotClassifier
 
-__all__ = ["Clip", "Ensemble", "ZeroShotClassifier", "load_clip"]
+__all__ = ["Adapter", "Clip", "Ensemble", "ZeroShotClassifier", "apply_adapter", "load_clip"]

@@ -28,11 +28,13 @@ class Clip(nn.Module):
         size: input height and width in pixels.
         name: the spec that it was loaded from.
         config: {"model_cfg", "preprocess_cfg"} as open_clip stores them, or None if unknown (then it cannot be saved).
+        adapter: what `rvlm.models.apply_adapter` put around the tower, or None.
     """
 
     def __init__(self, model: nn.Module, tokenizer, *, name: str, config: dict | None = None) -> None:
         super().__init__()
         self.model, self.tokenizer, self.name, self.config = model, tokenizer, name, config
+        self.register_module("adapter", None)
         preprocess = (config or {}).get("preprocess_cfg") or getattr(model.visual, "preprocess_cfg", {})
         for key, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
             values = torch.tensor(preprocess.get(key, default)).view(3, 1, 1)
@@ -62,6 +64,8 @@ class Clip(nn.Module):
             raise ValueError(f"images must be square, got {x.shape[-1]} x {x.shape[-2]}: crop them first")
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
+        if self.adapter is not None:
+            x = self.adapter.filter(x)
         embedding = self.model.encode_image((x - self.mean) / self.std)
         return F.normalize(embedding, dim=-1) if unit_norm else embedding
 
@@ -74,10 +78,14 @@ class Clip(nn.Module):
     def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
         """Writes weights and config that open_clip loads back exactly (`local-dir:FOLDER`), each file atomically.
 
+        A model with an adapter is frozen, so the adapter alone is written; `load_clip` puts both together again.
+
         state: of the open_clip model, if it is not to be the one that it has now.
         """
         from safetensors.torch import save
 
+        if self.adapter is not None:
+            return self.adapter.save(folder)
         if self.config is None:
             raise ValueError("this Clip has no open_clip config, so it cannot be saved: build it with load_clip")
         folder = Path(folder)

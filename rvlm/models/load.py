@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rvlm.models import tiny, zoo
+from rvlm.models.adapter import ADAPTER_CONFIG, Adapter, apply_adapter
 from rvlm.models.clip import CONFIG, WEIGHTS, Clip
 
 __all__ = ["load_clip"]
@@ -17,9 +18,10 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
 
     Args:
         spec: `ARCH:PRETRAINED` with an open_clip tag or a checkpoint file ("ViT-B-32:openai"), `ARCH` (random weights),
-            `hf-hub:ORG/NAME`, a folder with open_clip_model.safetensors and open_clip_config.json (or a run folder with
-            such a `checkpoint`), `tiny-vit` or `tiny-rn` (random weights, 32 px), or `digits-vit`, `digits-rn`,
-            `digits-vit-tecoa` (trained on first use, then cached).
+            `hf-hub:ORG/NAME`, a folder with open_clip_model.safetensors and open_clip_config.json or with an adapter
+            (or a run folder with such a `checkpoint`), `tiny-vit` or `tiny-rn` (random weights, 32 px), or
+            `digits-vit`, `digits-rn`, `digits-vit-tecoa` (trained on first use, then cached). Any of these may be
+            followed by `+adapter=FOLDER`.
         device: where to put it.
         seed: of random weights.
 
@@ -27,6 +29,11 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
         FileNotFoundError: no such folder. ValueError: unknown architecture or tag; QuickGELU in the checkpoint and not
             in the architecture, or the reverse.
     """
+    base, plus, adapter = spec.partition("+adapter=")
+    if plus:
+        clip = apply_adapter(load_clip(base, device, seed=seed), adapter)
+        clip.name = spec
+        return clip
     if spec in zoo.NAMES:
         clip = _from_folder(zoo.folder_of(spec), spec)
     elif spec in tiny.ARCHITECTURES:
@@ -43,7 +50,12 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
 def _from_folder(folder: Path, name: str) -> Clip:
     import open_clip
 
-    folder = folder / "checkpoint" if (folder / "checkpoint" / CONFIG).is_file() else folder
+    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = Adapter.load(folder)
+        clip = apply_adapter(load_clip(adapter.config.base), adapter)
+        clip.name = name
+        return clip
     missing = [file for file in (WEIGHTS, CONFIG) if not (folder / file).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: expected a folder written by Clip.save")

@@ -159,7 +159,7 @@ class _Run:
         self.board = None
         self.sharded = Sharded(student) if ranks.size > 1 and parallel == "fsdp" else None
         self.forward: nn.Module = student
-        if ranks.size > 1 and self.sharded is None:
+        if ranks.size > 1 and self.sharded is None and any(p.requires_grad for p in student.parameters()):
             self.forward = DistributedDataParallel(student)
         self.stages = method.stages()  # now that the weights are what an optimiser will hold
         half = method.config.precision == "fp16"
@@ -253,7 +253,8 @@ class _Run:
         batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=count)
         if method.inputs in ("adv", "both"):
             with profiling.phase("attack"):
-                batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler)
+                made = method.adversary(batch)
+                batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler) if made is None else made
         student.train()
         with profiling.phase("student forward"), _mixed(student, method.config.precision):
             outputs = _forward(self.forward, method, batch)

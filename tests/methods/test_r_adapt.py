@@ -1,0 +1,169 @@
+"""R-Adapt: where anchors come from, what learns, the losses against their formulas, which images are learned from."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rvlm import cli
+from rvlm.attacks import pgd
+from rvlm.data import load_data
+from rvlm.methods import Batch, build_method
+from rvlm.models import ZeroShotClassifier, load_clip
+from rvlm.models.adapter import attention_output
+from rvlm.training import train
+
+QUICK = {"epochs": 1, "batch_size": 32, "warmup_steps": 1, "steps": 2}
+WHITE = torch.ones(1, 3, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits", "train", limit=64)
+
+
+def build(**settings):
+    return build_method("r_adapt", **(QUICK | settings))
+
+
+def test_anchors_without_training(data):
+    student, guide = load_clip("tiny-vit", seed=1), load_clip("tiny-vit", seed=2)
+    own, theirs = (attention_output(clip, WHITE)[0] for clip in (student, guide))
+    for settings, expected, alpha in (
+        ({"anchor": "white"}, own, 1.6),
+        ({"anchor": "model", "guide": guide}, theirs, 1.2),
+        ({"anchor": "model", "guide": guide, "alpha_anchor": 0.5}, theirs, 0.5),
+    ):
+        result = train(student, data, build(**settings), progress=False)
+        adapter = result.student.adapter
+        assert torch.equal(adapter.anchor, expected) and adapter.config.alpha == alpha
+        assert result.images == 0 and result.history == []
+        assert adapter.config.cutoff == pytest.approx(40 * 32 / 224)
+    train(student, data, build(anchor="white", cutoff=6.0, cutoff_at=None, block=1), progress=False)
+    config = student.adapter.config
+    assert (config.cutoff, config.block, config.base, config.size) == (6.0, 1, "tiny-vit", 32)
+    assert build(anchor="white").config.cutoff_at == 224
+    with pytest.raises(ValueError, match="no blocks that can be anchored"):
+        train(load_clip("tiny-rn"), data, build(anchor="white"), progress=False)
+
+
+@pytest.mark.parametrize("adversary", ["offline", "online"])
+def test_the_anchor_alone_learns(data, adversary):
+    student, before = load_clip("tiny-vit", seed=1), load_clip("tiny-vit", seed=1)
+    own = attention_output(before, WHITE)[0]
+    result = train(student, data, build(adversary=adversary, lr=1e-2, epochs=3), progress=False)
+    assert all(torch.equal(t, student.model.state_dict()[key]) for key, t in before.model.state_dict().items())
+    assert not torch.equal(student.adapter.anchor, own) and not student.adapter.anchor.requires_grad
+    assert result.history[-1]["adv"] < result.history[0]["adv"]
+
+
+@pytest.mark.parametrize("init, expected", [("white", "own"), ("zero", 0.0), ("model", "theirs")])
+def test_what_a_learned_anchor_starts_from(data, init, expected):
+    student, guide = load_clip("tiny-vit", seed=1), load_clip("tiny-vit", seed=2)
+    method = build(init=init, guide=guide, adversary="online")
+    values = {"own": attention_output(student, WHITE)[0], "theirs": attention_output(guide, WHITE)[0]}
+    method.setup(student, data)
+    assert torch.equal(student.adapter.anchor, values.get(expected, torch.zeros(17, 96)))
+    assert student.adapter.config.source == f"learned from {init}"
+
+
+@pytest.mark.parametrize("loss", ["l2_feat", "cos_feat", "ce", "kl_zs"])
+@pytest.mark.parametrize("clean_weight", [0.0, 0.5])
+def test_losses_are_their_formulas(data, loss, clean_weight):
+    student, plain = load_clip("tiny-vit", seed=1), load_clip("tiny-vit", seed=1)
+    method = build(loss=loss, clean_weight=clean_weight, adversary="online", templates="plain")
+    method.setup(student, data)
+    batch = Batch(*data.batch(slice(0, 8)))
+    batch.x_adv = (batch.x + 0.05).clamp(0, 1)
+    adv, clean = (student(v, method.unit_norm).detach() for v in (batch.x_adv, batch.x))
+    head = (plain.logit_scale * plain.encode_text([f"a photo of a {name}." for name in data.class_names]).T).double()
+    f0 = plain(batch.x, False).double()
+
+    def distance(out):
+        out = out.double()
+        if loss == "l2_feat":
+            return (out - f0).square().sum(1)
+        if loss == "cos_feat":
+            return 1 - F.cosine_similarity(out, f0)
+        if loss == "ce":
+            return F.cross_entropy(out @ head, batch.y, reduction="none")
+        p = (F.normalize(f0, dim=1) @ head).log_softmax(1)
+        return (p.exp() * (p - (out @ head).log_softmax(1))).sum(1)
+
+    expected = (distance(adv) + clean_weight * distance(clean)).mean()
+    got = method.loss(adv, clean if clean_weight else None, batch)
+    assert got["total"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.allclose(method.attack(batch)(adv).double(), distance(adv), rtol=1e-3, atol=1e-5)
+
+
+def test_offline_images_are_made_once_on_the_model_as_it_was(data):
+    student = load_clip("tiny-vit", seed=1)
+    plain = ZeroShotClassifier(load_clip("tiny-vit", seed=1), data.class_names, "digits")
+    method = build(eps="4/255", steps=3, random_start=False)
+    method.setup(student, data)
+    x, y, index = data.batch(slice(0, 32))
+    expected = pgd(plain, x, y, eps=4 / 255, steps=3, random_start=False)
+    made = method.adversary(Batch(x, y, index))
+    assert (made - x).abs().max() <= 4 / 255 + 1e-6
+    assert (made - expected).abs().gt(1e-6).float().mean() < 1e-3
+    again = Batch(*data.batch(torch.tensor([5, 0])))
+    torch.testing.assert_close(method.adversary(again), made[[5, 0]])
+    online = build(adversary="online")
+    online.setup(load_clip("tiny-vit"), data)
+    assert online.adversary(again) is None
+
+
+def test_a_step_runs_on_the_fused_block(data):
+    from torch.profiler import profile
+
+    with profile() as seen:
+        train(load_clip("tiny-vit"), data, build(adversary="online"), progress=False)
+    ran = {event.key for event in seen.key_averages()}
+    assert any("anchored_residual" in key for key in ran), sorted(key for key in ran if "rvlm" in key)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"anchor": "black"}, "anchor must be one of white, model, learned"),
+    ({"loss": "l1"}, "loss must be one of l2_feat, cos_feat, ce, kl_zs"),
+    ({"adversary": "both"}, "adversary must be one of offline, online"),
+    ({"clean_weight": -1.0}, "clean_weight must be at least 0"),
+])  # fmt: skip
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+def test_a_guide_of_another_architecture(data):
+    import copy
+
+    import open_clip
+
+    from rvlm.models import tiny
+    from rvlm.models.clip import Clip
+
+    config = copy.deepcopy(tiny.ARCHITECTURES["tiny-vit"])
+    config["vision_cfg"]["width"] = 64
+    wide = Clip.wrap(open_clip.CLIP(**config), open_clip.SimpleTokenizer(context_length=16), "wide")
+    with pytest.raises(ValueError, match=r"the guide wide gives an anchor \[17, 64\], and tiny-vit needs \[17, 96\]"):
+        train(load_clip("tiny-vit"), data, build(anchor="model", guide=wide), progress=False)
+
+
+def test_both_targets_are_reported(tmp_path):
+    flags = "train r_adapt --student tiny-vit --limit 32 --epochs 1 --batch_size 32 --steps 1 --eval-limit 16"
+    assert cli.main([*flags.split(), "--eval-attack", "pgd-1", "--out", str(tmp_path / "run")]) == 0
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [(row["name"], row["target"]) for row in rows] == [
+        ("before", "white-box"), ("after", "white-box"), ("after", "transfer"),
+    ]  # fmt: skip
+    assert len({row["record"] for row in rows}) == 3
+    spec = f"tiny-vit+adapter={tmp_path}/run"
+    flags = ["--limit", "16", "--attack", "pgd-1", "--out", str(tmp_path / "eval")]
+    assert cli.main(["eval", "--model", spec, *flags]) == 0
+    (row,) = json.loads((tmp_path / "eval" / "summary.json").read_text())["rows"]
+    assert row["clean"] == rows[1]["clean"]

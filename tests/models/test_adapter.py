@@ -1,0 +1,202 @@
+"""Adapters: a filter and an anchor around a tower that stays as it is."""
+
+import copy
+
+import pytest
+import torch
+
+from rvlm import ops
+from rvlm.attacks import pgd
+from rvlm.models import Adapter, ZeroShotClassifier, apply_adapter, load_clip, tiny
+from rvlm.models.adapter import AdapterConfig, attention_output
+from rvlm.models.clip import Clip
+from rvlm.models.weights import weights_sha
+
+
+@pytest.fixture
+def clip():
+    return load_clip("tiny-vit")
+
+
+@pytest.fixture
+def x():
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def adapter(anchor=True, seed=0, **settings):
+    values = torch.randn(17, 96, generator=torch.Generator().manual_seed(seed)) / 5 if anchor is True else anchor
+    return Adapter(AdapterConfig(base="tiny-vit", size=32, **settings), values)
+
+
+def test_without_filter_and_anchor_the_output_is_the_same(clip, x):
+    before = clip(x)
+    apply_adapter(clip, adapter(None))
+    assert torch.equal(clip(x), before)
+    apply_adapter(clip, adapter(alpha=0.0))
+    torch.testing.assert_close(clip(x), before, rtol=0, atol=1e-6)
+
+
+def test_the_model_is_untouched_and_an_adapter_leaves_no_trace(clip, x):
+    before, state = clip(x), {key: t.clone() for key, t in clip.model.state_dict().items()}
+    modules = {name: set(vars(module)) for name, module in clip.named_modules()}
+    for fused in (True, False):
+        one = adapter(alpha=0.5, cutoff=6.0)
+        one.attach(clip, fused)
+        first = clip(x)
+        assert not torch.allclose(first, before, atol=1e-3)
+        one.attach(clip, fused)  # in its own place, not on top of itself
+        assert torch.equal(clip(x), first)
+        adapter(seed=1, alpha=0.5).attach(clip, fused)  # in the other's place
+        clip.adapter.detach(clip)
+        assert torch.equal(clip(x), before)
+    now = clip.model.state_dict()
+    assert now.keys() == state.keys() and all(torch.equal(now[key], t) for key, t in state.items())
+    assert {name: set(vars(module)) for name, module in clip.named_modules()} == modules
+    assert not any(module._forward_hooks for module in clip.modules())
+
+
+@pytest.mark.parametrize("mix", ["add", "lerp", "normadd"])
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_fused_block_is_the_hooked_one(clip, x, mix, block):
+    results = []
+    for fused in (True, False):
+        one = adapter(alpha=0.7, mix=mix, block=block)
+        one.anchor.requires_grad_(True)
+        one.attach(clip, fused)
+        leaf = x.clone().requires_grad_()
+        out = clip.encode_pixels(leaf, unit_norm=False)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append((out, *torch.autograd.grad((out * weight).sum(), [leaf, one.anchor])))
+        one.detach(clip)
+    for fused, hooked in zip(*results, strict=True):
+        torch.testing.assert_close(fused, hooked, rtol=1e-4, atol=1e-5 * hooked.abs().max().item())
+
+
+def test_the_anchors_gradient_is_alpha_times_the_sum_over_the_batch(clip, x):
+    one, seen = adapter(alpha=0.3), []
+    one.anchor.requires_grad_(True)
+    one.attach(clip, fused=False)
+    second = clip.model.visual.transformer.resblocks[0].ls_1.register_forward_hook(
+        lambda module, given, out: seen.append(out)
+    )
+    out = clip(x)
+    seen[0].retain_grad()
+    out.pow(3).sum().backward()
+    second.remove()
+    torch.testing.assert_close(one.anchor.grad, 0.3 * seen[0].grad.sum(0), rtol=1e-4, atol=1e-7)
+
+
+def test_a_white_image_and_its_own_anchor(clip):
+    """Adding the response once more doubles it, and mixing it with itself changes nothing, for any strength."""
+    white = torch.ones(1, 3, 32, 32)
+    own = attention_output(clip, white)[0]
+    plain = clip(white)
+    apply_adapter(clip, adapter(own, alpha=1.7, mix="lerp"))
+    torch.testing.assert_close(clip(white), plain, rtol=0, atol=1e-5)
+    adapter(own, alpha=1.0).attach(clip, fused=False)
+    torch.testing.assert_close(clip.adapter.mixed(own), 2 * own)
+    assert attention_output(clip, white).shape == (1, 17, 96)
+
+
+def test_the_filter_stands_before_the_tower_and_keeps_its_share_of_the_image(clip, x):
+    expected = clip(ops.gaussian_filter(x, 6.0))
+    apply_adapter(clip, adapter(None, cutoff=6.0))
+    torch.testing.assert_close(clip(x), expected)
+    wide = Adapter(AdapterConfig(base="", size=64, cutoff=12.0))
+    torch.testing.assert_close(wide.filter(x), ops.gaussian_filter(x, 6.0))
+    constant = torch.full((1, 3, 32, 32), 0.4)
+    torch.testing.assert_close(clip.adapter.filter(constant), constant)
+
+
+def test_an_anchor_goes_to_another_resolution(x):
+    config = copy.deepcopy(tiny.ARCHITECTURES["tiny-vit"])
+    config["vision_cfg"]["image_size"] = 64
+    import open_clip
+
+    large = Clip.wrap(open_clip.CLIP(**config), open_clip.SimpleTokenizer(context_length=16), "large")
+    values = torch.randn(17, 96)
+    one = adapter(values, alpha=0.5)
+    apply_adapter(large, one)
+    assert one.anchor.shape == (65, 96) and torch.equal(one.anchor[0], values[0])
+    corner = one.anchor[1:].reshape(8, 8, 96)[0, 0]
+    torch.testing.assert_close(corner, values[1])  # bilinear: a corner keeps its value
+    assert large(torch.rand(1, 3, 64, 64)).isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"anchor is \[17, 32\], made for tiny-vit, but large has 65 tokens of width 96"
+    ):
+        apply_adapter(large, adapter(torch.zeros(17, 32)))
+
+
+def test_saved_and_loaded(clip, x, tmp_path):
+    apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0, mix="lerp", block=1, source="a test"))
+    expected, sha = clip(x), weights_sha(clip)
+    clip.save(tmp_path / "run" / "checkpoint")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == [
+        "adapter.json",
+        "adapter.safetensors",
+    ]
+    for spec in (f"tiny-vit+adapter={tmp_path}/run", f"{tmp_path}/run", f"{tmp_path}/run/checkpoint"):
+        loaded = load_clip(spec)
+        assert torch.equal(loaded(x), expected) and loaded.name == spec and weights_sha(loaded) == sha
+    assert weights_sha(apply_adapter(clip, adapter(alpha=0.6, cutoff=6.0, mix="lerp", block=1))) != sha
+    with pytest.raises(FileNotFoundError, match="lacks adapter.json and adapter.safetensors"):
+        load_clip(f"tiny-vit+adapter={tmp_path}")
+    (tmp_path / "run" / "checkpoint" / "adapter.json").write_text('{"schema": "other"}')
+    with pytest.raises(ValueError, match="no adapter of this version"):
+        load_clip(f"{tmp_path}/run")
+
+
+def test_a_copy_has_an_adapter_of_its_own(clip, x):
+    for fused in (True, False):
+        adapter(alpha=0.5).attach(clip, fused)
+        expected = clip(x)
+        other = copy.deepcopy(clip)
+        with torch.no_grad():
+            other.adapter.anchor.zero_()
+        assert torch.equal(clip(x), expected) and not torch.allclose(other(x), expected, atol=1e-3)
+        other.adapter.detach(other)
+        assert torch.equal(clip(x), expected)
+        clip.adapter.detach(clip)
+
+
+def test_attacks_see_filter_and_anchor_and_leave_them_alone(clip, x):
+    apply_adapter(clip, adapter(alpha=0.5, cutoff=4.0))
+    classifier = ZeroShotClassifier(clip, ["cat", "dog", "owl"])
+    before = {key: t.clone() for key, t in clip.state_dict().items()}
+    x_adv = pgd(classifier, x, torch.tensor([0, 1, 2]), eps=0.1, steps=3, random_start=False)
+    assert all(torch.equal(t, before[key]) for key, t in clip.state_dict().items())
+    # The gradient passed the filter, so it is as smooth as what the filter lets through.
+    leaf = x.clone().requires_grad_()
+    grad = torch.autograd.grad(clip(leaf)[:, 0].sum(), leaf)[0]
+    torch.testing.assert_close(ops.gaussian_filter(grad, 400.0, clamp=False), grad, atol=1e-6, rtol=1e-3)
+    high = grad - ops.gaussian_filter(grad, 8.0, clamp=False)
+    assert high.norm() < 0.2 * grad.norm() and (x_adv - x).abs().max() > 0.05
+
+
+@pytest.mark.slow
+def test_compiles_into_one_graph(clip, x):
+    apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0))
+    compiled = torch.compile(clip.encode_pixels, fullgraph=True)
+    torch.testing.assert_close(compiled(x), clip(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"mix": "sum"}, "mix must be one of add, lerp, normadd"),
+    ({"cutoff": 0.0}, "cutoff must be a finite number"),
+    ({"alpha": float("nan")}, "alpha must be finite"),
+    ({"alpha": -1.0, "mix": "normadd"}, "above -1 for normadd"),
+])  # fmt: skip
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        adapter(**settings)
+
+
+def test_towers_that_cannot_be_anchored(clip):
+    with pytest.raises(
+        ValueError, match=r"tiny-rn \(ModifiedResNet\) has no blocks that can be anchored: expected a Vis"
+    ):
+        apply_adapter(load_clip("tiny-rn"), adapter(alpha=1.0))
+    with pytest.raises(ValueError, match="tiny-vit has 3 blocks, got block 3"):
+        apply_adapter(clip, adapter(alpha=1.0, block=3))
+    resnet = apply_adapter(load_clip("tiny-rn"), adapter(None, cutoff=6.0))  # a filter needs no blocks
+    assert resnet(torch.rand(1, 3, 32, 32)).isfinite().all()
