@@ -45,6 +45,9 @@ ROWS = {
     "hpt_gpd, HPT only": ("hpt_gpd", {"stages": "hpt"}),
     "hpt_gpd, GA only": ("hpt_gpd", {"stages": "ga"}),
     "hpt_gpd, clean distillation": ("hpt_gpd", {"stages": "clean"}),
+    "r_adapt, white": ("r_adapt", {"anchor": "white"}),
+    "r_adapt, model": ("r_adapt", {"anchor": "model"}),
+    "r_adapt, learned": ("r_adapt", {}),
 }
 WORSE = 0.10  # by which AutoAttack may lie below PGD-20
 JOINT_STEPS = 20
@@ -120,12 +123,14 @@ def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
     if ROWS[name] is not None:
         method, settings = ROWS[name]
         teachers = {"hpt_gpd": {"proxy": proxy}, "ard": {"teacher": robust},
-                    "mmt_ard": {"robust_teacher": robust, "clean_teacher": proxy}}.get(method, {})  # fmt: skip
+                    "mmt_ard": {"robust_teacher": robust, "clean_teacher": proxy},
+                    "r_adapt": {"guide": robust}}.get(method, {})  # fmt: skip
         built = build_method(method, **(task.settings.get(method, {}) | teachers | settings))
         result = train(student, task.train, built, seed=seed, progress=args.progress)
         row |= {"train_seconds": round(result.seconds, 1), "train_images": result.images}
     test, subset = task.test, task.test.limited(args.few)
-    model, other = (ZeroShotClassifier(c, test.class_names, test.template).eval() for c in (student, proxy))
+    clips = (student, proxy, task.student().to(args.device))
+    model, other, plain = (ZeroShotClassifier(clip, test.class_names, test.template).eval() for clip in clips)
     row |= {"samples": len(test), "few": len(subset)}
     if name == "ensemble with the proxy":
         model = Ensemble([model, other])
@@ -136,10 +141,11 @@ def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
         weak = evaluate(model, test, attack=args.attack, **given)
         strong = evaluate(model, subset, attack=args.strong, **given)
         fooled = evaluate(other, test, source=model, attack=args.attack, **given)
+        moved = evaluate(model, test, source=plain, attack=args.attack, **given)
         row |= {
             "clean": weak.clean, f"pgd {eps}": weak.robust, f"autoattack {eps}": strong.robust,
             f"pgd {eps}, same samples": (weak.broken_by[rows] == -1).double().mean().item(),
-            f"proxy on its images {eps}": fooled.robust, "proxy clean": fooled.clean,
+            f"proxy on its images {eps}": fooled.robust, "proxy clean": fooled.clean, f"transfer {eps}": moved.robust,
             f"joint {eps}": against_both(model, other, test, eps, seed, args.device),
             f"failed checks {eps}": [c["id"] for c in [*weak.checks, *strong.checks] if not c["ok"]],
         }  # fmt: skip
@@ -170,7 +176,8 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
     columns = {"clean": "clean"}
     for eps in args.radii:
         columns |= {f"pgd {eps}": f"{args.attack} {eps}", f"autoattack {eps}": f"{args.strong} {eps}"}
-        columns |= {f"joint {eps}": f"joint {eps}", f"proxy on its images {eps}": f"proxy {eps}"}
+        columns |= {f"transfer {eps}": f"transfer {eps}", f"joint {eps}": f"joint {eps}"}
+        columns |= {f"proxy on its images {eps}": f"proxy {eps}"}
     lines = ["| method | seeds | train s | " + " | ".join(columns.values()) + " |", "| --- " * (3 + len(columns)) + "|"]
     for name in ROWS:
         mine = [row for row in rows if row["name"] == name]
@@ -247,9 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     text = f"""# Methods on {args.data}
 
 Tiny ViT CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
-{measured[0]["few"]} of them; means over seeds ± half the spread. "joint" is PGD-{JOINT_STEPS} on student and proxy
-together, scored on the student. "proxy" is a vanilla ResNet CLIP ({proxy} clean) on the images that {args.attack} made
-for the student (transfer).
+{measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {args.attack} on the
+undefended model, scored on the row's; "joint", PGD-{JOINT_STEPS} on student and proxy together, scored on the student;
+"proxy", a vanilla ResNet CLIP ({proxy} clean) on the images that {args.attack} made for the student.
 
 {table(measured, args)}
 

@@ -1,6 +1,5 @@
 """Several classifiers as one."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,10 +9,11 @@ __all__ = ["Ensemble"]
 
 
 class Ensemble(nn.Module):
-    """The mean of several classifiers' probabilities, as logits: log mean_i softmax(logits_i).
+    """The mean of several classifiers' log-probabilities, [B, C]: what the geometric mean of their probabilities says.
 
     It needs no training; HPT-GPD's tables have one of a target and its proxy beside the methods that train. Attacked
-    white-box, it is differentiated as a whole.
+    white-box, it is differentiated as a whole. The mean of probabilities would hide gradients: while one model is sure,
+    the other's hardly count, and PGD-20 leaves 28 % where AutoAttack leaves none (the digits' CLIPs, Linf 8/255).
 
     Args:
         models: callables from pixels [B, 3, H, W] in [0, 1] to logits [B, C] of the same classes.
@@ -34,5 +34,4 @@ class Ensemble(nn.Module):
         if len({tuple(each.shape) for each in logits}) > 1:
             shapes = ", ".join(str(list(each.shape)) for each in logits)
             raise ValueError(f"the models of an ensemble must have the same classes, got logits {shapes}")
-        said = torch.stack([each.log_softmax(1) for each in logits])
-        return said.logsumexp(0) - math.log(len(logits))
+        return torch.stack([each.log_softmax(1) for each in logits]).mean(0)

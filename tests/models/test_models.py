@@ -146,13 +146,13 @@ def test_bad_classifiers(clip):
         ZeroShotClassifier(clip, ["a"], "a photo")
 
 
-def test_an_ensemble_averages_probabilities():
+def test_an_ensemble_averages_log_probabilities():
     torch.manual_seed(0)
     first, second = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
     x = torch.randn(5, 6)
-    expected = (first(x).softmax(1) + second(x).softmax(1)) / 2
+    expected = (first(x).softmax(1) * second(x).softmax(1)).sqrt()
     ensemble = Ensemble([first, second])
-    torch.testing.assert_close(ensemble(x).exp(), expected)
+    torch.testing.assert_close(ensemble(x).softmax(1), expected / expected.sum(1, keepdim=True))
     assert len(list(ensemble.parameters())) == 4  # what an attack has to freeze
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])
