@@ -113,12 +113,14 @@ class EvalArgs(ModelArgs):
 
 @dataclasses.dataclass(kw_only=True)
 class AnalyzeArgs(DataArgs):
-    """Look into models. transfer: who is fooled by whose images, as a table and a picture."""
+    """Look into models. transfer: who is fooled by whose images. Of a base and a robust tower: cka, how alike layers
+    are; replace, accuracy while one's modules take the other's place; spectrum, attention, insensitivity, drift."""
 
     what: str = "transfer"
-    """What to look at: transfer."""
-    models: str = "digits-vit,digits-rn"
-    """Models, separated by commas, each as --model elsewhere."""
+    """transfer, cka, replace, spectrum, attention, insensitivity or drift."""
+    models: str | None = None
+    """Models, separated by commas, each as --model elsewhere; for all but transfer two CLIPs, the base first. Default
+    digits-vit,digits-rn for transfer and digits-vit,digits-vit-tecoa for the others."""
     targets: str | None = None
     """Score the images on these instead, separated by commas; default the models themselves."""
     attack: str = "pgd-10"
@@ -127,6 +129,18 @@ class AnalyzeArgs(DataArgs):
     """Radius in pixel units: 8/255 or 0.031."""
     norm: str = "linf"
     """linf, l2 or l1."""
+    tokens: str = "cls"
+    """For cka: cls, mean or all."""
+    unbiased: bool = False
+    """For cka: the unbiased estimator."""
+    single: bool = False
+    """For replace: one unit at a time instead of all up to it."""
+    normalise: str = "relative"
+    """For spectrum: relative or raw."""
+    block: int = 0
+    """For attention and insensitivity: number of the block, from 0."""
+    reduce: str = "cls"
+    """For attention: what the class token looks at (cls), or how much each patch is looked at (received)."""
     out: str | None = None
     """Run folder; default runs/analyze-DATE."""
 

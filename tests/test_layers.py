@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "methods": {"methods", "attacks", "models", "data", "ops"},
     "training": {"training", "evaluation", "methods", "attacks", "models", "data", "ops"},
     "evaluation": {"evaluation", "attacks", "models", "data"},
+    "analysis": {"analysis", "evaluation", "attacks", "models", "data"},
     "report": {"report", "evaluation", "attacks", "models", "data"},
 }
 

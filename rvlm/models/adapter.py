@@ -28,7 +28,7 @@ from rvlm.ops.attention import MIXES
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "apply_adapter", "attention_output"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "anchorable_block", "apply_adapter", "attention_output"]
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -99,7 +99,7 @@ class Adapter(nn.Module):
         if clip.adapter is not None:
             clip.adapter.detach(clip)
         if self.anchor is not None:
-            block = _block(clip, self.config.block)
+            block = anchorable_block(clip, self.config.block)
             self._fit(clip)
             if fused:
                 block.forward = functools.partial(_anchored_forward, block, self)
@@ -110,7 +110,7 @@ class Adapter(nn.Module):
     def detach(self, clip: "Clip") -> None:
         """Takes itself away; the model is as it was."""
         if self.anchor is not None:
-            block = _block(clip, self.config.block)
+            block = anchorable_block(clip, self.config.block)
             vars(block).pop("forward", None)
             hooks = block.ls_1._forward_hooks  # by what they are: a copy of a model has no handles of its own
             for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _mix_hook]:
@@ -183,7 +183,7 @@ def apply_adapter(clip: "Clip", adapter: "Adapter | str | Path") -> "Clip":
 def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
     """Output of the attention of a block [B, N, D], after its projection, for pixels x [B, 3, S, S]."""
     seen: list[Tensor] = []
-    handle = _block(clip, block).ls_1.register_forward_hook(lambda module, given, o: seen.append(o))
+    handle = anchorable_block(clip, block).ls_1.register_forward_hook(lambda module, given, o: seen.append(o))
     try:
         with torch.no_grad():
             clip.encode_pixels(x)
@@ -192,7 +192,8 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
     return seen[0]
 
 
-def _block(clip: "Clip", number: int) -> nn.Module:
+def anchorable_block(clip: "Clip", number: int) -> nn.Module:
+    """A block of the tower, from 0; ValueError where the tower has none that can be anchored."""
     blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
     parts = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2", "attention")
     if blocks is None or not all(hasattr(blocks[0], part) for part in parts):

@@ -1,12 +1,15 @@
 """Reports: tables, plots with their numbers as CSV beside them, and a self-contained HTML page."""
 
 from rvlm.report.html import write_html
-from rvlm.report.plots import accuracy_over_eps, image_grid, transfer_heat_map
+from rvlm.report.plots import accuracy_over_eps, bars, heat_map, image_grid, maps, transfer_heat_map
 from rvlm.report.tables import markdown, phase_table, rich_table
 
 __all__ = [
     "accuracy_over_eps",
+    "bars",
+    "heat_map",
     "image_grid",
+    "maps",
     "markdown",
     "phase_table",
     "rich_table",

@@ -14,7 +14,7 @@ from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.units import Eps
 
-__all__ = ["accuracy_over_eps", "image_grid", "transfer_heat_map"]
+__all__ = ["accuracy_over_eps", "bars", "heat_map", "image_grid", "maps", "transfer_heat_map"]
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 RIGHT, WRONG = "#00704F", "#B34700"
@@ -105,23 +105,81 @@ def image_grid(
 @rc_context(PLAIN_TEXT)
 def transfer_heat_map(path: str | Path, matrix: TransferMatrix) -> Path:
     """Accuracy of every target (columns) on clean images and on those of every source (rows), in per cent."""
-    shares = 100 * torch.cat([matrix.clean[None], matrix.robust])
-    names = ["(clean)", *matrix.sources]
-    short = [name if len(name) <= 24 else "…" + name[-23:] for name in [*matrix.targets, *names]]
-    figure = Figure(figsize=(3.0 + 1.1 * len(matrix.targets), 2.0 + 0.55 * len(names)), dpi=150, layout="constrained")
+    shares = torch.cat([matrix.clean[None], matrix.robust])
+    return heat_map(
+        path, shares, ["(clean)", *matrix.sources], matrix.targets, ylabel="images of", xlabel="scored on",
+        title=f"accuracy %, {matrix.attack}, {matrix.norm} {matrix.eps}", percent=True,
+    )  # fmt: skip
+
+
+@rc_context(PLAIN_TEXT)
+def heat_map(
+    path: str | Path, values: Tensor, rows: list[str], columns: list[str], *, ylabel: str, xlabel: str, title: str,
+    percent: bool = False,
+) -> Path:  # fmt: skip
+    """A matrix with its numbers in its cells. percent: shares are shown as per cent, 0 to 100."""
+    shown = (100 * values if percent else values).float()
+    low, high = (0.0, 100.0) if percent else (float(shown.nan_to_num(0).min()), float(shown.nan_to_num(0).max()))
+    short = [name if len(name) <= 24 else "…" + name[-23:] for name in [*columns, *rows]]
+    wide = 1.1 if len(columns) <= 8 else 0.6
+    figure = Figure(figsize=(3.0 + wide * len(columns), 2.0 + wide / 2 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for row, line in enumerate(shares.tolist()):
-        for column, share in enumerate(line):
-            colour = "black" if share > 50 else "white"
-            axes.text(column, row, f"{share:.1f}", ha="center", va="center", color=colour, fontsize=10)
-    axes.set_xticks(range(len(matrix.targets)), short[: len(matrix.targets)], rotation=20, ha="right")
-    axes.set_yticks(range(len(names)), short[len(matrix.targets) :])
-    axes.set(xlabel="scored on", ylabel="images of")
-    axes.set_title(f"accuracy %, {matrix.attack}, {matrix.norm} {matrix.eps}", loc="left", fontsize=11)
+    axes.imshow(shown.numpy(), cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    for row, line in enumerate(shown.tolist()):
+        for column, value in enumerate(line):
+            colour = "black" if value > (low + high) / 2 else "white"
+            text = f"{value:.1f}" if percent else f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=10 if wide > 1 else 8)
+    axes.set_xticks(range(len(columns)), short[: len(columns)], rotation=20, ha="right")
+    axes.set_yticks(range(len(rows)), short[len(columns) :])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, loc="left", fontsize=11)
     axes.spines[:].set_visible(False)
-    rows = [[name, *line] for name, line in zip(names, (shares / 100).tolist(), strict=True)]
-    return _write(path, figure, ["images of", *matrix.targets], rows)
+    table = [[name, *line] for name, line in zip(rows, values.tolist(), strict=True)]
+    return _write(path, figure, [ylabel, *columns], table)
+
+
+@rc_context(PLAIN_TEXT)
+def bars(path: str | Path, values: dict[str, list[float]], names: list[str], title: str, ylabel: str) -> Path:
+    """Groups of bars: a group for each of `names`, a colour for each key of `values`."""
+    figure = Figure(figsize=(2.5 + 0.55 * len(names) * max(1, len(values) / 2), 4.0), dpi=150, layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / len(values)
+    for k, (label, heights) in enumerate(values.items()):
+        places = [j + (k - (len(values) - 1) / 2) * width for j in range(len(names))]
+        axes.bar(places, heights, width, color=PALETTE[k % len(PALETTE)], label=label)
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axes.set(ylabel=ylabel)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.3, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(values) > 1:
+        figure.legend(frameon=False, loc="outside lower center", ncols=len(values))
+    rows = [[name, *(heights[j] for heights in values.values())] for j, name in enumerate(names)]
+    return _write(path, figure, ["", *values], rows)
+
+
+@rc_context(PLAIN_TEXT)
+def maps(path: str | Path, rows: dict[str, list[Tensor]], columns: list[str], title: str) -> Path:
+    """Pictures in a grid: [h, w] in false colours, each row on one scale, or [3, h, w] as images."""
+    figure = Figure(figsize=(1.5 * len(columns) + 1.2, 1.6 * len(rows) + 0.6), dpi=150, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    table = []
+    for axes_of_row, (name, pictures) in zip(grid, rows.items(), strict=True):
+        flat = [p for p in pictures if p.dim() == 2]
+        low, high = (float(torch.stack(flat).min()), float(torch.stack(flat).max())) if flat else (0.0, 1.0)
+        for axes, picture, column in zip(axes_of_row, pictures, columns, strict=True):
+            if picture.dim() == 3:
+                axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            else:
+                axes.imshow(picture.numpy(), cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
+                table += [[name, column, h, *line] for h, line in enumerate(picture.tolist())]
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        axes_of_row[0].set_ylabel(name, fontsize=9)
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(column, fontsize=9)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return _write(path, figure, ["row", "column", "line", "values"], table)
 
 
 def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:

@@ -1,0 +1,48 @@
+"""Where a block looks, and how much of its answer is the same for every image."""
+
+import torch
+from torch import Tensor
+
+from rvlm.data import Data
+from rvlm.models import Clip
+from rvlm.models.adapter import anchorable_block, attention_output
+
+__all__ = ["attention_map", "insensitivity"]
+
+
+def attention_map(clip: Clip, x: Tensor, block: int = 0, reduce: str = "cls") -> Tensor:
+    """Attention over the patches [B, h, w] of a block, the mean of its heads.
+
+    Args:
+        x: pixels [B, 3, S, S].
+        reduce: "cls", what the class token looks at, or "received", how much all tokens look at each patch.
+
+    Raises:
+        ValueError: a tower without such blocks.
+    """
+    if reduce not in ("cls", "received"):
+        raise ValueError(f"reduce must be cls or received, got {reduce!r}")
+    module, seen = anchorable_block(clip, block), []
+    handle = module.ln_1.register_forward_hook(lambda m, given, out: seen.append(out))
+    try:
+        with torch.no_grad():
+            clip.encode_pixels(x)
+    finally:
+        handle.remove()
+    attn, h = module.attn, seen[0]
+    with torch.no_grad():
+        q, k, _ = (h @ attn.in_proj_weight.T + attn.in_proj_bias).chunk(3, dim=-1)
+        q, k = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # [B, N, N]
+    patches = (weights[:, 0] if reduce == "cls" else weights.mean(1))[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    return patches.unflatten(1, (side, side))
+
+
+def insensitivity(clip: Clip, data: Data, block: int = 0, batch_size: int = 100) -> float:
+    """|E_x O(x)|^2 / E_x |O(x)|^2 in [0, 1] of a block's attention output O: 1 if it is the same for every image."""
+    total, power, n = 0.0, 0.0, 0
+    for rows in torch.arange(len(data)).split(batch_size):
+        out = attention_output(clip, data.batch(rows)[0].to(clip.device), block).double()
+        total, power, n = total + out.sum(0), power + out.square().sum(), n + len(out)
+    return float((total / n).square().sum() / (power / n))
