@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -169,6 +170,8 @@ def _analyze_towers(args: AnalyzeArgs) -> int:
     from rvlm.models.weights import weights_sha
 
     args.eps.check("linf")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"analyze {args.what} runs in one process: start it without torchrun")
     names = [name.strip() for name in (args.models or "digits-vit,digits-vit-tecoa").split(",")]
     if len(names) != 2:
         raise ValueError(f"{args.what} compares two models, a base and a robust one, got {len(names)}")

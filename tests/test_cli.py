@@ -144,7 +144,7 @@ def test_analyze_transfer(cache, tmp_path, capsys):
     assert record["models"]["tiny-rn"]["model"]["sha256"]
     assert np.load(tmp_path / record["samples"])["correct"].shape == (2, 1, 20)
     assert (tmp_path / "transfer.png").is_file() and (tmp_path / "transfer.csv").is_file()
-    assert run("analyze", "cka") == 2
+    assert run("analyze", "cookies") == 2
     assert "expected transfer" in capsys.readouterr().err
 
 

@@ -180,8 +180,11 @@ def test_the_command(what, tmp_path, capsys):
     assert "written to" in capsys.readouterr().out
 
 
-def test_the_command_on_bad_input(capsys):
+def test_the_command_on_bad_input(capsys, monkeypatch):
     assert cli.main(["analyze", "magic"]) == 2
     assert "expected transfer, cka, replace" in capsys.readouterr().err
     assert cli.main(["analyze", "cka", "--models", "tiny-vit"]) == 2
     assert "a base and a robust one, got 1" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["analyze", "drift"]) == 2
+    assert "runs in one process" in capsys.readouterr().err
