@@ -82,17 +82,18 @@ def page(rows: list[dict], command: str, commit: str, record: str) -> str:
             best = 100 * max(row["mmt_ard robust"])
             cells += [f"not in {whole} (best {best:.1f})", "-", "-", "-"]
         else:
-            cells += [str(needed), f"{whole / needed:.2f}x"]
+            first = row["ard reached after"]
+            cells += [str(needed), f"{first / needed:.2f}x"]
             for kind in ("cached", "uncached"):
-                ratio = whole * row[f"ard seconds, {kind}"] / (needed * row[f"mmt_ard seconds, {kind}"])
+                ratio = first * row[f"ard seconds, {kind}"] / (needed * row[f"mmt_ard seconds, {kind}"])
                 cells.append(f"{ratio:.2f}x")
         lines.append("| " + " | ".join(cells) + " |")
     fill = statistics.median(row["seconds to fill the cache"] for row in rows)
     return f"""# Images and seconds to the single teacher's robustness
 
 Digits, {rows[0]["images"]} training images, {rows[0]["held_out"]} held out; {ATTACK} at 8/255 (Linf, white-box) after
-every epoch. "epochs" is the first epoch whose robust accuracy is ARD's after its last; "images" and "seconds" are ARD's
-whole run over MMT-ARD's run up to there. Filling the cache takes {fill:.1f} s once, in no column.
+every epoch. "epochs" is the first epoch whose robust accuracy is at least ARD's after its last; "images" and "seconds"
+are ARD's over MMT-ARD's up to there. Filling the cache takes {fill:.1f} s once, in no column.
 
 {chr(10).join(lines)}
 

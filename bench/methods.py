@@ -235,9 +235,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in only or ROWS:
             if ROWS[name] is None and seed != seeds[0]:
                 continue  # nothing is trained
-            stem = f"{name} {args.attack} {args.strong}-{args.few} {args.eps} {seed}".translate(
-                str.maketrans(" ,/", "---")
-            )
+            of = f"{args.images}-images " if args.images else ""
+            stem = f"{name} {of}{args.attack} {args.strong}-{args.few} {args.eps} {seed}"
+            stem = stem.translate(str.maketrans(" ,/", "---"))
             path = args.out / f"{stem}.json"
             if not path.is_file():
                 began = time.time()

@@ -325,10 +325,12 @@ def train(args: tuple[TrainArgs, Any]) -> int:
     from rvlm.evaluation import evaluate, parse_attack, write_evaluation
     from rvlm.methods import method_class
     from rvlm.models import Clip, ZeroShotClassifier, load_clip
+    from rvlm.training import check_training
     from rvlm.training import train as run_training
 
     args, settings = args
     parse_attack(args.eval_attack)
+    check_training(method_class(args.method)(settings), args.parallel, args.tensorboard)
     with _together(args) as ranks:
         with ranks.first_before_others():  # models of the zoo are trained on first use
             data = load_data(args.data, args.split, size=args.size, limit=args.limit)
@@ -378,6 +380,8 @@ def profile(args: ProfileArgs) -> int:
 
     if args.what not in ("train", "attack"):
         raise ValueError(f"cannot profile {args.what!r}: expected train or attack")
+    if args.twin is not None and args.what != "train":
+        raise ValueError("--twin is another training loop: it goes with profile train")
     data = load_data(args.data, "train" if args.what == "train" else "test", size=args.size, limit=args.limit)
     return (_profile_train if args.what == "train" else _profile_attack)(args, data)
 
@@ -493,7 +497,7 @@ def _from_file(spec: str) -> Callable[[Tensor], Tensor]:
     path, _, name = spec.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file}: expected FILE.py:NAME, a callable from pixels to logits")
+        raise FileNotFoundError(f"no file {file}: expected FILE.py:NAME, a callable")
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(module_spec)
     sys.path.insert(0, str(file.parent))  # the file may import its neighbours

@@ -28,6 +28,13 @@ class Ranks:
         on = distributed.is_available() and distributed.is_initialized()
         self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if on else (0, 1)
 
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """This process by itself, whatever group there is: for work that one of them does while others wait."""
+        ranks = cls()
+        ranks.rank, ranks.size = 0, 1
+        return ranks
+
     @property
     def first(self) -> bool:
         return self.rank == 0

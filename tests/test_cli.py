@@ -237,6 +237,8 @@ def test_profile(tmp_path, monkeypatch, capsys):
     assert twin["rounds"] == 2 and twin["ratio_min"] <= twin["ratio"] <= twin["ratio_max"]
     assert run("profile", "train", "--model", "tiny-vit", "--limit", "64", "--twin", tmp_path / "twin.py:lunch") == 2
     assert "has no callable 'lunch'" in capsys.readouterr().err
+    assert run("profile", "attack", "--twin", "x.py:y") == 2
+    assert "goes with profile train" in capsys.readouterr().err
     assert run("profile", "lunch") == 2
     assert "expected train or attack" in capsys.readouterr().err
 

@@ -95,19 +95,27 @@ def _weights_cast_once(module: nn.Module | None, dtype: torch.dtype) -> Iterator
     """
     cast, shared = {}, set()
     for m in module.modules() if module is not None else ():
-        for parameter in m.parameters(recurse=False):
-            if type(m) in _AUTOCAST_LAYERS and parameter.dtype == torch.float32:
-                cast[id(parameter)] = parameter
+        for name, parameter in m._parameters.items():
+            if parameter is None:
+                continue
+            # A slice of a sharded weight is gathered at every forward pass, and cast there.
+            whole = not hasattr(parameter, "placements")
+            if type(m) in _AUTOCAST_LAYERS and parameter.dtype == torch.float32 and whole:
+                cast.setdefault(id(parameter), []).append((m, name, parameter))
             else:
                 shared.add(id(parameter))
-    originals = [(parameter, parameter.data) for key, parameter in cast.items() if key not in shared]
+    places = [place for key, found in cast.items() if key not in shared for place in found]
+    narrow: dict[int, nn.Parameter] = {}
     try:
-        for parameter, data in originals:
-            parameter.data = data.to(dtype)
+        # Other parameters in their places: new data in the old ones would tear off the hooks of their gradients.
+        for m, name, parameter in places:
+            if id(parameter) not in narrow:
+                narrow[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+            m._parameters[name] = narrow[id(parameter)]
         yield
     finally:
-        for parameter, data in originals:
-            parameter.data = data
+        for m, name, parameter in places:
+            m._parameters[name] = parameter
 
 
 _AUTOCAST_LAYERS = {

@@ -74,8 +74,8 @@ class MethodConfig:
     batch_size: int = 128
     """Images a step, of all processes together."""
     accumulate: int = 1
-    """Parts that a step's images are cut into to save memory; their gradients add up to that of the whole. Batch norm
-    and the shares of mmt_ard's mtard see each part by itself."""
+    """Parts that a step's images are cut into to save memory; their gradients add up to that of the whole. Batch norm,
+    dropout and the shares of mmt_ard's mtard see each part by itself."""
     optimizer: str = "adamw"
     """adamw or sgd (momentum 0.9)."""
     lr: float = 1e-5
@@ -100,8 +100,8 @@ class MethodConfig:
     momentum: float = 0.0
     """Decay of the attack's velocity of signs (RobustVLM's PGD, 0.9 there), or 0 for plain PGD."""
     precision: str = "fp32"
-    """fp32, or bf16 or fp16: student and attack under autocast; weights, images and losses stay fp32. Under fp16 the
-    losses of step and attack are scaled, so that small gradients do not vanish."""
+    """fp32, or bf16 or fp16: vision tower and attack under autocast; weights, images, text and losses stay fp32. Under
+    fp16 the losses of step and attack are scaled, so that small gradients do not vanish."""
     teacher_precision: str = "auto"
     """fp32 or bf16; auto is bf16 on a GPU and where the student has it."""
     templates: str = "auto"

@@ -9,6 +9,7 @@ Both towers and the logit scale s learn. With every class in the batch this is C
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,8 +39,16 @@ class ClipTraining(Method):
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         head = text_head(self.student, self.class_names, self.templates)
-        logits = self.student.model.logit_scale.clamp(max=math.log(100)).exp() * out_clean @ head
+        self._limit_scale()
+        logits = self.student.logit_scale * out_clean @ head
         return {
             "total": batch.mean(F.cross_entropy(logits, batch.y, reduction="none")),
             "clean_acc": accuracy(logits, batch.y),
         }
+
+    def finish(self) -> None:
+        self._limit_scale()
+
+    def _limit_scale(self) -> None:
+        with torch.no_grad():
+            self.student.model.logit_scale.clamp_(max=math.log(100))

@@ -194,8 +194,16 @@ class HPTGPD(VisionMethod):
     def _encode_text(self) -> None:
         """The class embeddings of this step, with their graph, if the text tower learns."""
         if self.config.trains == "all":
-            scale = self.student.model.logit_scale.clamp(0, math.log(100)).exp()
-            self.head = (scale if self.config.logit_scale is None else self.config.logit_scale) * self.text()
+            self._limit_scale()
+            self.head = self.scale(self.student) * self.text()
+
+    def _limit_scale(self) -> None:
+        with torch.no_grad():
+            self.student.model.logit_scale.clamp_(0, math.log(100))
+
+    def finish(self) -> None:
+        if self.config.trains == "all":
+            self._limit_scale()
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         config = self.config

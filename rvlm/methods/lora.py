@@ -35,7 +35,8 @@ class LowRank(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         a = self.a
         if self.training and self.dropout:
-            a = a * F.dropout(torch.ones_like(a[:1]), self.dropout)
+            # Drawn on the CPU, whose generator's state a run saves.
+            a = a * F.dropout(torch.ones(1, a.shape[1]), self.dropout).to(a)
         return weight + self.scale * self.b @ a
 
 
@@ -61,6 +62,7 @@ def merge(tower: nn.Module) -> None:
     """Writes corrections into the weights and removes them; nothing to do where there are none."""
     for module in list(tower.modules()):
         for name in list(getattr(module, "parametrizations", ())):
+            module.parametrizations[name].eval()  # without dropout
             parametrize.remove_parametrizations(module, name)
 
 

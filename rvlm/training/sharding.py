@@ -41,10 +41,6 @@ class Sharded:
             fully_shard(block)
         fully_shard(tower)
 
-    def sync(self, on: bool) -> None:
-        """Whether the next backward pass reduces gradients over the processes."""
-        self.student.model.visual.set_requires_gradient_sync(on)
-
     def state(self, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """Whole weights and optimiser state, on the CPU of the first process. All processes must call it."""
         from torch.distributed.checkpoint import state_dict as dcp

@@ -6,10 +6,10 @@ student on what the method asks for, its loss, one optimiser step. The learning 
 
 Under torchrun every process takes every n-th sample of a batch; one reduction a step (DistributedDataParallel) makes
 the gradient that of the whole batch. The attack runs on the module inside the wrapper. Towers that are too large for a
-device are cut up instead (`rvlm.training.sharding`).
+device are cut up instead (`rvlm.training.sharding`), and reduced block by block.
 
-A run with a folder writes its state at every epoch and once a minute; a run that was killed goes on there and ends,
-on one device, with the same bits.
+A run with a folder writes its state at every epoch and, with one process, once a minute; a run that was killed goes on
+there and ends, on one device, with the same bits.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from rvlm import profiling
 from rvlm.attacks import mifgsm, pgd
@@ -39,7 +40,7 @@ from rvlm.ranks import Ranks, placed_like, whole
 from rvlm.training.sharding import Sharded
 from rvlm.units import Eps
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "check_training", "train"]
 
 STATE = "state.pt"
 PARALLEL = ("ddp", "fsdp")
@@ -88,6 +89,7 @@ def train(
     validation_attack: str = "pgd-10",
     parallel: str = "ddp",
     tensorboard: bool = False,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Trains `student` in place.
 
@@ -110,37 +112,42 @@ def train(
         parallel: what several processes do: "ddp", each holds the whole student, or "fsdp", each holds a slice of the
             vision tower, its gradients and its optimiser state. With one process there is no difference.
         tensorboard: also write the rows of the log to `out`/tensorboard, over images (needs the package tensorboard).
+        ranks: the processes that train together; None is the group that there is.
 
     Raises:
-        FloatingPointError: the loss is NaN or infinite; names step and samples. The state before that step is saved.
+        FloatingPointError: the loss is NaN or infinite; names step and samples. Weights and images are written to
+            `out`/failed.pt (each process has its own), to be looked at.
         ValueError: no data, a folder with the state of another run, or settings that exclude each other.
     """
     if not len(data):
         raise ValueError(f"{data.name} has no samples to train on")
-    if parallel not in PARALLEL:
-        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
     if tensorboard and out is None:
         raise ValueError("tensorboard=True needs a folder: pass out")
-    ranks = Ranks()
+    check_training(method, parallel, tensorboard)
+    ranks = ranks or Ranks()
     if method.config.batch_size < ranks.size:
         raise ValueError(f"batch_size={method.config.batch_size} is less than the {ranks.size} processes")
     out = None if out is None else Path(out)
     key = _key(student, data, method, seed, validation)
-    with torch.random.fork_rng(devices=[]):
+    device = student.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_mix(seed, 0, -(2**20)))  # for what draws from torch's own generator: low-rank starts
         began = time.perf_counter()
-        method.setup(student, data)
+        with ranks.first_before_others():  # what the first writes to caches, the others find
+            method.setup(student, data)
         setup_seconds = time.perf_counter() - began
-        run = _Run(student, data, method, seed, out, key, ranks, parallel)
-        if tensorboard and ranks.first:
-            run.board = _board(out, run.at.images)
-        if validation is not None:
-            templates = method.training_templates(validation)
-            run.validate = lambda clip: _accuracies(clip, validation, templates, validation_attack, method.config.eps)
-        for number in range(run.at.stage, len(run.stages)):
-            run.stage(number, progress and ranks.first)
-        run.end()
-        method.finish()
+        try:
+            run = _Run(student, data, method, seed, out, key, ranks, parallel)
+            if tensorboard and ranks.first:
+                run.board = _board()(str(out / "tensorboard"), purge_step=run.at.images + 1)
+            if validation is not None:
+                templates, eps = method.training_templates(validation), method.config.eps
+                run.validate = lambda clip: _accuracies(clip, validation, templates, validation_attack, eps)
+            for number in range(run.at.stage, len(run.stages)):
+                run.stage(number, progress and ranks.first)
+            run.end()
+        finally:
+            method.finish()
     student.eval().requires_grad_(False)
     if out is not None and ranks.first:
         student.save(out / "checkpoint")
@@ -162,10 +169,7 @@ class _Run:
         if ranks.size > 1 and self.sharded is None and any(p.requires_grad for p in student.parameters()):
             self.forward = DistributedDataParallel(student)
         self.stages = method.stages()  # now that the weights are what an optimiser will hold
-        half = method.config.precision == "fp16"
-        if half and self.sharded is not None:
-            raise ValueError("precision fp16 cannot be sharded: use bf16, or ddp")
-        self.scaler = torch.amp.GradScaler(student.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=method.config.precision == "fp16")
         self.began = self.saved = time.perf_counter()
         if out is not None and (out / STATE).is_file():
             self._restore()
@@ -192,7 +196,7 @@ class _Run:
                     step = epoch * per_epoch + at.batch
                     factor = stage.schedule(step, stage.length * per_epoch)
                     for group in self.optimizer.param_groups:
-                        group["lr"] = factor * peak * group.get("lr_scale", 1.0)
+                        group["lr"] = factor * peak
                     if len(rows) >= self.ranks.size:  # else the last few samples, fewer than processes
                         self._step(rows, _mix(self.seed, number, step))
                         self._follow()
@@ -209,6 +213,7 @@ class _Run:
 
     def _end_epoch(self, number: int, epoch: int, stage: Stage) -> None:
         at, sums, count = self.at, {}, 0
+        self._agree()
         for theirs, samples in self.ranks.gather((at.sums, at.count)):
             count += samples
             for name, value in theirs.items():
@@ -229,6 +234,12 @@ class _Run:
                 if isinstance(value, float):
                     self.board.add_scalar(name, value, at.images)
             self.board.flush()
+
+    def _agree(self) -> None:
+        """Makes the buffers of all processes the first one's: statistics of batch norm are each process's own."""
+        if self.ranks.size > 1:
+            for buffer in self.student.buffers():
+                distributed.broadcast(buffer, src=0)
 
     def _step(self, rows: Tensor, noise_seed: int) -> None:
         config, size = self.method.config, self.ranks.size
@@ -251,23 +262,21 @@ class _Run:
         """Adds the gradient of some of a step's samples."""
         student, method = self.student, self.method
         batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=count)
+        student.train()
         if method.inputs in ("adv", "both"):
-            with profiling.phase("attack"):
+            with profiling.phase("attack"), parametrize.cached():
                 made = method.adversary(batch)
                 batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler) if made is None else made
-        student.train()
-        with profiling.phase("student forward"), _mixed(student, method.config.precision):
+        with profiling.phase("student forward"), parametrize.cached(), _mixed(student, method.config.precision):
             outputs = _forward(self.forward, method, batch)
         with profiling.phase("loss and teachers"):
             losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
         values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
         if not abs(values["total"]) < float("inf"):
-            if self.ranks.size == 1:
-                self.save()
             raise FloatingPointError(
                 f"the loss is {values['total']} for samples {batch.index.tolist()} at epoch {self.at.epoch}, step "
                 f"{self.at.batch}; the model was not updated. Lower the learning rate, clip gradients (clip_grad), or "
-                "look at these images."
+                f"look at these images{self._keep_failed(batch, values)}."
             )
         with profiling.phase("student backward"):
             # Wrappers average over processes, and the shares of all are to be added up.
@@ -276,20 +285,30 @@ class _Run:
         for name, value in values.items():
             self.at.sums[name] = self.at.sums.get(name, 0.0) + value * len(mine)
 
-    @contextlib.contextmanager
-    def _reducing(self, on: bool) -> Iterator[None]:
-        """A backward pass that exchanges gradients, or keeps them to be added to."""
-        if self.sharded is not None:
-            self.sharded.sync(on)
-        with contextlib.nullcontext() if on or self.forward is self.student else self.forward.no_sync():
-            yield
+    def _keep_failed(self, batch: Batch, values: dict[str, float]) -> str:
+        """Writes what led to a loss that is no number; where, for the message."""
+        if self.out is None or self.sharded is not None:
+            return ""
+        name = "failed.pt" if self.ranks.first else f"failed-{self.ranks.rank}.pt"
+        buffer = io.BytesIO()
+        batch = {"x": batch.x, "y": batch.y, "index": batch.index, "x_adv": batch.x_adv}
+        torch.save({"student": self.student.state_dict(), "batch": batch, "losses": values}, buffer)
+        return f", which are in {write_bytes(self.out / name, buffer.getvalue())} with the weights"
+
+    def _reducing(self, on: bool) -> contextlib.AbstractContextManager:
+        """A backward pass that exchanges gradients, or keeps them to be added to. Slices are always exchanged: whole
+        gradients between parts would need the memory that slicing is to save."""
+        wrapped = self.forward is not self.student
+        return self.forward.no_sync() if wrapped and not on else contextlib.nullcontext()
 
     def _follow(self) -> None:
         """Moves the average of the weights."""
         decay = self.method.config.ema
         if not decay:
             return
-        weights = {name: t for name, t in self.student.state_dict().items() if t.is_floating_point()}
+        learning = {name for name, p in self.student.named_parameters() if p.requires_grad}
+        learning |= {name for name, b in self.student.named_buffers() if b.is_floating_point()}
+        weights = {name: t for name, t in self.student.state_dict().items() if name in learning}
         if not self.average:
             self.average = {name: t.clone() for name, t in weights.items()}
         for name, t in weights.items():
@@ -298,15 +317,14 @@ class _Run:
     @contextlib.contextmanager
     def _kept(self) -> Iterator[Clip]:
         """The student as it would be kept if the run ended now, in eval mode: averaged and whole."""
-        student = self.student
+        student, tower = self.student, self.student.model.visual
         training = {name: t.clone() for name, t in student.state_dict().items()} if self.average else {}
-        if self.average:
-            student.load_state_dict(self.average, strict=False)
-        tower = student.model.visual
-        if self.sharded is not None:
-            student.model.visual = self.sharded.whole_tower()
-        student.eval()
         try:
+            if self.average:
+                student.load_state_dict(self.average, strict=False)
+            if self.sharded is not None:
+                student.model.visual = self.sharded.whole_tower()
+            student.eval()
             yield student
         finally:
             student.model.visual = tower
@@ -354,7 +372,8 @@ class _Run:
     def _restore(self) -> None:
         path = self.out / STATE
         try:
-            state = torch.load(path, map_location=self.student.device, weights_only=True)
+            device = "cpu" if self.sharded is not None else self.student.device  # whole states may not fit there
+            state = torch.load(path, map_location=device, weights_only=True)
             theirs = state["key"]
         except Exception as error:
             raise ValueError(f"{path} is no state of a run ({error}): remove it to begin anew") from None
@@ -388,8 +407,8 @@ def _craft(student: Clip, method: Method, batch: Batch, noise_seed: int, scaler:
     def raised(embedding: Tensor, _: None) -> Tensor:
         with torch.autocast(student.device.type, enabled=False):
             loss = attack_loss(embedding.float())
-        # Directions do not feel a factor, but in 16 bits gradients without one are 0. The scaler's fits a mean.
-        return scaler.scale(loss) / len(loss) if scaler.is_enabled() else loss
+        # Directions do not feel a factor, but in 16 bits gradients without one are 0. The scaler's fits a step's mean.
+        return scaler.scale(loss) / (batch.count or len(loss)) if scaler.is_enabled() else loss
 
     given = {
         "loss": raised, "eps": config.eps, "steps": config.steps, "random_start": config.random_start,
@@ -433,12 +452,22 @@ def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _board(out: Path, images: int):
+def check_training(method: Method, parallel: str, tensorboard: bool) -> None:
+    """Refuses what `train` would refuse, before anything is loaded."""
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if parallel == "fsdp" and method.config.precision == "fp16":
+        raise ValueError("precision fp16 cannot be sharded: use bf16, or ddp")
+    if tensorboard:
+        _board()
+
+
+def _board() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ImportError('tensorboard=True needs the package tensorboard: pip install "rvlm[tensorboard]"') from None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=images + 1)
+    return SummaryWriter
 
 
 def _key(student: Clip, data: Data, method: Method, seed: int, validation: Data | None) -> dict[str, Any]:

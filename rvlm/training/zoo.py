@@ -15,6 +15,7 @@ from rvlm.data import load_data
 from rvlm.files import cache_root
 from rvlm.methods import build_method
 from rvlm.models import load_clip, tiny
+from rvlm.ranks import Ranks
 from rvlm.training.trainer import train
 
 __all__ = ["RECIPES", "folder_of"]
@@ -33,7 +34,7 @@ def folder_of(name: str, progress: bool = True) -> Path:
     if folder.is_dir():
         return folder
     student = load_clip(recipe["student"])
-    train(student, load_data("digits", "train"), build_method(recipe["method"]), progress=progress)
+    train(student, load_data("digits", "train"), build_method(recipe["method"]), progress=progress, ranks=Ranks.alone())
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
     try:

@@ -177,6 +177,10 @@ FAST = {("tecoa", 2), ("tecoa", 3), ("hpt_gpd", 4), ("mmt_ard", 2), ("pmg_aft", 
 def test_a_run_that_was_cut_ends_with_the_same_bits(data, tmp_path, monkeypatch, name, steps):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rvlm.training.trainer.SAVE_SECONDS", -1.0)
+    scale = torch.amp.GradScaler  # whose factor grows at every step
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: scale(device, growth_interval=1, enabled=enabled)
+    )
     settings = {"epochs": 2, "batch_size": 32, "warmup_steps": 1} | SETTINGS[name]
     whole = train(load_clip("tiny-vit"), data, build_method(name, **settings), progress=False)
     method = stopping(build_method(name, **settings), steps)
@@ -328,6 +332,12 @@ def test_fp16_scales_losses_of_step_and_attack(data, monkeypatch):
     train(student, data, tiny, progress=False)
     assert seen[0].min() > 2 / 255, "every image moved"
     assert not torch.equal(student.model.visual.conv1.weight, load_clip("tiny-vit").model.visual.conv1.weight)
+    seen.clear()
+    scale = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scale(device, 2.0**18, enabled=enabled))
+    run(data, precision="fp16", accumulate=8, random_start=False, batch_size=96)
+    assert torch.cat(seen).min() > 2 / 255, "parts of a batch do not overflow what the scale of the whole allows"
+    monkeypatch.setattr(torch.amp, "GradScaler", scale)
     half, full = run(data, precision="fp16"), run(data)
     assert all(p.dtype == torch.float32 for p in half.student.parameters())
     assert half.history[0]["loss"] == pytest.approx(full.history[0]["loss"], rel=0.02)
@@ -381,9 +391,19 @@ def test_tensorboard_holds_the_log(data, tmp_path):
     assert {"loss", "robust_acc"} <= set(events.Tags()["scalars"])
 
 
+def test_a_run_that_fails_leaves_the_students_modules_as_they_were(data):
+    teachers = {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-vit", "weights": "fixed", "cache_teachers": False}
+    student, method = load_clip("tiny-vit"), build_method("mmt_ard", lora_rank=2, batch_size=32, **teachers)
+    with pytest.raises(Stopped):
+        train(student, data, stopping(method, 1), progress=False)
+    assert student.state_dict().keys() == load_clip("tiny-vit").state_dict().keys()
+
+
 def test_settings_of_the_trainer_that_cannot_be(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="parallel must be one of ddp, fsdp, got 'zero'"):
         train(load_clip("tiny-vit"), data, build_method("tecoa"), parallel="zero")
+    with pytest.raises(ValueError, match="fp16 cannot be sharded"):
+        train(load_clip("tiny-vit"), data, build_method("tecoa", precision="fp16"), parallel="fsdp")
     with pytest.raises(ValueError, match="needs a folder"):
         train(load_clip("tiny-vit"), data, build_method("tecoa"), tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -410,14 +430,19 @@ def test_clip_training_moves_both_towers(data):
     assert "clean_acc" in result.history[0]
 
 
-def test_a_nan_loss_stops_with_the_samples_named(data):
+def test_a_nan_loss_stops_with_the_samples_named(data, tmp_path):
     student, method = load_clip("tiny-vit"), build_method("clip", epochs=1, batch_size=32)
     method.loss_of = method.loss
     method.loss = lambda *a: {k: v * torch.nan for k, v in method.loss_of(*a).items()}
     before = [p.clone() for p in student.parameters()]
-    with pytest.raises(FloatingPointError, match=r"loss is nan for samples \["):
-        train(student, data, method, progress=False)
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan for samples \[.* which are in .*failed.pt with the weights"
+    ):
+        train(student, data, method, progress=False, out=tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(before, student.parameters(), strict=True))
+    failed = torch.load(tmp_path / "failed.pt", weights_only=True)
+    assert len(failed["batch"]["x"]) == 32 and failed["losses"]["total"] != failed["losses"]["total"]
+    assert failed["student"].keys() == student.state_dict().keys()
 
 
 def test_schedule_is_set_before_the_step():
