@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rvlm.analyze import TOWERS
 from rvlm.arguments import (
     CHECK_FAILED,
     AnalyzeArgs,
@@ -157,8 +158,8 @@ def check(args: CheckArgs) -> int:
 def analyze(args: AnalyzeArgs) -> int:
     if args.what == "transfer":
         return _analyze_transfer(args)
-    if args.what not in _TOWERS:
-        raise ValueError(f"cannot analyze {args.what!r}: expected transfer, {', '.join(_TOWERS)}")
+    if args.what not in TOWERS:
+        raise ValueError(f"cannot analyze {args.what!r}: expected transfer, {', '.join(TOWERS)}")
     return _analyze_towers(args)
 
 
@@ -179,7 +180,7 @@ def _analyze_towers(args: AnalyzeArgs) -> int:
     base, robust = (load_clip(name, _device(args.device)) for name in names)
     run, began = _Run("analyze", args), time.time()
     picture = run.out / f"{args.what}.png"
-    found, table = _TOWERS[args.what](args, base, robust, data, picture)
+    found, table = TOWERS[args.what](args, base, robust, data, picture)
     record = {
         "schema": "rvlm.analysis/1", "what": args.what, **found,
         "models": [{"name": clip.name, "weights_sha": weights_sha(clip)} for clip in (base, robust)],
@@ -188,109 +189,6 @@ def _analyze_towers(args: AnalyzeArgs) -> int:
     }  # fmt: skip
     run.write_json(run.out / "result" / f"{args.what}.json", record)
     return run.finish([{"name": args.what, "models": names, "record": f"result/{args.what}.json"}], table)
-
-
-def _analyze_cka(args: AnalyzeArgs, base, robust, data, picture: Path) -> tuple[dict, str]:
-    from rvlm.analysis import cka_matrix
-    from rvlm.report import heat_map
-
-    values, ours, theirs = cka_matrix(base, robust, data, args.tokens, args.unbiased, args.batch_size)
-    title = f"linear CKA, {args.tokens} tokens{', unbiased' if args.unbiased else ''}, {len(data)} images"
-    heat_map(picture, values, ours, theirs, ylabel=base.name, xlabel=robust.name, title=title)
-    lines = [f"| {base.name} | " + " | ".join(theirs) + " |", "| --- " * (len(theirs) + 1) + "|"]
-    lines += [
-        f"| {n} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for n, row in zip(ours, values.tolist(), strict=True)
-    ]
-    found = {"tokens": args.tokens, "unbiased": args.unbiased, "rows": ours, "columns": theirs, "cka": values.tolist()}
-    return found, "\n".join(lines)
-
-
-def _analyze_replace(args: AnalyzeArgs, base, robust, data, picture: Path) -> tuple[dict, str]:
-    from rvlm.analysis import replacements
-    from rvlm.report import bars
-
-    templates = data.template if args.templates == "auto" else args.templates
-    found = replacements(
-        base, robust, data, cumulative=not args.single, attack=args.attack, eps=args.eps, templates=templates,
-        seed=args.seed, batch_size=args.batch_size,
-    )  # fmt: skip
-    columns = {
-        "clean": [100 * e.clean for e in found.white_box],
-        "robust, white-box": [100 * e.robust for e in found.white_box],
-        "robust, transfer from the base": [100 * e.robust for e in found.transfer],
-    }
-    how = "one unit replaced" if args.single else "replaced up to"
-    bars(picture, columns, found.steps, f"{how}: {base.name} by {robust.name}, {args.attack} {args.eps}", "accuracy, %")
-    lines = [f"| {how} | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    lines += [
-        f"| {s} | " + " | ".join(f"{v[k]:.1f}" for v in columns.values()) + " |" for k, s in enumerate(found.steps)
-    ]
-    threat = {"attack": args.attack, "eps": str(args.eps), "norm": "linf", "seed": args.seed}
-    return {"cumulative": not args.single, **threat, "steps": found.steps, "accuracy": columns}, "\n".join(lines)
-
-
-def _analyze_spectrum(args: AnalyzeArgs, base, robust, data, picture: Path) -> tuple[dict, str]:
-    from rvlm.analysis import spectral_shift
-    from rvlm.report import maps
-
-    shift = spectral_shift(base, robust, args.normalise)
-    maps(
-        picture, {args.normalise: [shift]}, [f"{robust.name} - {base.name}"], "shift of the patch embedding's spectrum"
-    )
-    centre = shift[len(shift) // 2, shift.shape[1] // 2]
-    text = f"{args.normalise} shift of the patch embedding: frequency 0 {centre:+.3f}, corner {shift[0, 0]:+.3f}"
-    return {"normalise": args.normalise, "shift": shift.tolist()}, text
-
-
-def _analyze_attention(args: AnalyzeArgs, base, robust, data, picture: Path) -> tuple[dict, str]:
-    from rvlm.analysis import attention_map
-    from rvlm.report import maps
-
-    x, y, index = data.limited(6).batch(slice(None))
-    rows = {
-        clip.name: list(attention_map(clip, x.to(clip.device), args.block, args.reduce).cpu())
-        for clip in (base, robust)
-    }
-    maps(
-        picture,
-        {"image": list(x), **rows},
-        [data.class_names[c] for c in y.tolist()],
-        f"attention of block {args.block}",
-    )
-    found = {"block": args.block, "reduce": args.reduce, "index": index.tolist()}
-    found["maps"] = {name: [m.tolist() for m in row] for name, row in rows.items()}
-    return found, f"attention of block {args.block} on {len(x)} images: {picture}"
-
-
-def _analyze_insensitivity(args: AnalyzeArgs, base, robust, data, picture: Path) -> tuple[dict, str]:
-    from rvlm.analysis import insensitivity
-    from rvlm.report import bars
-
-    scores = {clip.name: insensitivity(clip, data, args.block, args.batch_size) for clip in (base, robust)}
-    title = f"share of block {args.block}'s attention output that no image changes"
-    bars(picture, {"insensitivity": list(scores.values())}, list(scores), title, "|E O|^2 / E |O|^2")
-    return {"block": args.block, "insensitivity": scores}, "\n".join(
-        f"{name}: {score:.3f}" for name, score in scores.items()
-    )
-
-
-def _analyze_drift(args: AnalyzeArgs, base, robust, data, picture: Path) -> tuple[dict, str]:
-    from rvlm.analysis import drift
-    from rvlm.report import bars
-
-    moved = drift(base, robust)
-    bars(picture, {"drift": list(moved.values())}, list(moved), f"{base.name} to {robust.name}", "|w' - w| / |w|")
-    return {"drift": moved}, "\n".join(f"{unit}: {value:.4f}" for unit, value in moved.items())
-
-
-_TOWERS = {
-    "cka": _analyze_cka,
-    "replace": _analyze_replace,
-    "spectrum": _analyze_spectrum,
-    "attention": _analyze_attention,
-    "insensitivity": _analyze_insensitivity,
-    "drift": _analyze_drift,
-}
 
 
 def _analyze_transfer(args: AnalyzeArgs) -> int:
