@@ -45,6 +45,7 @@ ROWS = {
     "hpt_gpd, HPT only": ("hpt_gpd", {"stages": "hpt"}),
     "hpt_gpd, GA only": ("hpt_gpd", {"stages": "ga"}),
     "hpt_gpd, clean distillation": ("hpt_gpd", {"stages": "clean"}),
+    "advvp": ("advvp", {}),
     "r_adapt, white": ("r_adapt", {"anchor": "white"}),
     "r_adapt, model": ("r_adapt", {"anchor": "model"}),
     "r_adapt, learned": ("r_adapt", {}),

@@ -1,13 +1,18 @@
-"""What stands around a frozen tower: a low-pass filter before it and an anchor in one of its blocks (R-Adapt).
+"""What stands around a frozen tower: a low-pass filter before it, an anchor in one of its blocks, prompts in the first.
 
-    x  -> G x                                  Gaussian filter of the pixels, cutoff D0 in DFT bins
-    x1 =  x0 + mix(o, alpha A)                 in one block: o the attention's output, A [N, D] the same for every image
+    x  -> G x                                 Gaussian filter of the pixels, cutoff D0 in DFT bins (R-Adapt)
+    x1 =  x0 + mix(o, alpha A)                in one block: o the attention's output, A [N, D] one for all images
+    tokens of block l  =  (image tokens, P_l) deep visual prompts [J, P, D] (Jia et al. 2022, arXiv 2203.12119): each
+                                              of the first J blocks gets rows of its own, the last of which go on
 
-with mix add: o + alpha A; lerp: (1 - alpha) o + alpha A; normadd: (o + alpha A) / (1 + alpha). Nothing of the tower is
-changed or copied: its state dict has the same keys and values with and without an adapter, which `detach` takes away
-without a trace.
+with mix add: o + alpha A; lerp: (1 - alpha) o + alpha A; normadd: (o + alpha A) / (1 + alpha). The first prompts pass
+the tower's ln_pre as image tokens do. Rows of an anchor for prompts are 0. Nothing of the tower is changed or copied:
+its state dict has the same keys and values with and without an adapter, which `detach` takes away without a trace.
 
-An adapter is saved as adapter.safetensors (the anchor) and adapter.json (all else), a few hundred kB beside a model.
+Where the next block replaces the prompts, or no block follows, what a block says at their places is not needed: they
+are keys and values of the attention alone, the same for the whole batch (`ops.prefix_attention`), and no tokens.
+
+An adapter is saved as adapter.safetensors (anchor, prompts) and adapter.json (all else), a few hundred kB.
 """
 
 import dataclasses
@@ -69,12 +74,18 @@ class Adapter(nn.Module):
     Args:
         config: see AdapterConfig.
         anchor: A [N, D], a row per token (class token first), kept in float32; None is no anchor.
+        prompts: [J, P, D], P rows for each of the first J blocks, kept in float32; None is no prompts.
     """
 
-    def __init__(self, config: AdapterConfig, anchor: Tensor | None = None) -> None:
+    def __init__(self, config: AdapterConfig, anchor: Tensor | None = None, prompts: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        self.anchor = None if anchor is None else nn.Parameter(anchor.detach().float().clone(), requires_grad=False)
+        if prompts is not None and (prompts.dim() != 3 or 0 in prompts.shape):
+            raise ValueError(f"prompts must be [J, P, D], none of them 0, got {list(prompts.shape)}")
+        self.anchor, self.prompts = (
+            None if t is None else nn.Parameter(t.detach().float().clone(), requires_grad=False)
+            for t in (anchor, prompts)
+        )
         numbers = torch.tensor(
             [config.alpha, config.cutoff or 0.0, float(config.clamp), float(MIXES.index(config.mix))]
         )
@@ -90,41 +101,83 @@ class Adapter(nn.Module):
     def attach(self, clip: "Clip", fused: bool = True) -> None:
         """Puts itself around a model, in the place of an adapter that is there.
 
-        fused: the block runs residual, anchor and LayerNorm in one pass; else a hook changes the attention's output,
-            which works where a block is built in another way, and is the specification of the other.
+        fused: blocks run the passes of `ops.anchored_residual` and `ops.prefix_attention`; else hooks change the
+            attention's output and append tokens, which is the specification of the other.
 
         Raises:
-            ValueError: an anchor, and a tower without such blocks; or an anchor of other shape than its tokens.
+            ValueError: a tower without such blocks, or with other shapes.
         """
         if clip.adapter is not None:
             clip.adapter.detach(clip)
         if self.anchor is not None:
-            block = anchorable_block(clip, self.config.block)
+            anchorable_block(clip, self.config.block)
             self._fit(clip)
-            if fused:
-                block.forward = functools.partial(_anchored_forward, block, self)
-            else:
-                block.ls_1.register_forward_hook(functools.partial(_mix_hook, self))
+        if self.prompts is not None:
+            self._check_prompts(clip)
+        self._hook(clip, fused)
         clip.adapter = self.to(clip.device)
+
+    def _hook(self, clip: "Clip", fused: bool) -> None:
+        blocks, tower = self._blocks(clip), clip.model.visual
+        depth = 0 if self.prompts is None else len(self.prompts)
+        for number, block in blocks.items():
+            plan = _Plan(self, number, tower.ln_pre, self.anchor is not None and number == self._anchored(clip))
+            if number < depth:
+                # As tokens where they go on to blocks that have none of their own.
+                plan.prompts = "tokens" if number == depth - 1 < len(tower.transformer.resblocks) - 1 else "prefix"
+            if fused:
+                block.forward = functools.partial(_adapted_forward, block, plan)
+                continue
+            if plan.prompts:
+                block.register_forward_pre_hook(functools.partial(_prompt_hook, plan), with_kwargs=True)
+            if plan.anchored:
+                block.ls_1.register_forward_hook(functools.partial(_mix_hook, plan))
+        if depth:
+            tower.transformer.register_forward_hook(_strip_hook)
 
     def detach(self, clip: "Clip") -> None:
         """Takes itself away; the model is as it was."""
-        if self.anchor is not None:
-            block = anchorable_block(clip, self.config.block)
+        blocks = self._blocks(clip)
+        for block in blocks.values():
             vars(block).pop("forward", None)
-            hooks = block.ls_1._forward_hooks  # by what they are: a copy of a model has no handles of its own
-            for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _mix_hook]:
-                del hooks[key]
+        modules = [m for block in blocks.values() for m in (block, block.ls_1)]
+        for module in [*modules, *([clip.model.visual.transformer] if blocks else [])]:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                # By what they are: a copy of a model has no handles of its own.
+                for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in _HOOKS]:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         clip.adapter = None
+
+    def _anchored(self, clip: "Clip") -> int:
+        return self.config.block % len(clip.model.visual.transformer.resblocks)
+
+    def _blocks(self, clip: "Clip") -> dict[int, nn.Module]:
+        """The blocks that are changed, by number."""
+        numbers = set(range(0 if self.prompts is None else len(self.prompts)))
+        numbers |= set() if self.anchor is None else {self._anchored(clip)}
+        return {number: anchorable_block(clip, number) for number in sorted(numbers)}
+
+    def _check_prompts(self, clip: "Clip") -> None:
+        block = anchorable_block(clip, len(self.prompts) - 1)
+        width = clip.model.visual.positional_embedding.shape[1]
+        if self.prompts.shape[2] != width:
+            raise ValueError(f"the prompts have width {self.prompts.shape[2]}, but {clip.name} has {width}")
+        if not isinstance(block.attn, nn.MultiheadAttention) or block.attn.in_proj_weight is None:
+            raise ValueError(f"{clip.name}: prompts need attentions with one projection to queries, keys and values")
 
     def mixed(self, o: Tensor) -> Tensor:
         """mix(o, alpha A)."""
-        alpha, anchor = self.config.alpha, self.anchor.to(o.dtype)
+        alpha, anchor = self.config.alpha, self.padded(o.shape[-2]).to(o.dtype)
         if self.config.mix == "add":
             return o + alpha * anchor
         if self.config.mix == "lerp":
             return (1 - alpha) * o + alpha * anchor
         return (o + alpha * anchor) / (1 + alpha)
+
+    def padded(self, tokens: int) -> Tensor:
+        """A with rows of 0 for prompts."""
+        return F.pad(self.anchor, (0, 0, 0, tokens - len(self.anchor)))
 
     def _fit(self, clip: "Clip") -> None:
         """Brings the anchor to the tower's number of tokens: the grid is resized, the class token's row stays."""
@@ -146,7 +199,7 @@ class Adapter(nn.Module):
         from safetensors.torch import save
 
         folder = Path(folder)
-        tensors = {} if self.anchor is None else {"anchor": self.anchor.detach().cpu().contiguous()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.named_parameters()}
         write_bytes(folder / ADAPTER_WEIGHTS, save(tensors))
         about = {"schema": "rvlm.adapter/1", **dataclasses.asdict(self.config)}
         write_bytes(folder / ADAPTER_CONFIG, json.dumps(about, indent=1).encode())
@@ -171,7 +224,7 @@ class Adapter(nn.Module):
         about = json.loads((folder / ADAPTER_CONFIG).read_text())
         if about.pop("schema", None) != "rvlm.adapter/1":
             raise ValueError(f"{folder / ADAPTER_CONFIG} is no adapter of this version (rvlm.adapter/1)")
-        return cls(AdapterConfig(**about), load((folder / ADAPTER_WEIGHTS).read_bytes()).get("anchor"))
+        return cls(AdapterConfig(**about), **load((folder / ADAPTER_WEIGHTS).read_bytes()))
 
 
 def apply_adapter(clip: "Clip", adapter: "Adapter | str | Path") -> "Clip":
@@ -193,12 +246,12 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
 
 
 def anchorable_block(clip: "Clip", number: int) -> nn.Module:
-    """A block of the tower, from 0; ValueError where the tower has none that can be anchored."""
+    """A block of the tower, from 0; ValueError where the tower has none that can be adapted."""
     blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
     parts = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2", "attention")
     if blocks is None or not all(hasattr(blocks[0], part) for part in parts):
         raise ValueError(
-            f"{clip.name} ({type(clip.model.visual).__name__}) has no blocks that can be anchored: expected a "
+            f"{clip.name} ({type(clip.model.visual).__name__}) has no blocks that can be adapted: expected a "
             "VisionTransformer of open_clip with ResidualAttentionBlocks, such as ViT-B-32 or ViT-L-14"
         )
     if not -len(blocks) <= number < len(blocks):
@@ -206,15 +259,74 @@ def anchorable_block(clip: "Clip", number: int) -> nn.Module:
     return blocks[number]
 
 
-def _mix_hook(adapter: Adapter, module: nn.Module, given: tuple, o: Tensor) -> Tensor:
-    return adapter.mixed(o)
+@dataclasses.dataclass
+class _Plan:
+    """What an adapter does in a block: its number, the tower's ln_pre, whether it is anchored, and what prompts are
+    there: None, "prefix" (keys and values alone) or "tokens"."""
+
+    adapter: Adapter
+    number: int
+    ln_pre: nn.Module
+    anchored: bool
+    prompts: str | None = None
+
+    def rows(self) -> Tensor:
+        """The block's prompts [P, D], as its tokens are."""
+        rows = self.adapter.prompts[self.number]
+        return self.ln_pre(rows) if self.number == 0 else rows
 
 
-def _anchored_forward(block: nn.Module, adapter: Adapter, q_x: Tensor, k_x=None, v_x=None, attn_mask=None) -> Tensor:
-    """The forward of a ResidualAttentionBlock with an anchor behind its attention."""
-    o = block.ls_1(block.attention(q_x=block.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask))
-    config, norm = adapter.config, block.ln_2
+def _adapted_forward(
+    block: nn.Module, plan: _Plan, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The forward of a ResidualAttentionBlock with prompts and an anchor."""
+    if plan.prompts == "tokens":
+        q_x = torch.cat([q_x, plan.rows().to(q_x.dtype).expand(len(q_x), -1, -1)], 1)
+    h = block.ln_1(q_x)
+    if plan.prompts == "prefix":
+        o = _prefixed(block.attn, h, block.ln_1(plan.rows().to(q_x.dtype)))
+    else:
+        o = block.attention(q_x=h, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+    o = block.ls_1(o)
+    if not plan.anchored:
+        x = q_x + o
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
+    config, norm, anchor = plan.adapter.config, block.ln_2, plan.adapter.padded(q_x.shape[1])
     x, normed = ops.anchored_residual(
-        q_x, o.to(q_x.dtype), adapter.anchor, config.alpha, config.mix, norm.weight, norm.bias, norm.eps
+        q_x, o.to(q_x.dtype), anchor, config.alpha, config.mix, norm.weight, norm.bias, norm.eps
     )
     return x + block.ls_2(block.mlp(normed))
+
+
+def _prefixed(attn: nn.MultiheadAttention, h: Tensor, prompts: Tensor) -> Tensor:
+    """Self-attention of h [B, N, D] that also sees prompts [P, D], whose own outputs nobody needs."""
+    width, heads = h.shape[-1], attn.num_heads
+
+    def by_heads(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+    q, k, v = F.linear(h, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    prefix_k, prefix_v = F.linear(prompts, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
+    o = ops.prefix_attention(*map(by_heads, (q, k, v, prefix_k, prefix_v)))
+    return attn.out_proj(o.transpose(1, 2).flatten(2))
+
+
+def _mix_hook(plan: _Plan, module: nn.Module, given: tuple, o: Tensor) -> Tensor:
+    return plan.adapter.mixed(o)
+
+
+def _prompt_hook(plan: _Plan, module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
+    """Appends prompts before the first block, and puts others in their places before the next ones."""
+    x, *rest = given
+    rows = plan.rows().to(x.dtype).expand(len(x), -1, -1)
+    x = x if plan.number == 0 else x[:, : -rows.shape[1]]
+    return (torch.cat([x, rows], 1), *rest), named
+
+
+def _strip_hook(module: nn.Module, given: tuple, x: Tensor) -> Tensor:
+    """Takes prompts away behind the last block, for towers that average their tokens."""
+    return x[:, : given[0].shape[1]]
+
+
+_HOOKS = (_mix_hook, _prompt_hook, _strip_hook)

@@ -20,7 +20,7 @@ TEACHERS = {
     "hpt_gpd": {"proxy": "tiny-rn", "ga_epochs": 1},
     "mmt_ard": {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-rn"},
 }
-METHODS = [name for name in list_methods() if name not in ("clip", "r_adapt")]  # those that tune the tower
+METHODS = [name for name in list_methods() if name not in ("advvp", "clip", "r_adapt")]  # those that tune the tower
 
 
 @pytest.fixture(autouse=True)

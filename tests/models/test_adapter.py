@@ -23,9 +23,11 @@ def x():
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def adapter(anchor=True, seed=0, **settings):
-    values = torch.randn(17, 96, generator=torch.Generator().manual_seed(seed)) / 5 if anchor is True else anchor
-    return Adapter(AdapterConfig(base="tiny-vit", size=32, **settings), values)
+def adapter(anchor=True, seed=0, prompts=None, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(17, 96, generator=generator) / 5 if anchor is True else anchor
+    rows = None if prompts is None else torch.randn(*prompts, 96, generator=generator) / 5
+    return Adapter(AdapterConfig(base="tiny-vit", size=32, **settings), values, rows)
 
 
 def test_without_filter_and_anchor_the_output_is_the_same(clip, x):
@@ -40,7 +42,7 @@ def test_the_model_is_untouched_and_an_adapter_leaves_no_trace(clip, x):
     before, state = clip(x), {key: t.clone() for key, t in clip.model.state_dict().items()}
     modules = {name: set(vars(module)) for name, module in clip.named_modules()}
     for fused in (True, False):
-        one = adapter(alpha=0.5, cutoff=6.0)
+        one = adapter(alpha=0.5, cutoff=6.0, prompts=(2, 3))
         one.attach(clip, fused)
         first = clip(x)
         assert not torch.allclose(first, before, atol=1e-3)
@@ -70,6 +72,39 @@ def test_the_fused_block_is_the_hooked_one(clip, x, mix, block):
         one.detach(clip)
     for fused, hooked in zip(*results, strict=True):
         torch.testing.assert_close(fused, hooked, rtol=1e-4, atol=1e-5 * hooked.abs().max().item())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("anchored", [None, 0, 1, 2])
+def test_prompts_as_keys_and_values_are_prompts_as_tokens(clip, x, depth, anchored):
+    """Outputs and gradients for pixels, prompts and anchor, also where prompts end before the last block."""
+    results = []
+    given = {"anchor": None} if anchored is None else {"alpha": 0.7, "block": anchored}
+    for fused in (True, False):
+        one = adapter(prompts=(depth, 4), **given)
+        for p in one.parameters():
+            p.requires_grad_(True)
+        one.attach(clip, fused)
+        leaf = x.clone().requires_grad_()
+        out = clip.encode_pixels(leaf, unit_norm=False)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append((out, *torch.autograd.grad((out * weight).sum(), [leaf, *one.parameters()])))
+        one.detach(clip)
+    for fused, hooked in zip(*results, strict=True):
+        torch.testing.assert_close(fused, hooked, rtol=1e-4, atol=2e-5 * hooked.abs().max().item())
+    without = clip.encode_pixels(x, unit_norm=False)
+    assert not torch.allclose(results[0][0], without, atol=1e-2)
+
+
+def test_prompts_are_tokens_that_a_plain_block_sees(clip, x):
+    """One block of depth, by hand: the tower runs on image tokens and prompts, and pools the class token."""
+    tower = clip.model.visual
+    one = adapter(None, prompts=(1, 4))
+    tokens = tower._embeds((x - clip.mean) / clip.std)
+    rows = tower.ln_pre(one.prompts[0]).expand(3, -1, -1)
+    expected = tower.ln_post(tower.transformer(torch.cat([tokens, rows], 1)))[:, 0] @ tower.proj
+    apply_adapter(clip, one)
+    torch.testing.assert_close(clip.encode_pixels(x, unit_norm=False), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_anchors_gradient_is_alpha_times_the_sum_over_the_batch(clip, x):
@@ -128,7 +163,7 @@ def test_an_anchor_goes_to_another_resolution(x):
 
 
 def test_saved_and_loaded(clip, x, tmp_path):
-    apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0, mix="lerp", block=1, source="a test"))
+    apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0, mix="lerp", block=1, source="a test", prompts=(2, 3)))
     expected, sha = clip(x), weights_sha(clip)
     clip.save(tmp_path / "run" / "checkpoint")
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == [
@@ -148,7 +183,7 @@ def test_saved_and_loaded(clip, x, tmp_path):
 
 def test_a_copy_has_an_adapter_of_its_own(clip, x):
     for fused in (True, False):
-        adapter(alpha=0.5).attach(clip, fused)
+        adapter(alpha=0.5, prompts=(2, 3)).attach(clip, fused)
         expected = clip(x)
         other = copy.deepcopy(clip)
         with torch.no_grad():
@@ -175,7 +210,7 @@ def test_attacks_see_filter_and_anchor_and_leave_them_alone(clip, x):
 
 @pytest.mark.slow
 def test_compiles_into_one_graph(clip, x):
-    apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0))
+    apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0, prompts=(2, 3)))
     compiled = torch.compile(clip.encode_pixels, fullgraph=True)
     torch.testing.assert_close(compiled(x), clip(x), rtol=1e-4, atol=1e-5)
 
@@ -193,9 +228,15 @@ def test_bad_settings(settings, message):
 
 def test_towers_that_cannot_be_anchored(clip):
     with pytest.raises(
-        ValueError, match=r"tiny-rn \(ModifiedResNet\) has no blocks that can be anchored: expected a Vis"
+        ValueError, match=r"tiny-rn \(ModifiedResNet\) has no blocks that can be adapted: expected a Vis"
     ):
         apply_adapter(load_clip("tiny-rn"), adapter(alpha=1.0))
+    with pytest.raises(ValueError, match=r"prompts must be \[J, P, D\], none of them 0, got \[0, 4, 96\]"):
+        adapter(prompts=(0, 4))
+    with pytest.raises(ValueError, match="the prompts have width 64, but tiny-vit has 96"):
+        apply_adapter(clip, Adapter(AdapterConfig(base="", size=32), None, torch.zeros(1, 2, 64)))
+    with pytest.raises(ValueError, match="tiny-vit has 3 blocks, got block 3"):
+        apply_adapter(clip, adapter(None, prompts=(4, 2)))
     with pytest.raises(ValueError, match="tiny-vit has 3 blocks, got block 3"):
         apply_adapter(clip, adapter(alpha=1.0, block=3))
     resnet = apply_adapter(load_clip("tiny-rn"), adapter(None, cutoff=6.0))  # a filter needs no blocks

@@ -35,7 +35,7 @@ def weights(result):
 
 
 def test_presets_are_the_documented_ones():
-    assert list_methods() == ["ard", "clip", "fare", "hpt_gpd", "mmt_ard", "pmg_aft", "r_adapt", "tecoa"]
+    assert list_methods() == ["advvp", "ard", "clip", "fare", "hpt_gpd", "mmt_ard", "pmg_aft", "r_adapt", "tecoa"]
     paper, code = build_method("tecoa", "paper").config, build_method("tecoa", "code").config
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.epochs, paper.warmup_steps) == (
         "sgd",
@@ -164,6 +164,7 @@ SETTINGS = {
                 "lora_dropout": 0.1, "ema": 0.7, "accumulate": 2},
     "pmg_aft": {"precision": "fp16", "ema": 0.5},
     "r_adapt": {"adversary": "online", "steps": 1},
+    "advvp": {"depth": 2},
 }  # fmt: skip
 
 
