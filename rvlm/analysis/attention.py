@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rvlm.data import Data
 from rvlm.models import Clip
-from rvlm.models.adapter import anchorable_block, attention_output
+from rvlm.models.adapter import adaptable_block, attention_output
 
 __all__ = ["attention_map", "insensitivity"]
 
@@ -22,7 +22,7 @@ def attention_map(clip: Clip, x: Tensor, block: int = 0, reduce: str = "cls") ->
     """
     if reduce not in ("cls", "received"):
         raise ValueError(f"reduce must be cls or received, got {reduce!r}")
-    module, seen = anchorable_block(clip, block), []
+    module, seen = adaptable_block(clip, block), []
     handle = module.ln_1.register_forward_hook(lambda m, given, out: seen.append(out))
     try:
         with torch.no_grad():

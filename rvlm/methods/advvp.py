@@ -20,7 +20,7 @@ from rvlm import ops
 from rvlm.data import Data
 from rvlm.methods.base import Batch, Method, MethodConfig, Stage, register, warmup_cosine
 from rvlm.models import Adapter, Clip, apply_adapter
-from rvlm.models.adapter import AdapterConfig
+from rvlm.models.adapter import AdapterConfig, adaptable_block
 from rvlm.models.zero_shot import text_head
 
 __all__ = ["AdvVP"]
@@ -61,7 +61,8 @@ class AdvVP(Method):
         student.requires_grad_(False)
         with torch.no_grad():
             self.head = student.logit_scale * text_head(student, data.class_names, self.training_templates(data))
-        width = getattr(student.model.visual, "positional_embedding", torch.empty(0, 0)).shape[-1]
+        adaptable_block(student, config.depth - 1)  # or an error that says what is expected
+        width = student.model.visual.positional_embedding.shape[1]
         rows = torch.randn(config.depth, config.tokens, width) * config.init_std  # the run's seed decides
         about = AdapterConfig(base=student.name, size=student.size, source="advvp")
         apply_adapter(student, Adapter(about, prompts=rows))

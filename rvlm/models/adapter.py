@@ -33,7 +33,7 @@ from rvlm.ops.attention import MIXES
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "anchorable_block", "apply_adapter", "attention_output"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "adaptable_block", "apply_adapter", "attention_output"]
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -110,7 +110,7 @@ class Adapter(nn.Module):
         if clip.adapter is not None:
             clip.adapter.detach(clip)
         if self.anchor is not None:
-            anchorable_block(clip, self.config.block)
+            adaptable_block(clip, self.config.block)
             self._fit(clip)
         if self.prompts is not None:
             self._check_prompts(clip)
@@ -156,10 +156,10 @@ class Adapter(nn.Module):
         """The blocks that are changed, by number."""
         numbers = set(range(0 if self.prompts is None else len(self.prompts)))
         numbers |= set() if self.anchor is None else {self._anchored(clip)}
-        return {number: anchorable_block(clip, number) for number in sorted(numbers)}
+        return {number: adaptable_block(clip, number) for number in sorted(numbers)}
 
     def _check_prompts(self, clip: "Clip") -> None:
-        block = anchorable_block(clip, len(self.prompts) - 1)
+        block = adaptable_block(clip, len(self.prompts) - 1)
         width = clip.model.visual.positional_embedding.shape[1]
         if self.prompts.shape[2] != width:
             raise ValueError(f"the prompts have width {self.prompts.shape[2]}, but {clip.name} has {width}")
@@ -236,7 +236,7 @@ def apply_adapter(clip: "Clip", adapter: "Adapter | str | Path") -> "Clip":
 def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
     """Output of the attention of a block [B, N, D], after its projection, for pixels x [B, 3, S, S]."""
     seen: list[Tensor] = []
-    handle = anchorable_block(clip, block).ls_1.register_forward_hook(lambda module, given, o: seen.append(o))
+    handle = adaptable_block(clip, block).ls_1.register_forward_hook(lambda module, given, o: seen.append(o))
     try:
         with torch.no_grad():
             clip.encode_pixels(x)
@@ -245,7 +245,7 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
     return seen[0]
 
 
-def anchorable_block(clip: "Clip", number: int) -> nn.Module:
+def adaptable_block(clip: "Clip", number: int) -> nn.Module:
     """A block of the tower, from 0; ValueError where the tower has none that can be adapted."""
     blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
     parts = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2", "attention")
