@@ -41,6 +41,8 @@ ROWS = {
     "pmg_aft": ("pmg_aft", {}),
     "ard": ("ard", {}),
     "mmt_ard": ("mmt_ard", {}),
+    "mmt_ard, fixed weights": ("mmt_ard", {"weights": "fixed"}),
+    "mmt_ard, code weights": ("mmt_ard", {"weights": "code", "robust_weight": 50.0, "clean_weight": 5.0}),
     "hpt_gpd": ("hpt_gpd", {}),
     "hpt_gpd, HPT only": ("hpt_gpd", {"stages": "hpt"}),
     "hpt_gpd, GA only": ("hpt_gpd", {"stages": "ga"}),
