@@ -174,8 +174,8 @@ def _analyze_towers(args: AnalyzeArgs) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"analyze {args.what} runs in one process: start it without torchrun")
     names = [name.strip() for name in (args.models or "digits-vit,digits-vit-tecoa").split(",")]
-    if len(names) != 2:
-        raise ValueError(f"{args.what} compares two models, a base and a robust one, got {len(names)}")
+    if len(set(names)) != 2 or len(names) != 2:
+        raise ValueError(f"{args.what} compares two models, a base and a robust one, got {', '.join(names)}")
     data = load_data(args.data, args.split, size=args.size, limit=args.limit)
     base, robust = (load_clip(name, _device(args.device)) for name in names)
     run, began = _Run("analyze", args), time.time()

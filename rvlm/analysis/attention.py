@@ -22,6 +22,8 @@ def attention_map(clip: Clip, x: Tensor, block: int = 0, reduce: str = "cls") ->
     """
     if reduce not in ("cls", "received"):
         raise ValueError(f"reduce must be cls or received, got {reduce!r}")
+    if clip.adapter is not None and clip.adapter.prompts is not None:
+        raise ValueError(f"{clip.name} has prompts, whose share of the attention has no place on the image")
     module, seen = adaptable_block(clip, block), []
     handle = module.ln_1.register_forward_hook(lambda m, given, out: seen.append(out))
     try:

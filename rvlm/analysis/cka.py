@@ -80,6 +80,8 @@ def _features(clip: Clip, data: Data, tokens: str, batch_size: int) -> dict[str,
                 if tokens == "cls":
                     raise ValueError(f"{clip.name} is a ResNet without a class token: choose tokens='mean'")
                 out = out.flatten(2).transpose(1, 2)
+            else:
+                out = out[:, : len(clip.model.visual.positional_embedding)]  # without prompts
             chosen = {"cls": lambda: out[:, 0], "mean": lambda: out.mean(1), "all": lambda: out.flatten(0, 1)}[tokens]()
             found[name].append(chosen.float().cpu())
 

@@ -10,7 +10,7 @@ from rvlm.data import Data
 from rvlm.evaluation import Evaluation, evaluate
 from rvlm.models import Clip, ZeroShotClassifier
 
-__all__ = ["Replacements", "drift", "replacements", "units"]
+__all__ = ["Replacements", "drift", "replacements", "units", "without_adapters"]
 
 
 @dataclasses.dataclass
@@ -102,7 +102,15 @@ def drift(base: Clip, robust: Clip) -> dict[str, float]:
     }
 
 
+def without_adapters(*clips: Clip) -> None:
+    """Refuses what stands around a tower where its weights alone are looked at."""
+    for clip in clips:
+        if clip.adapter is not None:
+            raise ValueError(f"{clip.name} has an adapter, which is no part of the weights that are compared")
+
+
 def _same(base: Clip, ours: dict[str, Tensor], robust: Clip, theirs: dict[str, Tensor]) -> None:
+    without_adapters(base, robust)
     if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
         raise ValueError(
             f"{base.name} and {robust.name} have different vision towers: they must be of one architecture"

@@ -64,7 +64,7 @@ class AdvVP(Method):
         adaptable_block(student, config.depth - 1)  # or an error that says what is expected
         width = student.model.visual.positional_embedding.shape[1]
         rows = torch.randn(config.depth, config.tokens, width) * config.init_std  # the run's seed decides
-        about = AdapterConfig(base=student.name, size=student.size, source="advvp")
+        about = AdapterConfig.of(student, source="advvp")
         apply_adapter(student, Adapter(about, prompts=rows))
         student.adapter.prompts.requires_grad_(True)
         self.student = student

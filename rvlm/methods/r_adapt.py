@@ -76,6 +76,8 @@ class RAdaptConfig(MethodConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.adversary == "offline" and self.momentum:
+            raise ValueError("momentum is for adversary='online': offline images are plain PGD's")
         if self.clean_weight < 0:
             raise ValueError(f"clean_weight must be at least 0, got {self.clean_weight}")
 
@@ -97,7 +99,7 @@ class RAdapt(Method):
     def setup(self, student: Clip, data: Data) -> None:
         config = self.config
         if student.adapter is not None:
-            student.adapter.detach(student)
+            raise ValueError(f"{student.name} has an adapter already: start from the model without it")
         student.requires_grad_(False)
         self.undefended = frozen_copy(student)
         learned = config.anchor == "learned"
@@ -105,8 +107,8 @@ class RAdapt(Method):
         alpha = STRENGTH[config.anchor] if config.alpha_anchor is None else config.alpha_anchor
         cutoff = config.cutoff and config.cutoff * student.size / (config.cutoff_at or student.size)
         adapter = Adapter(
-            AdapterConfig(
-                base=student.name, size=student.size, cutoff=cutoff, clamp=config.clamp, alpha=alpha, mix=config.mix,
+            AdapterConfig.of(
+                student, cutoff=cutoff, clamp=config.clamp, alpha=alpha, mix=config.mix,
                 block=config.block, source=config.anchor if not learned else f"learned from {source}",
             ),
             self._anchor(source, student),
@@ -154,12 +156,14 @@ class RAdapt(Method):
             return
         from tqdm import tqdm
 
+        generator_seed = torch.initial_seed()  # the run's
         chunks = torch.arange(len(data)).split(config.batch_size)
         for rows in tqdm(chunks, desc="adversarial images", disable=None, unit="batch"):
             x, y, index = (t.to(student.device) for t in data.batch(rows))
             x_adv = pgd(
                 plain, x, y, eps=config.eps, alpha=config.alpha, steps=config.steps, random_start=config.random_start,
-                sample_ids=index, generator=torch.Generator().manual_seed(0),
+                sample_ids=index, generator=torch.Generator().manual_seed(generator_seed),
+                precision="bf16" if config.precision == "bf16" else None,
             )  # fmt: skip
             self.made |= dict(zip(index.tolist(), x_adv.cpu(), strict=True))
 

@@ -28,24 +28,27 @@ from torch.nn import functional as F
 
 from rvlm import ops
 from rvlm.files import write_bytes
+from rvlm.models.weights import weights_sha
 from rvlm.ops.attention import MIXES
 
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "adaptable_block", "apply_adapter", "attention_output"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "adaptable_block", "apply_adapter", "attention_output"]
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
 
 @dataclasses.dataclass(kw_only=True)
 class AdapterConfig:
-    """What an adapter is, beside its anchor."""
+    """What an adapter is, beside its anchor and prompts."""
 
     base: str
     """The model that it was made for, as load_clip names it."""
+    base_sha: str = ""
+    """Hash of that model's weights, if it is known."""
     size: int
-    """Height and width of the images that the anchor belongs to."""
+    """Height and width of the images that anchor and cutoff belong to."""
     cutoff: float | None = None
     """D0 of the filter in DFT bins at `size`; None is no filter."""
     clamp: bool = True
@@ -59,6 +62,13 @@ class AdapterConfig:
     source: str = ""
     """Where the anchor comes from, in words."""
 
+    @classmethod
+    def of(cls, clip: "Clip", **settings) -> "AdapterConfig":
+        """For a model as it is without an adapter: its name (a folder in full), weights and size."""
+        base = clip.name if clip.adapter is None else clip.adapter.config.base
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+        return cls(base=base, base_sha=weights_sha(clip.model), size=clip.size, **settings)
+
     def __post_init__(self) -> None:
         if self.cutoff is not None and not 0 < self.cutoff < math.inf:
             raise ValueError(f"cutoff must be a finite number of DFT bins above 0, or None, got {self.cutoff}")
@@ -69,7 +79,7 @@ class AdapterConfig:
 
 
 class Adapter(nn.Module):
-    """A filter and an anchor for one tower.
+    """A filter, an anchor and prompts for one tower.
 
     Args:
         config: see AdapterConfig.
@@ -86,10 +96,8 @@ class Adapter(nn.Module):
             None if t is None else nn.Parameter(t.detach().float().clone(), requires_grad=False)
             for t in (anchor, prompts)
         )
-        numbers = torch.tensor(
-            [config.alpha, config.cutoff or 0.0, float(config.clamp), float(MIXES.index(config.mix))]
-        )
-        self.register_buffer("numbers", torch.cat([numbers, torch.tensor([float(config.block)])]))  # for weights_sha
+        about = (config.alpha, config.cutoff or 0, config.size, config.clamp, MIXES.index(config.mix), config.block)
+        self.register_buffer("numbers", torch.tensor([float(number) for number in about]))  # for weights_sha
 
     def filter(self, x: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [0, 1], low-passed."""
@@ -107,13 +115,13 @@ class Adapter(nn.Module):
         Raises:
             ValueError: a tower without such blocks, or with other shapes.
         """
-        if clip.adapter is not None:
-            clip.adapter.detach(clip)
+        if self.prompts is not None:
+            self._check_prompts(clip)
         if self.anchor is not None:
             adaptable_block(clip, self.config.block)
             self._fit(clip)
-        if self.prompts is not None:
-            self._check_prompts(clip)
+        if clip.adapter is not None:
+            clip.adapter.detach(clip)
         self._hook(clip, fused)
         clip.adapter = self.to(clip.device)
 
@@ -163,7 +171,8 @@ class Adapter(nn.Module):
         width = clip.model.visual.positional_embedding.shape[1]
         if self.prompts.shape[2] != width:
             raise ValueError(f"the prompts have width {self.prompts.shape[2]}, but {clip.name} has {width}")
-        if not isinstance(block.attn, nn.MultiheadAttention) or block.attn.in_proj_weight is None:
+        parts = [getattr(block.attn, name, None) for name in ("in_proj_weight", "in_proj_bias")]
+        if not isinstance(block.attn, nn.MultiheadAttention) or any(part is None for part in parts):
             raise ValueError(f"{clip.name}: prompts need attentions with one projection to queries, keys and values")
 
     def mixed(self, o: Tensor) -> Tensor:
@@ -177,6 +186,8 @@ class Adapter(nn.Module):
 
     def padded(self, tokens: int) -> Tensor:
         """A with rows of 0 for prompts."""
+        if tokens < len(self.anchor):
+            raise ValueError(f"the anchor has {len(self.anchor)} rows, but the block sees {tokens} tokens")
         return F.pad(self.anchor, (0, 0, 0, tokens - len(self.anchor)))
 
     def _fit(self, clip: "Clip") -> None:
@@ -234,7 +245,7 @@ def apply_adapter(clip: "Clip", adapter: "Adapter | str | Path") -> "Clip":
 
 
 def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
-    """Output of the attention of a block [B, N, D], after its projection, for pixels x [B, 3, S, S]."""
+    """Output of a block's attention [B, N, D], after its projection, for pixels x [B, 3, S, S]; without prompts."""
     seen: list[Tensor] = []
     handle = adaptable_block(clip, block).ls_1.register_forward_hook(lambda module, given, o: seen.append(o))
     try:
@@ -242,7 +253,7 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
             clip.encode_pixels(x)
     finally:
         handle.remove()
-    return seen[0]
+    return seen[0][:, : len(clip.model.visual.positional_embedding)]
 
 
 def adaptable_block(clip: "Clip", number: int) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rvlm.files import write_bytes
+from rvlm.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 __all__ = ["CONFIG", "WEIGHTS", "Clip"]
 
@@ -78,20 +79,29 @@ class Clip(nn.Module):
     def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
         """Writes weights and config that open_clip loads back exactly (`local-dir:FOLDER`), each file atomically.
 
-        A model with an adapter is frozen, so the adapter alone is written; `load_clip` puts both together again.
+        Of a model with an adapter, which is frozen, the adapter alone is written; `load_clip` puts both together again.
 
         state: of the open_clip model, if it is not to be the one that it has now.
         """
         from safetensors.torch import save
 
+        folder = Path(folder)
         if self.adapter is not None:
-            return self.adapter.save(folder)
+            self.adapter.save(folder)
+            _remove(folder, WEIGHTS, CONFIG)
+            return folder
         if self.config is None:
             raise ValueError("this Clip has no open_clip config, so it cannot be saved: build it with load_clip")
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state is None else state
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         write_bytes(folder / WEIGHTS, save(state))
         write_bytes(folder / CONFIG, json.dumps(self.config, indent=1).encode())
+        _remove(folder, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
         return folder
+
+
+def _remove(folder: Path, *names: str) -> None:
+    """What an earlier save of the other kind left, which would be taken for the model."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import torch
 from rvlm.models import tiny, zoo
 from rvlm.models.adapter import ADAPTER_CONFIG, Adapter, apply_adapter
 from rvlm.models.clip import CONFIG, WEIGHTS, Clip
+from rvlm.models.weights import weights_sha
 
 __all__ = ["load_clip"]
 
@@ -53,7 +54,13 @@ def _from_folder(folder: Path, name: str) -> Clip:
     folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
     if (folder / ADAPTER_CONFIG).is_file():
         adapter = Adapter.load(folder)
-        clip = apply_adapter(load_clip(adapter.config.base), adapter)
+        clip, about = load_clip(adapter.config.base), adapter.config
+        if about.base_sha not in ("", weights_sha(clip.model)):
+            raise ValueError(
+                f"the adapter in {folder} was made for other weights of {about.base} than load_clip({about.base!r}) "
+                f"gives; to use it all the same, ask for {about.base}+adapter={folder}"
+            )
+        apply_adapter(clip, adapter)
         clip.name = name
         return clip
     missing = [file for file in (WEIGHTS, CONFIG) if not (folder / file).is_file()]

@@ -119,7 +119,8 @@ def heat_map(
 ) -> Path:  # fmt: skip
     """A matrix with its numbers in its cells. percent: shares are shown as per cent, 0 to 100."""
     shown = (100 * values if percent else values).float()
-    low, high = (0.0, 100.0) if percent else (float(shown.nan_to_num(0).min()), float(shown.nan_to_num(0).max()))
+    known = shown[shown.isfinite()] if shown.isfinite().any() else torch.zeros(1)
+    low, high = (0.0, 100.0) if percent else (float(known.min()), float(known.max()))
     short = [name if len(name) <= 24 else "…" + name[-23:] for name in [*columns, *rows]]
     wide = 1.1 if len(columns) <= 8 else 0.6
     figure = Figure(figsize=(3.0 + wide * len(columns), 2.0 + wide / 2 * len(rows)), dpi=150, layout="constrained")
@@ -127,7 +128,7 @@ def heat_map(
     axes.imshow(shown.numpy(), cmap="cividis", vmin=low, vmax=high, aspect="auto")
     for row, line in enumerate(shown.tolist()):
         for column, value in enumerate(line):
-            colour = "black" if value > (low + high) / 2 else "white"
+            colour = "white" if value <= (low + high) / 2 else "black"  # black for NaN
             text = f"{value:.1f}" if percent else f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=10 if wide > 1 else 8)
     axes.set_xticks(range(len(columns)), short[: len(columns)], rotation=20, ha="right")
@@ -142,12 +143,14 @@ def heat_map(
 @rc_context(PLAIN_TEXT)
 def bars(path: str | Path, values: dict[str, list[float]], names: list[str], title: str, ylabel: str) -> Path:
     """Groups of bars: a group for each of `names`, a colour for each key of `values`."""
-    figure = Figure(figsize=(2.5 + 0.55 * len(names) * max(1, len(values) / 2), 4.0), dpi=150, layout="constrained")
+    wide = max(4.5, 2.5 + 0.55 * len(names) * max(1, len(values) / 2))
+    figure = Figure(figsize=(wide, 4.0), dpi=150, layout="constrained")
     axes, width = figure.add_subplot(), 0.8 / len(values)
     for k, (label, heights) in enumerate(values.items()):
         places = [j + (k - (len(values) - 1) / 2) * width for j in range(len(names))]
         axes.bar(places, heights, width, color=PALETTE[k % len(PALETTE)], label=label)
-    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    short = [name if len(name) <= 24 else "…" + name[-23:] for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=20, ha="right")
     axes.set(ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.3, axis="y")

@@ -136,6 +136,8 @@ def train(
         with ranks.first_before_others():  # what the first writes to caches, the others find
             method.setup(student, data)
         setup_seconds = time.perf_counter() - began
+        if student.adapter is not None and any(p.requires_grad for p in student.model.parameters()):
+            raise ValueError(f"{method.name} trains weights of {student.name}, which has an adapter: start without it")
         try:
             run = _Run(student, data, method, seed, out, key, ranks, parallel)
             if tensorboard and ranks.first:
@@ -164,9 +166,10 @@ class _Run:
         self.at, self.optimizer, self.average = _Progress(), None, {}
         self.validate: Callable[[Clip], dict[str, float]] | None = None
         self.board = None
-        self.sharded = Sharded(student) if ranks.size > 1 and parallel == "fsdp" else None
+        several = ranks.size > 1 and any(p.requires_grad for p in student.parameters())
+        self.sharded = Sharded(student) if several and parallel == "fsdp" else None
         self.forward: nn.Module = student
-        if ranks.size > 1 and self.sharded is None and any(p.requires_grad for p in student.parameters()):
+        if several and self.sharded is None:
             self.forward = DistributedDataParallel(student)
         self.stages = method.stages()  # now that the weights are what an optimiser will hold
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=method.config.precision == "fp16")

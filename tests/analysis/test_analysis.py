@@ -18,7 +18,8 @@ from rvlm.analysis import (
 )
 from rvlm.data import load_data
 from rvlm.evaluation import evaluate
-from rvlm.models import ZeroShotClassifier, load_clip
+from rvlm.models import Adapter, ZeroShotClassifier, apply_adapter, load_clip
+from rvlm.models.adapter import AdapterConfig
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,21 @@ def test_replacements_end_where_they_should(pair, data, cumulative):
         replacements(base, load_clip("tiny-rn"), data)
 
 
+def test_adapters_are_refused_or_left_out(pair, data):
+    base, adapted = load_clip("tiny-vit", seed=1), pair[1]
+    plain = cka_matrix(base, adapted, data, "mean")[0]
+    rows = torch.zeros(1, 3, 96)
+    apply_adapter(adapted, Adapter(AdapterConfig.of(adapted), prompts=rows))
+    for call in (drift, spectral_shift, lambda *towers: replacements(*towers, data)):
+        with pytest.raises(ValueError, match="has an adapter, which is no part of the weights"):
+            call(base, adapted)
+    with pytest.raises(ValueError, match="has prompts, whose share of the attention"):
+        attention_map(adapted, data.batch(slice(0, 1))[0])
+    assert cka_matrix(base, adapted, data, "all")[0].isfinite().all()
+    assert not torch.allclose(cka_matrix(base, adapted, data, "mean")[0], plain)
+    assert 0 < insensitivity(adapted, data) < 1
+
+
 def test_drift(pair):
     base, robust = pair
     assert set(drift(base, base).values()) == {0.0}
@@ -172,7 +188,8 @@ def test_insensitivity(pair, data):
 
 @pytest.mark.parametrize("what", ["cka", "replace", "spectrum", "attention", "insensitivity", "drift"])
 def test_the_command(what, tmp_path, capsys):
-    flags = ["--models", "tiny-vit,tiny-vit", "--limit", "8", "--attack", "fgsm", "--out", str(tmp_path)]
+    load_clip("tiny-vit", seed=2).save(tmp_path / "other")
+    flags = ["--models", f"tiny-vit,{tmp_path}/other", "--limit", "8", "--attack", "fgsm", "--out", str(tmp_path)]
     assert cli.main(["analyze", what, *flags]) == 0
     record = json.loads((tmp_path / "result" / f"{what}.json").read_text())
     assert record["what"] == what and record["data"]["samples"] == 8 and len(record["models"]) == 2
@@ -184,7 +201,7 @@ def test_the_command_on_bad_input(capsys, monkeypatch):
     assert cli.main(["analyze", "magic"]) == 2
     assert "expected transfer, cka, replace" in capsys.readouterr().err
     assert cli.main(["analyze", "cka", "--models", "tiny-vit"]) == 2
-    assert "a base and a robust one, got 1" in capsys.readouterr().err
+    assert "a base and a robust one, got tiny-vit" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["analyze", "drift"]) == 2
     assert "runs in one process" in capsys.readouterr().err

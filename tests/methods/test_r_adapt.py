@@ -40,16 +40,23 @@ def test_anchors_without_training(data):
         ({"anchor": "model", "guide": guide}, theirs, 1.2),
         ({"anchor": "model", "guide": guide, "alpha_anchor": 0.5}, theirs, 0.5),
     ):
+        if student.adapter is not None:
+            student.adapter.detach(student)
         result = train(student, data, build(**settings), progress=False)
         adapter = result.student.adapter
         assert torch.equal(adapter.anchor, expected) and adapter.config.alpha == alpha
         assert result.images == 0 and result.history == []
         assert adapter.config.cutoff == pytest.approx(40 * 32 / 224)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        train(student, data, build(anchor="white"), progress=False)
+    with pytest.raises(ValueError, match="tecoa trains weights of tiny-vit, which has an adapter"):
+        train(student, data, build_method("tecoa", epochs=1), progress=False)
+    student.adapter.detach(student)
     train(student, data, build(anchor="white", cutoff=6.0, cutoff_at=None, block=1), progress=False)
     config = student.adapter.config
     assert (config.cutoff, config.block, config.base, config.size) == (6.0, 1, "tiny-vit", 32)
     assert build(anchor="white").config.cutoff_at == 224
-    with pytest.raises(ValueError, match="no blocks that can be anchored"):
+    with pytest.raises(ValueError, match="no blocks that can be adapted"):
         train(load_clip("tiny-rn"), data, build(anchor="white"), progress=False)
 
 
@@ -133,6 +140,7 @@ def test_a_step_runs_on_the_fused_block(data):
     ({"loss": "l1"}, "loss must be one of l2_feat, cos_feat, ce, kl_zs"),
     ({"adversary": "both"}, "adversary must be one of offline, online"),
     ({"clean_weight": -1.0}, "clean_weight must be at least 0"),
+    ({"momentum": 0.9}, "momentum is for adversary='online'"),
 ])  # fmt: skip
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -155,14 +163,15 @@ def test_a_guide_of_another_architecture(data):
 
 
 def test_both_targets_are_reported(tmp_path):
-    flags = "train r_adapt --student tiny-vit --limit 32 --epochs 1 --batch_size 32 --steps 1 --eval-limit 16"
+    load_clip("tiny-vit", seed=5).save(tmp_path / "base")
+    flags = f"train r_adapt --student {tmp_path}/base --limit 32 --epochs 1 --batch_size 32 --steps 1 --eval-limit 16"
     assert cli.main([*flags.split(), "--eval-attack", "pgd-1", "--out", str(tmp_path / "run")]) == 0
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     assert [(row["name"], row["target"]) for row in rows] == [
         ("before", "white-box"), ("after", "white-box"), ("after", "transfer"),
     ]  # fmt: skip
     assert len({row["record"] for row in rows}) == 3
-    spec = f"tiny-vit+adapter={tmp_path}/run"
+    spec = f"{tmp_path}/run"
     flags = ["--limit", "16", "--attack", "pgd-1", "--out", str(tmp_path / "eval")]
     assert cli.main(["eval", "--model", spec, *flags]) == 0
     (row,) = json.loads((tmp_path / "eval" / "summary.json").read_text())["rows"]

@@ -27,7 +27,7 @@ def adapter(anchor=True, seed=0, prompts=None, **settings):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(17, 96, generator=generator) / 5 if anchor is True else anchor
     rows = None if prompts is None else torch.randn(*prompts, 96, generator=generator) / 5
-    return Adapter(AdapterConfig(base="tiny-vit", size=32, **settings), values, rows)
+    return Adapter(AdapterConfig(**({"base": "tiny-vit", "size": 32} | settings)), values, rows)
 
 
 def test_without_filter_and_anchor_the_output_is_the_same(clip, x):
@@ -173,12 +173,31 @@ def test_saved_and_loaded(clip, x, tmp_path):
     for spec in (f"tiny-vit+adapter={tmp_path}/run", f"{tmp_path}/run", f"{tmp_path}/run/checkpoint"):
         loaded = load_clip(spec)
         assert torch.equal(loaded(x), expected) and loaded.name == spec and weights_sha(loaded) == sha
-    assert weights_sha(apply_adapter(clip, adapter(alpha=0.6, cutoff=6.0, mix="lerp", block=1))) != sha
+    given = {"alpha": 0.5, "cutoff": 6.0, "mix": "lerp", "block": 1}
+    for change in ({"alpha": 0.6}, {"cutoff": 5.0}, {"mix": "add"}, {"block": 0}, {"clamp": False}, {"size": 64}):
+        assert weights_sha(apply_adapter(clip, adapter(prompts=(2, 3), **(given | change)))) != sha, change
     with pytest.raises(FileNotFoundError, match="lacks adapter.json and adapter.safetensors"):
         load_clip(f"tiny-vit+adapter={tmp_path}")
     (tmp_path / "run" / "checkpoint" / "adapter.json").write_text('{"schema": "other"}')
     with pytest.raises(ValueError, match="no adapter of this version"):
         load_clip(f"{tmp_path}/run")
+
+
+def test_a_folder_is_one_model_and_knows_its_base(x, tmp_path):
+    clip = load_clip("tiny-vit", seed=3)
+    apply_adapter(clip, Adapter(AdapterConfig.of(clip, cutoff=6.0)))
+    clip.save(tmp_path / "one")
+    with pytest.raises(ValueError, match="was made for other weights of tiny-vit"):
+        load_clip(str(tmp_path / "one"))  # tiny-vit alone means seed 0
+    clip.adapter.detach(clip)
+    clip.save(tmp_path / "one")
+    assert sorted(p.suffix for p in (tmp_path / "one").iterdir()) == [".json", ".safetensors"]
+    base = load_clip(str(tmp_path / "one"))
+    assert torch.equal(base(x), clip(x)), "the later save counts"
+    apply_adapter(base, Adapter(AdapterConfig.of(base, cutoff=6.0)))
+    base.save(tmp_path / "two")
+    assert torch.equal(load_clip(str(tmp_path / "two"))(x), base(x))
+    assert AdapterConfig.of(base).base == str(tmp_path / "one"), "an adapted model's base is what it stands on"
 
 
 def test_a_copy_has_an_adapter_of_its_own(clip, x):
