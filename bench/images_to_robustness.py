@@ -89,11 +89,17 @@ def page(rows: list[dict], command: str, commit: str, record: str) -> str:
                 cells.append(f"{ratio:.2f}x")
         lines.append("| " + " | ".join(cells) + " |")
     fill = statistics.median(row["seconds to fill the cache"] for row in rows)
+    spent = "; ".join(
+        f"{title} {statistics.median(row[f'{name} seconds, cached'] for row in rows):.1f} with cached teachers, "
+        f"{statistics.median(row[f'{name} seconds, uncached'] for row in rows):.1f} without"
+        for title, name in (("ARD", "ard"), ("MMT-ARD", "mmt_ard"))
+    )
     return f"""# Images and seconds to the single teacher's robustness
 
 Digits, {rows[0]["images"]} training images, {rows[0]["held_out"]} held out; {ATTACK} at 8/255 (Linf, white-box) after
 every epoch. "epochs" is the first epoch whose robust accuracy is at least ARD's after its last; "images" and "seconds"
-are ARD's over MMT-ARD's up to there. Filling the cache takes {fill:.1f} s once, in no column.
+are ARD's over MMT-ARD's up to there. Seconds an epoch, medians over seeds: {spent}. Filling the cache takes {fill:.1f} s
+once, in no column.
 
 {chr(10).join(lines)}
 
