@@ -98,8 +98,8 @@ def page(rows: list[dict], command: str, commit: str, record: str) -> str:
 
 Digits, {rows[0]["images"]} training images, {rows[0]["held_out"]} held out; {ATTACK} at 8/255 (Linf, white-box) after
 every epoch. "epochs" is the first epoch whose robust accuracy is at least ARD's after its last; "images" and "seconds"
-are ARD's over MMT-ARD's up to there. Seconds an epoch, medians over seeds: {spent}. Filling the cache takes {fill:.1f} s
-once, in no column.
+are ARD's over MMT-ARD's up to there. Seconds an epoch, medians over seeds: {spent}.
+Filling the cache takes {fill:.1f} s once, in no column.
 
 {chr(10).join(lines)}
 
