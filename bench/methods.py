@@ -42,6 +42,7 @@ ROWS = {
     "ard": ("ard", {}),
     "mmt_ard": ("mmt_ard", {}),
     "mmt_ard, fixed weights": ("mmt_ard", {"weights": "fixed"}),
+    "mmt_ard, fixed weights, robust teacher on clean": ("mmt_ard", {"weights": "fixed", "robust_input": "clean"}),
     "mmt_ard, code weights": ("mmt_ard", {"weights": "code", "robust_weight": 50.0, "clean_weight": 5.0}),
     "hpt_gpd": ("hpt_gpd", {}),
     "hpt_gpd, HPT only": ("hpt_gpd", {"stages": "hpt"}),
@@ -188,7 +189,10 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
             continue
         cells = [name, str(len(mine)), f"{statistics.mean(row['train_seconds'] for row in mine):.0f}"]
         for key in columns:
-            values = [100 * row[key] for row in mine]
+            values = [100 * row[key] for row in mine if key in row]  # columns came later than some runs
+            if not values:
+                cells.append("-")
+                continue
             spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -219,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--few", type=int, default=50, help="samples of the strong attack")
     parser.add_argument("--only", default="", help="names of rows, separated by semicolons")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--collect", action="store_true", help="make the table of the runs that are there")
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args(argv)
     args.radii, only = args.eps.split(","), [name for name in args.only.split(";") if name]
@@ -242,17 +247,22 @@ def main(argv: list[str] | None = None) -> int:
             stem = f"{name} {of}{args.attack} {args.strong}-{args.few} {args.eps} {seed}"
             stem = stem.translate(str.maketrans(" ,/", "---"))
             path = args.out / f"{stem}.json"
+            if args.collect and not path.is_file():
+                continue
             if not path.is_file():
                 began = time.time()
                 row = measure(make_task(), name, seed, args)
                 about = {"command": command, "seconds": round(time.time() - began, 1), "env": environment()}
                 write_json(path, {"schema": "rvlm.method/2", "data": args.data, "row": row, **about})
             rows.append(json.loads(path.read_text()))
+    if not rows:
+        parser.error(f"no runs with these settings in {args.out}")
     measured = [row["row"] for row in rows]
     if weak := too_weak(measured, args.radii):
         print("no table: PGD is too weak to be shown beside AutoAttack:", *weak, sep="\n  ", file=sys.stderr)
         return 4
     commits = sorted({str(row["env"]["git"])[:12] + ("+" if row["env"]["dirty"] else "") for row in rows})
+    images = sorted({row["train_images"] for row in measured if row["train_images"]})
     proxy = f"{100 * measured[0]['proxy clean']:.1f}"
     text = f"""# Methods on {args.data}
 
@@ -263,7 +273,8 @@ undefended model, scored on the row's; "joint", PGD-{JOINT_STEPS} on student and
 
 {table(measured, args)}
 
-Made by `{command}` at commit {", ".join(commits)} from the files in [{args.out.name}]({args.out.name}).
+Trained on {" or ".join(map(str, images))} images in all, epochs counted. Made by `{command}`
+at commit {", ".join(commits)} from the files in [{args.out.name}]({args.out.name}).
 """
     write_bytes(args.out.with_suffix(".md"), text.encode())
     print(text)

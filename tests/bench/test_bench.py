@@ -207,7 +207,15 @@ def methods():
 
 
 def row(**given):
-    base = {"name": "tecoa", "seed": 0, "train_seconds": 1.0, "samples": 20, "few": 10, "clean": 0.9}
+    base = {
+        "name": "tecoa",
+        "seed": 0,
+        "train_seconds": 1.0,
+        "train_images": 40,
+        "samples": 20,
+        "few": 10,
+        "clean": 0.9,
+    }
     rates = {"pgd 8/255": 0.5, "pgd 8/255, same samples": 0.5, "autoattack 8/255": 0.45, "proxy clean": 0.9}
     return (
         base
@@ -229,6 +237,10 @@ def test_the_table_of_methods(methods, monkeypatch, tmp_path, capsys):
     assert "bench/methods.py" in text and len(list((tmp_path / "digits").glob("*.json"))) == 3
     monkeypatch.setattr(methods, "measure", None)  # runs that are there are not repeated
     assert methods.main(argv) == 0
+    more = [word.replace("0,1", "0,1,2") for word in argv]
+    assert methods.main([*more, "--collect"]) == 0 and "| tecoa | 2 |" in (tmp_path / "digits.md").read_text()
+    with pytest.raises(SystemExit):
+        methods.main([*[word.replace("0,1", "7") for word in argv], "--collect"])
 
 
 def test_no_table_where_pgd_was_too_weak(methods, monkeypatch, tmp_path, capsys):
