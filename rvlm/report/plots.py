@@ -121,7 +121,6 @@ def heat_map(
     shown = (100 * values if percent else values).float()
     known = shown[shown.isfinite()] if shown.isfinite().any() else torch.zeros(1)
     low, high = (0.0, 100.0) if percent else (float(known.min()), float(known.max()))
-    short = [name if len(name) <= 24 else "…" + name[-23:] for name in [*columns, *rows]]
     wide = 1.1 if len(columns) <= 8 else 0.6
     figure = Figure(figsize=(3.0 + wide * len(columns), 2.0 + wide / 2 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -131,8 +130,8 @@ def heat_map(
             colour = "white" if value <= (low + high) / 2 else "black"  # black for NaN
             text = f"{value:.1f}" if percent else f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=10 if wide > 1 else 8)
-    axes.set_xticks(range(len(columns)), short[: len(columns)], rotation=20, ha="right")
-    axes.set_yticks(range(len(rows)), short[len(columns) :])
+    axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=20, ha="right")
+    axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[:].set_visible(False)
@@ -149,8 +148,7 @@ def bars(path: str | Path, values: dict[str, list[float]], names: list[str], tit
     for k, (label, heights) in enumerate(values.items()):
         places = [j + (k - (len(values) - 1) / 2) * width for j in range(len(names))]
         axes.bar(places, heights, width, color=PALETTE[k % len(PALETTE)], label=label)
-    short = [name if len(name) <= 24 else "…" + name[-23:] for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=20, ha="right")
+    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right")
     axes.set(ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.3, axis="y")
@@ -183,6 +181,11 @@ def maps(path: str | Path, rows: dict[str, list[Tensor]], columns: list[str], ti
         axes.set_title(column, fontsize=9)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return _write(path, figure, ["row", "column", "line", "values"], table)
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which tells folders apart."""
+    return name if len(name) <= 24 else "…" + name[-23:]
 
 
 def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:

@@ -399,6 +399,7 @@ def test_both_towers_may_learn(data, settings):
     logits = scale * fresh(x) @ text
     said = classifier("tiny-rn", fresh, data, method.training_templates(data), given.get("logit_scale"))(x)
     (kl(logits, said).mean() + 0.5 * F.cross_entropy(logits, batch.y)).backward()
+    # bf16 rounds activations to 3 digits, and small sums over the batch lose more: only the wiring is asked there.
     tolerance = 0.25 if given.get("precision") == "bf16" else 1e-3
     for (key, new), old in zip(student.named_parameters(), fresh.parameters(), strict=True):
         step = torch.zeros_like(old) if old.grad is None else -0.1 * old.grad
