@@ -3,8 +3,8 @@
     x_a  = argmax_{|x_a - x|_inf <= eps} CE(s cos_P(x_a), y)         PGD
     loss = CE(s cos_P(x_a), y)                                       mean over the batch
 
-with cos_P the cosines of the tower with deep visual prompts P [J, tokens, D] (see rvlm.models.adapter) to fixed class
-embeddings. It is TeCoA's loss on prompts instead of weights, as the comparisons of prompt defences use it (Mao et al.
+TeCoA's attack and loss on prompts instead of weights: cos_P are the cosines of the tower with deep visual prompts P [J,
+tokens, D] (see rvlm.models.adapter) to fixed class embeddings. Comparisons of prompt defences use it so (Mao et al.
 2023 train prompts in pixels and tokens; deep tokens as in Jia et al. 2022).
 
 Presets. `code`: the settings that the labs' released configurations share (two tokens, depth 9, SGD 0.0035, eps 1/255,
@@ -14,14 +14,12 @@ two steps), with the warm-up per step and not per epoch. `rvlm`: ours, on the di
 import dataclasses
 
 import torch
-from torch import Tensor
 
-from rvlm import ops
 from rvlm.data import Data
-from rvlm.methods.base import Batch, Method, MethodConfig, Stage, register, warmup_cosine
+from rvlm.methods.base import MethodConfig, register
+from rvlm.methods.tecoa import TeCoA
 from rvlm.models import Adapter, Clip, apply_adapter
 from rvlm.models.adapter import AdapterConfig, adaptable_block
-from rvlm.models.zero_shot import text_head
 
 __all__ = ["AdvVP"]
 
@@ -43,7 +41,7 @@ class AdvVPConfig(MethodConfig):
 
 
 @register
-class AdvVP(Method):
+class AdvVP(TeCoA):
     name = "advvp"
     Config = AdvVPConfig
     presets = {
@@ -52,30 +50,14 @@ class AdvVP(Method):
         "rvlm": {"lr": 2e-2, "batch_size": 64, "epochs": 20, "warmup_steps": 20, "eps": "8/255", "steps": 2,
                  "clip_grad": 1.0, "tokens": 8, "depth": 3},
     }  # fmt: skip
-    inputs = "adv"
 
     def setup(self, student: Clip, data: Data) -> None:
-        config = self.config
         if student.adapter is not None:
             raise ValueError(f"{student.name} has an adapter already: start from the model without it")
+        super().setup(student, data)
         student.requires_grad_(False)
-        with torch.no_grad():
-            self.head = student.logit_scale * text_head(student, data.class_names, self.training_templates(data))
-        adaptable_block(student, config.depth - 1)  # or an error that says what is expected
+        adaptable_block(student, self.config.depth - 1)  # or an error that says what is expected
         width = student.model.visual.positional_embedding.shape[1]
-        rows = torch.randn(config.depth, config.tokens, width) * config.init_std  # the run's seed decides
-        about = AdapterConfig.of(student, source="advvp")
-        apply_adapter(student, Adapter(about, prompts=rows))
+        rows = torch.randn(self.config.depth, self.config.tokens, width) * self.config.init_std  # by the run's seed
+        apply_adapter(student, Adapter(AdapterConfig.of(student, source="advvp"), prompts=rows))
         student.adapter.prompts.requires_grad_(True)
-        self.student = student
-
-    def stages(self) -> list[Stage]:
-        learning = [{"params": [self.student.adapter.prompts]}]
-        return [Stage(self.config.epochs, learning, warmup_cosine(self.config.warmup_steps))]
-
-    def attack(self, batch: Batch):
-        return lambda embedding: ops.attack_loss(embedding @ self.head, batch.y)[0]
-
-    def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
-        loss, correct, _ = ops.attack_loss(out_adv @ self.head, batch.y)
-        return {"total": batch.mean(loss), "robust_acc": correct.float().mean()}

@@ -112,12 +112,7 @@ class MethodConfig:
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")
         self.eps.check("linf")
-        for name, allowed in (
-            ("precision", ("fp32", "bf16", "fp16")),
-            ("teacher_precision", ("auto", "fp32", "bf16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.one_of(precision=("fp32", "bf16", "fp16"), teacher_precision=("auto", "fp32", "bf16"))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.momentum < 1:
@@ -125,6 +120,12 @@ class MethodConfig:
         for name in ("epochs", "batch_size", "steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def one_of(self, **allowed: tuple[str, ...]) -> None:
+        """Refuses a setting that is none of the words allowed for it."""
+        for name, words in allowed.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
 
 
 class Method:

@@ -7,9 +7,6 @@ Both towers and the logit scale s learn. With every class in the batch this is C
 100 from scratch, training collapses to chance. It is capped at 100, as in CLIP.
 """
 
-import math
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,7 +36,7 @@ class ClipTraining(Method):
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         head = text_head(self.student, self.class_names, self.templates)
-        self._limit_scale()
+        self.student.limit_logit_scale()
         logits = self.student.logit_scale * out_clean @ head
         return {
             "total": batch.mean(F.cross_entropy(logits, batch.y, reduction="none")),
@@ -47,8 +44,4 @@ class ClipTraining(Method):
         }
 
     def finish(self) -> None:
-        self._limit_scale()
-
-    def _limit_scale(self) -> None:
-        with torch.no_grad():
-            self.student.model.logit_scale.clamp_(max=math.log(100))
+        self.student.limit_logit_scale()

@@ -26,7 +26,6 @@ anchor weight 0.001, one stage). `rvlm`: ours, on the digits.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -81,14 +80,12 @@ class HPTGPDConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("stages", ("both", "hpt", "ga", "clean")),
-            ("trains", ("vision", "all")),
-            ("direction", ("student_first", "teacher_first")),
-            ("reduction", ("mean", "sum")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.one_of(
+            stages=("both", "hpt", "ga", "clean"),
+            trains=("vision", "all"),
+            direction=("student_first", "teacher_first"),
+            reduction=("mean", "sum"),
+        )
         for name in ("gamma", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -194,16 +191,12 @@ class HPTGPD(VisionMethod):
     def _encode_text(self) -> None:
         """The class embeddings of this step, with their graph, if the text tower learns."""
         if self.config.trains == "all":
-            self._limit_scale()
+            self.student.limit_logit_scale()
             self.head = self.scale(self.student) * self.text()
-
-    def _limit_scale(self) -> None:
-        with torch.no_grad():
-            self.student.model.logit_scale.clamp_(0, math.log(100))
 
     def finish(self) -> None:
         if self.config.trains == "all":
-            self._limit_scale()
+            self.student.limit_logit_scale()
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         config = self.config

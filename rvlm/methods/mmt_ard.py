@@ -85,15 +85,13 @@ class MMTARDConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("weights", WEIGHTS),
-            ("confidence", ("cosine", "prob")),
-            ("inner_loss", ("clean", "robust", "ce")),
-            ("robust_input", ("adv", "clean")),
-            ("lora_targets", ("all", "qkv", "out")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.one_of(
+            weights=WEIGHTS,
+            confidence=("cosine", "prob"),
+            inner_loss=("clean", "robust", "ce"),
+            robust_input=("adv", "clean"),
+            lora_targets=("all", "qkv", "out"),
+        )
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
         if not 0 <= self.lora_dropout < 1:

@@ -68,14 +68,12 @@ class RAdaptConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("anchor", tuple(STRENGTH)),
-            ("init", ("white", "model", "zero")),
-            ("loss", LOSSES),
-            ("adversary", ("offline", "online")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.one_of(
+            anchor=tuple(STRENGTH),
+            init=("white", "model", "zero"),
+            loss=LOSSES,
+            adversary=("offline", "online"),
+        )
         if self.adversary == "offline" and self.momentum:
             raise ValueError("momentum is for adversary='online': offline images are plain PGD's")
         if self.clean_weight < 0:

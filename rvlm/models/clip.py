@@ -4,6 +4,7 @@ Normalisation outside the model is the commonest way to attack with the wrong ep
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -56,6 +57,11 @@ class Clip(nn.Module):
     def logit_scale(self) -> Tensor:
         """The factor on cosines that gives logits, 100 for OpenAI's weights."""
         return self.model.logit_scale.exp()
+
+    def limit_logit_scale(self) -> None:
+        """Brings a scale that is trained back into 1 .. 100, as CLIP's own training does."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
 
     def encode_pixels(self, x: Tensor, unit_norm: bool = True) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> embeddings [B, D], of unit norm; other sizes are resized (bicubic)."""
