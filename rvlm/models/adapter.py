@@ -1,9 +1,10 @@
-"""What stands around a frozen tower: a low-pass filter before it, an anchor in one of its blocks, prompts in the first.
+"""What stands around frozen towers: a low-pass filter, an anchor in one block, prompts in the first ones, also of texts.
 
     x  -> G x                                 Gaussian filter of the pixels, cutoff D0 in DFT bins (R-Adapt)
     x1 =  x0 + mix(o, alpha A)                in one block: o the attention's output, A [N, D] one for all images
     tokens of block l  =  (image tokens, P_l) deep visual prompts [J, P, D] (Jia et al. 2022, arXiv 2203.12119): each
                                               of the first J blocks gets rows of its own, the last of which go on
+    tokens of a text    =  <start> V_l words <end>    context [J, P, D] of the text tower (see rvlm.models.text)
 
 with mix add: o + alpha A; lerp: (1 - alpha) o + alpha A; normadd: (o + alpha A) / (1 + alpha). The first prompts pass
 the tower's ln_pre as image tokens do. Rows of an anchor for prompts are 0. Nothing of the tower is changed or copied:
@@ -12,7 +13,7 @@ its state dict has the same keys and values with and without an adapter, which `
 Where the next block replaces the prompts, or no block follows, what a block says at their places is not needed: they
 are keys and values of the attention alone, the same for the whole batch (`ops.prefix_attention`), and no tokens.
 
-An adapter is saved as adapter.safetensors (anchor, prompts) and adapter.json (all else), a few hundred kB.
+An adapter is saved as adapter.safetensors (anchor, prompts, context) and adapter.json (all else), a few hundred kB.
 """
 
 import dataclasses
@@ -34,14 +35,19 @@ from rvlm.ops.attention import MIXES
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "adaptable_block", "apply_adapter", "attention_output"]
+__all__ = [
+    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "adaptable_block", "apply_adapter", "attention_output",
+    "prefixed", "text_tower",
+]  # fmt: skip
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
+TENSORS = ("anchor", "prompts", "context")
+PARTS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2", "attention")
 
 
 @dataclasses.dataclass(kw_only=True)
 class AdapterConfig:
-    """What an adapter is, beside its anchor and prompts."""
+    """What an adapter is, beside its tensors."""
 
     base: str
     """The model that it was made for, as load_clip names it."""
@@ -60,7 +66,9 @@ class AdapterConfig:
     block: int = 0
     """Number of the block, from 0."""
     source: str = ""
-    """Where the anchor comes from, in words."""
+    """Where the anchor comes from, in words, or which method learned the prompts."""
+    sentence: str = ""
+    """What follows the context in a text, with {} for the class; classes are named by no other template."""
 
     @classmethod
     def of(cls, clip: "Clip", **settings) -> "AdapterConfig":
@@ -76,25 +84,34 @@ class AdapterConfig:
             raise ValueError(f"mix must be one of {', '.join(MIXES)}, got {self.mix!r}")
         if not math.isfinite(self.alpha) or (self.mix == "normadd" and self.alpha <= -1):
             raise ValueError(f"alpha must be finite, and above -1 for normadd, got {self.alpha}")
+        if self.sentence and "{}" not in self.sentence:
+            raise ValueError(f"sentence must contain {{}} for the class name, got {self.sentence!r}")
 
 
 class Adapter(nn.Module):
-    """A filter, an anchor and prompts for one tower.
+    """A filter, an anchor and prompts for one model.
 
     Args:
         config: see AdapterConfig.
         anchor: A [N, D], a row per token (class token first), kept in float32; None is no anchor.
         prompts: [J, P, D], P rows for each of the first J blocks, kept in float32; None is no prompts.
+        context: [J, P, D] of the text tower, likewise; it needs a sentence in the config.
     """
 
-    def __init__(self, config: AdapterConfig, anchor: Tensor | None = None, prompts: Tensor | None = None) -> None:
+    def __init__(
+        self, config: AdapterConfig, anchor: Tensor | None = None, prompts: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
-        if prompts is not None and (prompts.dim() != 3 or 0 in prompts.shape):
-            raise ValueError(f"prompts must be [J, P, D], none of them 0, got {list(prompts.shape)}")
-        self.anchor, self.prompts = (
+        for name, t in (("prompts", prompts), ("context", context)):
+            if t is not None and (t.dim() != 3 or 0 in t.shape):
+                raise ValueError(f"{name} must be [J, P, D], none of them 0, got {list(t.shape)}")
+        if (context is None) != (not config.sentence):
+            raise ValueError("context and sentence go together: the one stands before the other in every text")
+        self.anchor, self.prompts, self.context = (
             None if t is None else nn.Parameter(t.detach().float().clone(), requires_grad=False)
-            for t in (anchor, prompts)
+            for t in (anchor, prompts, context)
         )
         about = (config.alpha, config.cutoff or 0, config.size, config.clamp, MIXES.index(config.mix), config.block)
         self.register_buffer("numbers", torch.tensor([float(number) for number in about]))  # for weights_sha
@@ -117,6 +134,9 @@ class Adapter(nn.Module):
         """
         if self.prompts is not None:
             self._check_prompts(clip)
+        if self.context is not None:
+            tower = text_tower(clip)
+            _check_rows("context", self.context, len(tower.transformer.resblocks), tower.positional_embedding, clip)
         if self.anchor is not None:
             adaptable_block(clip, self.config.block)
             self._fit(clip)
@@ -167,12 +187,9 @@ class Adapter(nn.Module):
         return {number: adaptable_block(clip, number) for number in sorted(numbers)}
 
     def _check_prompts(self, clip: "Clip") -> None:
-        block = adaptable_block(clip, len(self.prompts) - 1)
-        width = clip.model.visual.positional_embedding.shape[1]
-        if self.prompts.shape[2] != width:
-            raise ValueError(f"the prompts have width {self.prompts.shape[2]}, but {clip.name} has {width}")
-        parts = [getattr(block.attn, name, None) for name in ("in_proj_weight", "in_proj_bias")]
-        if not isinstance(block.attn, nn.MultiheadAttention) or any(part is None for part in parts):
+        block, tower = adaptable_block(clip, 0), clip.model.visual
+        _check_rows("prompts", self.prompts, len(tower.transformer.resblocks), tower.positional_embedding, clip)
+        if not _one_projection(block.attn):
             raise ValueError(f"{clip.name}: prompts need attentions with one projection to queries, keys and values")
 
     def mixed(self, o: Tensor) -> Tensor:
@@ -210,7 +227,8 @@ class Adapter(nn.Module):
         from safetensors.torch import save
 
         folder = Path(folder)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.named_parameters()}
+        tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         write_bytes(folder / ADAPTER_WEIGHTS, save(tensors))
         about = {"schema": "rvlm.adapter/1", **dataclasses.asdict(self.config)}
         write_bytes(folder / ADAPTER_CONFIG, json.dumps(about, indent=1).encode())
@@ -259,8 +277,7 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
 def adaptable_block(clip: "Clip", number: int) -> nn.Module:
     """A block of the tower, from 0; ValueError where the tower has none that can be adapted."""
     blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
-    parts = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2", "attention")
-    if blocks is None or not all(hasattr(blocks[0], part) for part in parts):
+    if blocks is None or not all(hasattr(blocks[0], part) for part in PARTS):
         raise ValueError(
             f"{clip.name} ({type(clip.model.visual).__name__}) has no blocks that can be adapted: expected a "
             "VisionTransformer of open_clip with ResidualAttentionBlocks, such as ViT-B-32 or ViT-L-14"
@@ -268,6 +285,39 @@ def adaptable_block(clip: "Clip", number: int) -> nn.Module:
     if not -len(blocks) <= number < len(blocks):
         raise ValueError(f"{clip.name} has {len(blocks)} blocks, got block {number}")
     return blocks[number]
+
+
+def text_tower(clip: "Clip") -> nn.Module:
+    """The module that has a text tower's parts; ValueError where texts cannot be given a context."""
+    tower = getattr(clip.model, "text", clip.model)
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    if (
+        blocks is None
+        or not all(hasattr(blocks[0], part) for part in PARTS)
+        or not _one_projection(blocks[0].attn)
+        or getattr(tower, "attn_mask", None) is None
+        or getattr(tower, "cls_emb", None) is not None
+        or pool != "argmax"
+    ):
+        raise ValueError(
+            f"{clip.name} has no text tower whose texts can begin with a context: expected a causal transformer of "
+            "open_clip that is read at the end-of-text token, as CLIP's own"
+        )
+    return tower
+
+
+def _one_projection(attn: nn.Module) -> bool:
+    """Whether one matrix makes queries, keys and values."""
+    parts = [getattr(attn, name, None) for name in ("in_proj_weight", "in_proj_bias")]
+    return isinstance(attn, nn.MultiheadAttention) and all(part is not None for part in parts)
+
+
+def _check_rows(name: str, rows: Tensor, blocks: int, places: Tensor, clip: "Clip") -> None:
+    if len(rows) > blocks:
+        raise ValueError(f"{name} for {len(rows)} blocks, but {clip.name} has {blocks}")
+    if rows.shape[2] != places.shape[1]:
+        raise ValueError(f"{name} of width {rows.shape[2]}, but {clip.name} has {places.shape[1]}")
 
 
 @dataclasses.dataclass
@@ -296,7 +346,7 @@ def _adapted_forward(
         q_x = torch.cat([q_x, plan.rows().to(q_x.dtype).expand(len(q_x), -1, -1)], 1)
     h = block.ln_1(q_x)
     if plan.prompts == "prefix":
-        o = _prefixed(block.attn, h, block.ln_1(plan.rows().to(q_x.dtype)))
+        o = prefixed(block.attn, h, block.ln_1(plan.rows().to(q_x.dtype)))
     else:
         o = block.attention(q_x=h, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
     o = block.ls_1(o)
@@ -310,8 +360,8 @@ def _adapted_forward(
     return x + block.ls_2(block.mlp(normed))
 
 
-def _prefixed(attn: nn.MultiheadAttention, h: Tensor, prompts: Tensor) -> Tensor:
-    """Self-attention of h [B, N, D] that also sees prompts [P, D], whose own outputs nobody needs."""
+def prefixed(attn: nn.MultiheadAttention, h: Tensor, prompts: Tensor, causal: bool = False) -> Tensor:
+    """Self-attention of h [B, N, D] that also sees prompts [P, D] before it, whose own outputs nobody needs here."""
     width, heads = h.shape[-1], attn.num_heads
 
     def by_heads(t: Tensor) -> Tensor:
@@ -319,7 +369,7 @@ def _prefixed(attn: nn.MultiheadAttention, h: Tensor, prompts: Tensor) -> Tensor
 
     q, k, v = F.linear(h, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     prefix_k, prefix_v = F.linear(prompts, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
-    o = ops.prefix_attention(*map(by_heads, (q, k, v, prefix_k, prefix_v)))
+    o = ops.prefix_attention(*map(by_heads, (q, k, v, prefix_k, prefix_v)), causal)
     return attn.out_proj(o.transpose(1, 2).flatten(2))
 
 

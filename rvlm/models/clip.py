@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rvlm.files import write_bytes
+from rvlm.models import text
 from rvlm.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 __all__ = ["CONFIG", "WEIGHTS", "Clip"]
@@ -79,7 +80,9 @@ class Clip(nn.Module):
     forward = encode_pixels
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """Texts -> unit-norm embeddings [C, D]."""
+        """Texts -> unit-norm embeddings [C, D]; behind the adapter's context, if it has one."""
+        if self.adapter is not None and self.adapter.context is not None:
+            return text.encode(self, text.tokenized(self, texts), self.adapter.context)
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1)
 
     def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:

@@ -17,7 +17,8 @@ class ZeroShotClassifier(nn.Module):
         clip: the model.
         class_names: C names, put into the templates.
         templates: id of `rvlm.data.templates` ("plain", "openai", ...) or a list of templates with "{}". Per class the
-            unit-norm embeddings of all templates are averaged and the mean is normalised again.
+            unit-norm embeddings of all templates are averaged and the mean is normalised again. A model whose adapter
+            has a context names classes by the sentence that belongs to it, and by no template.
     """
 
     fused_head = True  # forward is embed @ head, but for a constant: attacks may start their backward pass there
@@ -27,6 +28,7 @@ class ZeroShotClassifier(nn.Module):
         if not class_names:
             raise ValueError("class_names is empty: a zero-shot classifier needs at least one class")
         templates = named_templates(templates) if isinstance(templates, str) else list(templates)
+        templates = _sentences(clip, templates)
         if not templates or any("{}" not in template for template in templates):
             raise ValueError(f"every template must contain {{}} for the class name, got {templates}")
         self.clip, self.class_names, self.templates = clip, list(class_names), templates
@@ -48,6 +50,12 @@ class ZeroShotClassifier(nn.Module):
 
 
 def text_head(clip: Clip, class_names: list[str], templates: list[str]) -> Tensor:
-    """Unit-norm class embeddings [D, C], ensembled over templates."""
+    """Unit-norm class embeddings [D, C], ensembled over templates (see ZeroShotClassifier)."""
+    templates = _sentences(clip, templates)
     means = [clip.encode_text([template.format(name) for name in class_names]) for template in templates]
     return F.normalize(torch.stack(means).mean(0), dim=-1).T.contiguous()
+
+
+def _sentences(clip: Clip, templates: list[str]) -> list[str]:
+    learned = clip.adapter is not None and clip.adapter.config.sentence
+    return [learned] if learned else templates

@@ -4,8 +4,9 @@
     anchored_attention  site "map":    c softmax(q k^T / sqrt(d)) v + alpha A v,   A [H, N, N]
                         site "heads":  c softmax(q k^T / sqrt(d)) v + alpha A,     A [H, N, d]
                         with c = 1 for "add" and 1 - alpha for "lerp"
-    prefix_attention    softmax(q [k; prefix_k]^T / sqrt(d)) [v; prefix_v]: prompt tokens whose own outputs nobody
-                        reads, so that they need neither queries nor an MLP; exact to concatenating tokens
+    prefix_attention    softmax(q [k; prefix_k]^T / sqrt(d)) [v; prefix_v]: tokens that are the same for the whole batch
+                        and whose own outputs nobody reads, so that they need neither queries nor an MLP; exact to
+                        concatenating tokens. Causal: of k and v, a query sees no rows behind its own
 
 The last two are compositions of the library's: mixing after the softmax is linear, so torch's scaled-dot-product
 attention stays what it is and a matrix product stands beside it; on a CPU, whose fused attention has a slow backward
@@ -233,15 +234,18 @@ def anchored_attention(
     return share * live + alpha * anchored
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, causal: bool = False
+) -> Tensor:
     """Attention, not causal, of N tokens to themselves and to P prefix tokens that the whole batch shares.
 
     Args:
         q, k, v: [B, H, N, d], any floating dtype.
         prefix_k, prefix_v: [H, P, d], keys and values of the prompts, computed once for the batch.
+        causal: row n of q sees all of the prefix, and rows 0 .. n of k; the prompts stand before them all.
 
     Returns:
-        [B, H, N, d], what the first N rows would be with the prompts as tokens. The prefix's gradients are summed over
+        [B, H, N, d], what the rows of q would be with the prompts as tokens. The prefix's gradients are summed over
         the batch; where nobody asks for them they are not computed.
 
     Raises:
@@ -255,15 +259,22 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
     keys, values = (
         torch.cat([t, prefix.to(t.dtype).expand(batch, -1, -1, -1)], 2) for t, prefix in ((k, prefix_k), (v, prefix_v))
     )
-    return _attention(q, keys, values)
+    seen = None
+    if causal:
+        rows, prompts = q.shape[2], prefix_k.shape[1]
+        seen = torch.ones(rows, rows + prompts, dtype=torch.bool, device=q.device).tril()
+        seen[:, rows:] = True
+    return _attention(q, keys, values, seen)
 
 
-def _attention(q, k, v):
-    return _map(q, k) @ v if _explicit(k) else F.scaled_dot_product_attention(q, k, v)
+def _attention(q, k, v, seen=None):
+    return _map(q, k, seen) @ v if _explicit(k) else F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-def _map(q, k):
+def _map(q, k, seen=None):
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     return torch.softmax(scores, -1, dtype=_wide(q)).to(q.dtype)
 
 

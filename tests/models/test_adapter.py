@@ -252,9 +252,9 @@ def test_towers_that_cannot_be_anchored(clip):
         apply_adapter(load_clip("tiny-rn"), adapter(alpha=1.0))
     with pytest.raises(ValueError, match=r"prompts must be \[J, P, D\], none of them 0, got \[0, 4, 96\]"):
         adapter(prompts=(0, 4))
-    with pytest.raises(ValueError, match="the prompts have width 64, but tiny-vit has 96"):
+    with pytest.raises(ValueError, match="prompts of width 64, but tiny-vit has 96"):
         apply_adapter(clip, Adapter(AdapterConfig(base="", size=32), None, torch.zeros(1, 2, 64)))
-    with pytest.raises(ValueError, match="tiny-vit has 3 blocks, got block 3"):
+    with pytest.raises(ValueError, match="prompts for 4 blocks, but tiny-vit has 3"):
         apply_adapter(clip, adapter(None, prompts=(4, 2)))
     with pytest.raises(ValueError, match="tiny-vit has 3 blocks, got block 3"):
         apply_adapter(clip, adapter(alpha=1.0, block=3))

@@ -205,14 +205,17 @@ def test_an_anchor_without_strength_and_one_that_replaces(device, site):
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("prefix", [0, 1, 4])
-def test_prefix_attention_is_token_concatenation(device, shape, prefix):
+@pytest.mark.parametrize("causal", [False, True])
+def test_prefix_attention_is_token_concatenation(device, shape, prefix, causal):
     q, k, v = heads(device, shape)
     batch, h, n, d = shape
     more = [torch.randn(h, prefix, d, dtype=torch.float64, device=device).requires_grad_() for _ in range(3)]
-    tokens = [torch.cat([t, p.expand(batch, -1, -1, -1)], 2) for t, p in zip((q, k, v), more, strict=True)]
-    expected = (weights_of(*tokens[:2]) @ tokens[2])[:, :, :n]  # what the prompts' own rows give is thrown away
+    tokens = [torch.cat([p.expand(batch, -1, -1, -1), t], 2) for t, p in zip((q, k, v), more, strict=True)]
+    unseen = torch.full((prefix + n,) * 2, -torch.inf, dtype=torch.float64, device=device).triu(1) if causal else 0
+    scores = tokens[0] @ tokens[1].transpose(-2, -1) / d**0.5 + unseen
+    expected = (scores.softmax(-1) @ tokens[2])[:, :, prefix:]  # what the prompts' own rows give is thrown away
     inputs = (q, k, v, *more[1:])
-    got = ops.prefix_attention(q, k, v, *more[1:])
+    got = ops.prefix_attention(q, k, v, *more[1:], causal)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
     slope = torch.randn_like(got)
     for ours, theirs in zip(
