@@ -3,7 +3,20 @@
 method = build_method("tecoa", preset="rvlm", eps=4 / 255)
 """
 
-from rvlm.methods import advvp, ard, clip, fare, hpt_gpd, mmt_ard, pmg_aft, r_adapt, tecoa  # noqa: F401  (registers them)
+from rvlm.methods import (  # noqa: F401  (registers them)
+    apd,
+    apt,
+    ard,
+    clip,
+    fap,
+    fare,
+    hpt_gpd,
+    mmt_ard,
+    pmg_aft,
+    prompt_tuning,
+    r_adapt,
+    tecoa,
+)
 from rvlm.methods.base import Batch, Method, MethodConfig, Stage, build_method, list_methods, method_class
 
 __all__ = ["Batch", "Method", "MethodConfig", "Stage", "build_method", "list_methods", "method_class"]

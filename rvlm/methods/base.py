@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from rvlm.data import Data
@@ -19,7 +20,7 @@ from rvlm.units import Eps
 
 __all__ = [
     "Batch", "Method", "MethodConfig", "Stage", "VisionMethod", "accuracy", "build_method", "list_methods",
-    "method_class", "register", "warmup_cosine",
+    "method_class", "mixed", "register", "warmup_cosine",
 ]  # fmt: skip
 
 
@@ -85,7 +86,8 @@ class MethodConfig:
     warmup_steps: int = 0
     """Linear warm-up; a cosine to 0 follows."""
     clip_grad: float | None = None
-    """Largest norm of the gradient, or None."""
+    """Largest norm of the gradient of each group of parameters (a student and a teacher that both learn are two), or
+    None."""
     ema: float = 0.0
     """Decay per step of an average of the weights, which is then what is validated and kept; 0 keeps the weights. It
     starts anew with each stage."""
@@ -135,14 +137,19 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"rvlm": {}}
     inputs: ClassVar[str] = "adv"
-    """Which images go through the student: "adv", "clean", or "both" (one forward on their concatenation)."""
+    """Which images go through the student: "adv", "clean", "both" (one forward on their concatenation), or "none"."""
+    trains_tower: ClassVar[bool] = True
+    """Whether batch norm and dropout run as they do in training; a frozen tower stays as it is."""
     unit_norm: ClassVar[bool] = True
     """Whether embeddings are divided by their length, as CLIP's logits need them."""
     undefended: Clip | None = None
     """After setup, for defences that are to be measured by transfer too: the model that images are made on."""
+    others: dict[str, Clip]
+    """After finish: models beside the student that are worth keeping, by name."""
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
+        self.others = {}
 
     def setup(self, student: Clip, data: Data) -> None:
         """Freezes what does not learn and computes what stays fixed. Called once, before `stages`."""
@@ -172,6 +179,10 @@ class Method:
         if self.config.teacher_precision != "auto":
             return self.config.teacher_precision
         return "bf16" if student.device.type == "cuda" or self.config.precision == "bf16" else "fp32"
+
+    def findings(self, row: dict[str, float]) -> list[str]:
+        """What a user should be warned of, from an epoch's means of what `loss` gave ("total" is "loss" there)."""
+        return []
 
     def finish(self) -> None:
         """Called once after the last step: makes the student's weights what is to be saved."""
@@ -213,6 +224,12 @@ class VisionMethod(Method):
 
     def learning(self) -> list[dict[str, Any]]:
         return [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
+
+
+def mixed(clip: Clip, precision: str) -> torch.autocast:
+    """The arithmetic that a config's `precision` asks for."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    return torch.autocast(clip.device.type, dtype, enabled=precision != "fp32")
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class RAdaptConfig(MethodConfig):
 class RAdapt(Method):
     name = "r_adapt"
     Config = RAdaptConfig
+    trains_tower = False
     presets = {
         "rvlm": {"lr": 1e-2, "batch_size": 64, "epochs": 10, "warmup_steps": 10, "eps": "8/255", "steps": 10},
     }  # fmt: skip

@@ -24,7 +24,7 @@ from rvlm.models import Clip, load_clip
 from rvlm.models.weights import weights_sha
 from rvlm.models.zero_shot import text_head
 
-__all__ = ["Teacher", "classifier", "embedder", "frozen_copy"]
+__all__ = ["Teacher", "classifier", "embedder", "frozen_copy", "twin"]
 
 
 class Teacher:
@@ -120,6 +120,12 @@ def classifier(
 def embedder(student: Clip, unit_norm: bool, precision: str = "fp32") -> Teacher:
     """The student as it is now, as a teacher of embeddings."""
     return Teacher(_Embedder(frozen_copy(student), unit_norm), f"{student.name}, frozen", precision)
+
+
+def twin(clip: Clip) -> Clip:
+    """A model of its own around the same weights: what is put around the one, such as prompts, the other has not."""
+    shared = {id(t): t for t in (*clip.parameters(), *clip.buffers())}
+    return copy.deepcopy(clip, shared).eval()
 
 
 def frozen_copy(student: Clip) -> Clip:

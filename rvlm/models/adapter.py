@@ -1,4 +1,4 @@
-"""What stands around frozen towers: a low-pass filter, an anchor in one block, prompts in the first ones, also of texts.
+"""What stands around frozen towers: a low-pass filter, an anchor in one block, prompts in the first, for texts too.
 
     x  -> G x                                 Gaussian filter of the pixels, cutoff D0 in DFT bins (R-Adapt)
     x1 =  x0 + mix(o, alpha A)                in one block: o the attention's output, A [N, D] one for all images

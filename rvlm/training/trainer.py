@@ -18,6 +18,7 @@ import functools
 import io
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rvlm.data import Data
 from rvlm.evaluation import evaluate
 from rvlm.files import write_bytes
 from rvlm.methods import Batch, Method, lora
-from rvlm.methods.base import Stage
+from rvlm.methods.base import Stage, mixed
 from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import weights_sha
 from rvlm.ranks import Ranks, placed_like, whole
@@ -101,9 +102,9 @@ def train(
         data: training split.
         method: what to train; see `rvlm.methods.build_method`.
         seed: of the order of samples and of the attack's noise.
-        out: folder for `metrics.jsonl` (a row per epoch), `checkpoint/` and, until the run has ended, `state.pt`; None
-            writes nothing. In a process group (see `rvlm.ranks`) the first process writes; the last batch of an epoch
-            is left out if it has fewer samples than there are processes.
+        out: folder for `metrics.jsonl` (a row per epoch), `checkpoint/` (and, by their names, a method's `others`) and,
+            until the run has ended, `state.pt`; None writes nothing. In a process group (see `rvlm.ranks`) the first
+            process writes; the last batch of an epoch is left out if it has fewer samples than there are processes.
         progress: show a bar with running accuracy and images/s.
         validation: held-out samples; after every epoch clean and robust accuracy on them (white-box, the method's eps)
             are added to the log as val_clean and val_robust, and the student with the best val_robust so far is kept
@@ -153,6 +154,8 @@ def train(
     student.eval().requires_grad_(False)
     if out is not None and ranks.first:
         student.save(out / "checkpoint")
+        for name, other in method.others.items():
+            other.save(out / name)
         (out / STATE).unlink(missing_ok=True)
     return TrainResult(student, run.at.history, run.seconds(), run.at.images, setup_seconds)
 
@@ -229,6 +232,9 @@ class _Run:
                     student.save(self.out / "best", lora.plain_state(student.model))
             at.best = max(at.best, row["val_robust"])
         at.history.append(row)
+        if epoch + 1 == stage.length and self.ranks.first:
+            for found in self.method.findings(row):
+                warnings.warn(f"{self.method.name}: {found}", stacklevel=5)
         at.epoch, at.batch, at.sums, at.count = epoch + 1, 0, {}, 0
         if self.out is not None and self.ranks.first:
             _write_log(self.out, at.history)
@@ -254,7 +260,8 @@ class _Run:
                 self._part(part, len(rows), noise_seed)
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(_trained(self.optimizer), config.clip_grad)
+            for group in self.optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], config.clip_grad)
         with profiling.phase("optimizer"):
             self.scaler.step(self.optimizer)  # leaves a step with infinite gradients out
             self.scaler.update()
@@ -265,12 +272,12 @@ class _Run:
         """Adds the gradient of some of a step's samples."""
         student, method = self.student, self.method
         batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=count)
-        student.train()
+        student.train(method.trains_tower)
         if method.inputs in ("adv", "both"):
             with profiling.phase("attack"), parametrize.cached():
                 made = method.adversary(batch)
                 batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler) if made is None else made
-        with profiling.phase("student forward"), parametrize.cached(), _mixed(student, method.config.precision):
+        with profiling.phase("student forward"), parametrize.cached(), mixed(student, method.config.precision):
             outputs = _forward(self.forward, method, batch)
         with profiling.phase("loss and teachers"):
             losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
@@ -418,19 +425,18 @@ def _craft(student: Clip, method: Method, batch: Batch, noise_seed: int, scaler:
         "sample_ids": batch.index, "generator": torch.Generator().manual_seed(noise_seed), "alpha": config.alpha,
     }  # fmt: skip
     model = functools.partial(student.encode_pixels, unit_norm=method.unit_norm)
-    with _mixed(student, config.precision):
+    with mixed(student, config.precision):
         if config.momentum:
             return mifgsm(model, batch.x, mu=config.momentum, velocity="sign", **given)
         return pgd(model, batch.x, **given)
 
 
-def _mixed(student: Clip, precision: str) -> torch.autocast:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
-    return torch.autocast(student.device.type, dtype, enabled=precision != "fp32")
-
-
 def _forward(student: nn.Module, method: Method, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     """Embeddings of adversarial and of clean images, in one pass."""
+    if method.inputs == "none":
+        if not isinstance(student, Clip):
+            student(batch.x[:1], method.unit_norm)  # a wrapper exchanges gradients once it was called, with anything
+        return None, None
     if method.inputs == "adv":
         return student(batch.x_adv, method.unit_norm), None
     if method.inputs == "clean":
@@ -449,10 +455,6 @@ def _optimizer(stage: Stage, method: Method) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(stage.param_groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     return torch.optim.AdamW(stage.param_groups, lr=config.lr, weight_decay=config.weight_decay)
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_training(method: Method, parallel: str, tensorboard: bool) -> None:

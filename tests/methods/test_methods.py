@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rvlm.data import load_data
-from rvlm.methods import Batch, build_method, list_methods, lora
+from rvlm.methods import Batch, build_method, list_methods, lora, method_class
 from rvlm.methods.teachers import Teacher, classifier
 from rvlm.models import load_clip
 from rvlm.models.zero_shot import text_head
@@ -20,7 +20,7 @@ TEACHERS = {
     "hpt_gpd": {"proxy": "tiny-rn", "ga_epochs": 1},
     "mmt_ard": {"robust_teacher": "tiny-vit", "clean_teacher": "tiny-rn"},
 }
-METHODS = [name for name in list_methods() if name not in ("advvp", "clip", "r_adapt")]  # those that tune the tower
+METHODS = [name for name in list_methods() if method_class(name).trains_tower and name != "clip"]
 
 
 @pytest.fixture(autouse=True)
