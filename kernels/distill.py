@@ -198,8 +198,8 @@ def multi_teacher_kl(
 
     Args:
         loss, kl: results [B] and [T, B], fp32 or fp64, the type that is computed in.
-        d_student, d_teachers: results [S, B, C] and [T, B, C] in the types of the logits, or None.
-        student, teachers: logits [S, B, C] and [T, B, C], contiguous, any floating dtype.
+        d_student, d_teachers: results like student and teachers, or None.
+        student, teachers: logits [B, C] or [S, B, C], and [T, B, C], contiguous, any floating dtype.
         weights, temperature: [T, B] and [T], contiguous, dtype of `loss`.
         student_of: number of each teacher's student, four bits each, the first teacher lowest.
         kind: 0 forward, 1 reverse, 2 js.
@@ -223,7 +223,7 @@ def multi_teacher_kl(
             classes,
             STUDENT_OF=student_of,
             KIND=kind,
-            S=len(student),
+            S=student.numel() // (rows * classes),
             T=count,
             T_PADDED=triton.next_power_of_2(count),
             BLOCK=sizes.block,

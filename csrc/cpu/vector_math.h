@@ -1,5 +1,6 @@
-// exp and log in float without branches or tables, so that loops under `omp simd` vectorise (libm's are calls).
-// Polynomials on a reduced range after Cephes; within 2 ulp of libm. double goes to libm: it serves gradient checks.
+// exp, exp2 and log in float without branches or tables, so that loops under `omp simd` vectorise (libm's are calls).
+// Polynomials on a reduced range, that of log after Cephes; within 2 ulp of libm. double goes to libm: it serves
+// gradient checks.
 #pragma once
 
 #include <bit>
@@ -21,26 +22,45 @@ namespace rvlm {
 template <typename T>
 constexpr T kInf = std::numeric_limits<T>::infinity();
 
+// Exponents of two below which a power is 0, float's a little before it becomes subnormal.
+template <typename T>
+constexpr T kNothing = T(-1080);
+template <>
+constexpr float kNothing<float> = -127.0f;
+
+template <typename T>
+RVLM_INLINE T bounded(T x) {
+  return x < kNothing<T> ? kNothing<T> : x;
+}
+
 RVLM_INLINE double exp_(double x) { return std::exp(x); }
+RVLM_INLINE double exp2_(double x) { return std::exp2(x); }
 RVLM_INLINE double log_(double x) { return std::log(x); }
 
-// 0 below -87.3, where float becomes subnormal; NaN stays NaN; x must not exceed 88.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+// 2^(n + f) for shifted = n + kRound, n from -127 to 127, and |f| at most about 1/2. n = -127 gives 0. Terms are summed
+// in pairs: as one chain they would take longer than the processor can look ahead.
+RVLM_INLINE float power_of_two(float shifted, float f) {
+  const float f2 = f * f;
+  const float low = 0.693147182f + 0.240226477f * f, middle = 0.0555033237f + 0.00961843692f * f;
+  const float high = 0.00133988739f + 0.00015353362f * f;
+  const float mantissa = ((high * f2 + middle) * f2 + low) * f + 1.0f;
+  return mantissa * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
+}
+
+// For a bounded x up to 127; NaN stays NaN.
+RVLM_INLINE float exp2_(float x) {
+  const float shifted = x + kRound;
+  return power_of_two(shifted, x - (shifted - kRound));
+}
+
+// 0 below -87.7, where float is subnormal; NaN stays NaN; x must not exceed 88.
 RVLM_INLINE float exp_(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  const float clipped = x < -87.3f ? -87.3f : x;
+  const float clipped = x < -88.03f ? -88.03f : x;
   const float shifted = clipped * 1.44269504f + kRound;
   const float n = shifted - kRound;
-  const float r = (clipped - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float mantissa = p * r * r + r + 1.0f;
-  const auto scaled = std::bit_cast<uint32_t>(mantissa) + (std::bit_cast<uint32_t>(shifted) << 23);
-  const float y = std::bit_cast<float>(scaled);
-  return x < -87.3f ? 0.0f : (x != x ? x : y);
+  return power_of_two(shifted, ((clipped - n * 0.693359375f) - n * -2.12194440e-4f) * 1.44269504f);
 }
 
 // For normal x > 0; NaN stays NaN.

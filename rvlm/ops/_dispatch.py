@@ -122,10 +122,10 @@ def once_differentiable(name: str) -> Callable:
 
     def decorate(backward: Callable) -> Callable:
         def checked(ctx, *grads):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return results
             roots = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
             return tuple(r if r is None else _Once.apply(name, r, *roots) for r in results)
 

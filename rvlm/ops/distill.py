@@ -26,7 +26,7 @@ from rvlm.ops._dispatch import Op, once_differentiable, reference_forced
 __all__ = ["fold_teachers", "multi_teacher_kl"]
 
 KINDS = ("forward", "reverse", "js")
-MAX_TEACHERS = 15  # the map of teachers to students travels as one number, four bits a teacher
+MAX_TEACHERS, MAX_STUDENTS = 15, 16  # the map of teachers to students travels as one number, four bits a teacher
 
 
 def _kl(first, log_first, log_second):
@@ -61,14 +61,15 @@ def _log_softmax(logits, temperature):
 def _reference(student, teachers, weights, temperature, student_of, kind, student_grad, teacher_grad):
     tau = temperature.view(-1, 1, 1)
     of = [student_of >> 4 * t & 15 for t in range(len(teachers))]
-    log_q, log_p = _log_softmax(student[of], tau), _log_softmax(teachers, tau)
+    students = student if student.dim() == 3 else student[None]
+    log_q, log_p = _log_softmax(students[of], tau), _log_softmax(teachers, tau)
     kl, grad_p, grad_q = _divergence(log_p, log_q, KINDS[kind])
     scale = (weights / temperature[:, None])[..., None]
     d_student, d_teachers = student.new_empty(0), teachers.new_empty(0)
     if student_grad:
-        d_student = torch.zeros(student.shape, dtype=kl.dtype, device=kl.device)
+        d_student = torch.zeros(students.shape, dtype=kl.dtype, device=kl.device)
         d_student.index_add_(0, torch.tensor(of, device=kl.device), scale * grad_q)
-        d_student = d_student.to(student.dtype)
+        d_student = d_student.to(student.dtype).view(student.shape)
     if teacher_grad:
         d_teachers = (scale * grad_p).to(teachers.dtype)
     return (weights * kl).sum(0), kl, d_student, d_teachers
@@ -125,7 +126,7 @@ class _MultiTeacherKL(torch.autograd.Function):
         if of_loss is None:
             return (None,) * 8
         grads = [
-            grad * of_loss[:, None].to(grad.dtype) if needed else None
+            grad * of_loss.unsqueeze(1).to(grad.dtype) if needed else None
             for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         ]
         return *grads, *[None] * 6
@@ -150,8 +151,8 @@ def multi_teacher_kl(
         kind: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "js", the Jensen-Shannon divergence
             with equal weights. See the module for masked classes (-inf).
         teacher_grad: let gradients flow to the teachers too (PMG-AFT's clean term); else they are constants.
-        student_of: for each teacher, the number of its student (MMT-ARD: the student on adversarial images learns from
-            the robust teacher, the student on clean images from the clean one).
+        student_of: for each teacher, the number of its student, one of the first 16 (MMT-ARD: the student on
+            adversarial images learns from the robust teacher, the student on clean images from the clean one).
 
     Returns:
         loss [B] = sum_t weights_t kl_t, differentiable once, and kl [T, B], unweighted and detached. float64 logits are
@@ -164,31 +165,30 @@ def multi_teacher_kl(
     student, teachers, weights, temperature = _logit_args(student, teachers, weights, temperature)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-    students = student if student.dim() == 3 else student[None]
-    if student.dim() not in (2, 3) or students.shape[1:] != teachers.shape[1:]:
+    if student.dim() not in (2, 3) or student.shape[-2:] != teachers.shape[1:]:
         raise ValueError(
             f"student must be [B, C] or [S, B, C] with the teachers' B and C, got {list(student.shape)} "
             f"for teachers {list(teachers.shape)}"
         )
-    if student_of is None:
-        if len(students) != 1:
-            raise ValueError(f"{len(students)} students need student_of, the number of each teacher's student")
-        student_of = [0] * len(teachers)
-    if len(student_of) != len(teachers) or not all(0 <= s < len(students) for s in student_of):
-        raise ValueError(
-            f"student_of must name one of {len(students)} student(s) for each of {len(teachers)} teachers, "
-            f"got {list(student_of)}"
-        )
-    packed = sum(s << 4 * t for t, s in enumerate(student_of))
+    students, packed = len(student) if student.dim() == 3 else 1, 0
+    if student_of is not None:
+        named = min(students, MAX_STUDENTS)
+        if len(student_of) != len(teachers) or not all(0 <= s < named for s in student_of):
+            raise ValueError(
+                f"student_of must name one of {named} student(s) for each of {len(teachers)} teachers, "
+                f"got {list(student_of)}"
+            )
+        packed = sum(s << 4 * t for t, s in enumerate(student_of))
+    elif students != 1:
+        raise ValueError(f"{students} students need student_of, the number of each teacher's student")
     if not teacher_grad:
         teachers = teachers.detach()
-    args = (students, teachers, weights, temperature, packed, KINDS.index(kind))
+    args = (student, teachers, weights, temperature, packed, KINDS.index(kind))
     if reference_forced():  # plain PyTorch, differentiable as often as one likes
         loss, kl, *_ = _reference(*args, False, False)
-    else:
-        wanted = [torch.is_grad_enabled() and t.requires_grad for t in (students, teachers)]
-        loss, kl, *_ = _MultiTeacherKL.apply(*args, *wanted)
-    return loss, kl.detach()
+        return loss, kl.detach()
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (student, teachers)]
+    return _MultiTeacherKL.apply(*args, *wanted)[:2]
 
 
 def fold_teachers(teachers: Tensor, weights: Tensor | Sequence[float], temperature: float | Tensor = 1.0) -> Tensor:
@@ -239,6 +239,7 @@ def _logit_args(student, teachers, weights, temperature):
         temperature = torch.full((count,), float(temperature), dtype=compute, device=teachers.device)
     elif temperature.numel() not in (1, count) or temperature.dim() > 1:
         raise ValueError(f"temperature must be a float or [{count}], got {list(temperature.shape)}")
-    temperature = temperature.detach().to(teachers.device, compute).reshape(-1).expand(count).contiguous()
+    else:
+        temperature = temperature.detach().to(teachers.device, compute).reshape(-1).expand(count).contiguous()
     logits = [t.contiguous() for t in logits]
     return (None, *logits, weights, temperature)[-4:]

@@ -11,7 +11,7 @@ from torch import Tensor
 from rvlm import ops
 from rvlm.ops.distill import KINDS
 
-CLASSES = [1, 2, 10, 33, 1000, 5000]
+CLASSES = [1, 2, 10, 16, 33, 1000, 5000]  # with and without a part of a vector at the end
 
 
 def plain(student: Tensor, teachers: Tensor, weights: Tensor, temperature: Tensor, kind: str, dtype=torch.float64):
@@ -120,6 +120,25 @@ def test_masked_classes(backend, device, kind, masked):
     elif kind == "js" or (kind == "forward") == (masked == "teachers"):  # finite by the formula itself
         expected, _ = plain(s, t, torch.ones(3, device=device), torch.full((3,), 2.0, device=device), kind)
         close(loss, expected, 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.5, 2.0])  # dividing by the first overflows to -inf
+def test_the_lowest_number_masks_like_infinity(backend, device, kind, temperature):
+    pair, masked = [t.detach() for t in logits(device, 20)], torch.tensor([0, 18], device=device)
+    got, expected = (
+        ops.multi_teacher_kl(*(t.index_fill(-1, masked, low) for t in pair), [1.0, 1.0, 1.0], temperature, kind)
+        for low in (torch.finfo(torch.float32).min, -torch.inf)
+    )
+    for ours, theirs in zip(got, expected, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+def test_a_student_that_is_its_teacher(backend, device):
+    student, teachers = logits(device, 1001, count=1)
+    loss, _ = ops.multi_teacher_kl(student, student.detach()[None], [1.0])
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.abs().max() <= 1e-6 and grad.abs().max() <= 1e-6
 
 
 def test_classes_where_the_divergence_is_infinite_are_left_out(backend, device):
@@ -258,6 +277,7 @@ def test_autocast_and_inference_mode_change_nothing(device):
     ({"kind": "hinton"}, ValueError, "'forward', 'reverse', 'js', got 'hinton'"),
     ({"student": torch.zeros(2, 4, 10)}, ValueError, "2 students need student_of"),
     ({"student_of": [0, 0, 1]}, ValueError, r"one of 1 student\(s\) for each of 3 teachers"),
+    ({"student": torch.zeros(20, 4, 10), "student_of": [0, 16, 1]}, ValueError, r"one of 16 student"),
 ])  # fmt: skip
 def test_bad_input(change, error, message):
     good = {"student": torch.zeros(4, 10), "teachers": torch.zeros(3, 4, 10), "weights": torch.ones(3)}
