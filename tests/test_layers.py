@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "files": set(),
     "ranks": set(),
     "attacks": {"attacks", "ops"},
+    "compat": {"compat", "attacks"},
     "data": {"data"},
     "models": {"models", "data", "ops"},
     "methods": {"methods", "attacks", "models", "data", "ops"},

@@ -48,6 +48,7 @@ def apgd(
     loss: str | Callable[[Any, Any], Tensor] = "ce",
     targets: int | None = None,
     rho: float = 0.75,
+    first_step: float | None = None,
     larger_eps: bool = False,
     eot: int = 1,
     random_start: bool = True,
@@ -75,6 +76,7 @@ def apgd(
             "dlr-targeted" four.
         targets: how many wrong classes those aim at, likeliest first; None means nine, or all if there are fewer.
         rho: share of steps in which the loss must rise for the step size to stay.
+        first_step: the first step size, in radii; None: 2, for L1 1.
         larger_eps: three runs in one, of 30, 30 and 40 % of the steps, in balls of 3, 2 and 1 eps, each from the best
             point of the one before, projected; for norm="l1" (AutoAttack's setting there).
         eot: gradients per iterate, averaged, for models that draw random numbers.
@@ -98,11 +100,13 @@ def apgd(
     check_count("steps", steps, 1)
     if not 0 < rho <= 1:
         raise ValueError(f"rho must be a share of the steps, in (0, 1], got {rho}")
+    if first_step is not None and not 0 < first_step < math.inf:
+        raise ValueError(f"first_step must be a number of radii above 0, got {first_step}")
     if targets is not None:
         check_count("targets", targets, 1)
     if larger_eps and norm != "l1":
         raise ValueError("larger_eps=True is for norm='l1'")
-    run = _AutoSteps(steps, rho, best, early_stop == "compact", larger_eps, callback)
+    run = _AutoSteps(steps, rho, first_step, best, early_stop == "compact", larger_eps, callback)
     return search(
         "apgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         aimed=isinstance(loss, str) and loss in AIMED, targets=targets, random_start=random_start, on_sphere=True,
@@ -122,8 +126,8 @@ class APGD(Attack):
 class _AutoSteps:
     """One run, or with larger_eps three in a row."""
 
-    def __init__(self, steps: int, rho: float, best: str, compact: bool, larger_eps: bool, callback) -> None:
-        self.steps, self.rho, self.best, self.compact = steps, rho, best, compact
+    def __init__(self, steps, rho, first_step, best, compact, larger_eps, callback) -> None:
+        self.steps, self.rho, self.first_step, self.best, self.compact = steps, rho, first_step, best, compact
         self.larger_eps, self.callback = larger_eps, callback
 
     def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
@@ -134,7 +138,7 @@ class _AutoSteps:
         for radius, steps in zip(RADII, (*counts, self.steps - sum(counts)), strict=True):
             scaled = ball.scaled(radius)
             start = scaled.nearest_(start)
-            rule = _Sparsity(scaled, objective, steps, start)
+            rule = _Sparsity(scaled, objective, steps, self.first_step, start)
             best = self._run(objective, scaled, start, steps, rule, used, last=radius == RADII[-1])
             start = best.x_adv.clone()
         return best, used
@@ -179,19 +183,20 @@ class _AutoSteps:
 
 def _rule(ball: Ball, objective: Objective, settings: _AutoSteps):
     if ball.norm == "l1":
-        return _Sparsity(ball, objective, settings.steps)
-    return _Halving(ball, objective, settings.steps, settings.rho)
+        return _Sparsity(ball, objective, settings.steps, settings.first_step)
+    return _Halving(ball, objective, settings.steps, settings.first_step, settings.rho)
 
 
 class _Halving:
     """Step sizes in Linf and L2."""
 
-    def __init__(self, ball: Ball, objective: Objective, steps: int, rho: float) -> None:
+    def __init__(self, ball: Ball, objective: Objective, steps: int, first_step: float | None, rho: float) -> None:
         self.ball, self.objective, self.rho = ball, objective, rho
         self.interval, self.shortest = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1)
         self.shrink, self.since = max(int(0.03 * steps), 1), 0
         rows, device = len(ball.x), ball.x.device
-        self.size = (-2 if objective.targeted else 2) * ball.eps.expand(rows)
+        first_step = 2.0 if first_step is None else first_step
+        self.size = (-first_step if objective.targeted else first_step) * ball.eps.expand(rows)
         self.rises = torch.zeros(rows, dtype=torch.int64, device=device)
         self.halved = torch.ones(rows, dtype=torch.bool, device=device)
         self.loss = torch.zeros(rows, device=device)  # AutoAttack's, in place of the start's
@@ -237,10 +242,13 @@ class _Halving:
 class _Sparsity:
     """Step sizes and the share of pixels that move in L1; both begin where a start that was chosen with care is."""
 
-    def __init__(self, ball: Ball, objective: Objective, steps: int, start: Tensor | None = None) -> None:
+    def __init__(
+        self, ball: Ball, objective: Objective, steps: int, first_step: float | None, start: Tensor | None = None
+    ) -> None:
         self.ball, self.interval = ball, max(int(0.04 * steps), 1)
         rows, self.pixels, like = len(ball.x), ball.x[0].numel(), {"dtype": ball.x.dtype, "device": ball.x.device}
-        self.largest = (-1 if objective.targeted else 1) * ball.eps.expand(rows)
+        first_step = 1.0 if first_step is None else first_step
+        self.largest = (-first_step if objective.targeted else first_step) * ball.eps.expand(rows)
         self.size = self.largest
         if start is None:
             self.top = torch.full((rows,), 0.2, **like)

@@ -94,11 +94,11 @@ class Ball:
         if self.norm == "linf" and not on_sphere:
             return noise.around(self.x, self.eps, lo, hi, strict_eps=self.strict_eps)
         zeros = torch.zeros_like(self.x, memory_format=torch.contiguous_format)
-        uniform = noise.around(zeros)
         if self.norm == "linf":
+            uniform = noise.around(zeros)
             largest = uniform.abs().flatten(1).amax(1).clamp(min=1e-12)
             return self.project(self.x + uniform * rowwise(self.eps / largest, self.x))
-        direction = normal(uniform)
+        direction = noise.normal(zeros)
         if self.norm == "l1":
             return self.project(self.x + (hi - lo) * direction)
         length = self.eps / direction.flatten(1).norm(dim=1)
@@ -126,6 +126,10 @@ class Noise:
         """x plus numbers uniform in [-radius, radius), cut to [lo, hi]; each draw (below 2^20) has its own numbers."""
         stream = 2 * self.run + draw if draw < 2 else 2**31 + self.run * 2**20 + draw
         return ops.uniform_start(x, radius, self.sample_ids, self.seed, lo, hi, stream=stream, **more)
+
+    def normal(self, zeros: Tensor) -> Tensor:
+        """Standard normal numbers like `zeros`, made of draw 0."""
+        return normal(self.around(zeros))
 
 
 def normal(uniform: Tensor) -> Tensor:

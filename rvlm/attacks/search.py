@@ -8,6 +8,7 @@ once.
 """
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -172,6 +173,8 @@ def search(
         on_sphere: random starts touch the ball's surface.
         start_scale: starts lie in a ball that many times as large.
         survivors: a later run is for the samples that no earlier one has fooled.
+        generator: one that has a method `noise(run, sample_ids) -> Noise` hands out the noise of every run itself
+            (`rvlm.compat`, where draws are those of other libraries).
         eot: gradients of each iterate, averaged.
     """
     check_choices(norm=(norm, NORMS), precision=(precision, (None, "fp32", "bf16")))
@@ -204,7 +207,9 @@ def search(
         draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        with arithmetic(model, x.device, precision), drawn_seed(generator, draws) as seed:
+        own_noise = getattr(generator, "noise", None)
+        with arithmetic(model, x.device, precision), drawn_seed(generator, draws and own_noise is None) as seed:
+            noise_of = own_noise or functools.partial(Noise, seed)
             objective = Objective(call, x, y, loss, targeted, eot)
             objective.watched = return_info
             if survivors and objective.labels is None:
@@ -226,7 +231,7 @@ def search(
                 around = part.scaled(start_scale)
                 if aimed:
                     objective.target = aims[:, number // restarts]
-                noise = Noise(seed, number, ids if rows is None else ids[rows]) if draws else None
+                noise = noise_of(number, ids if rows is None else ids[rows]) if draws else None
                 if x_init is not None and number == 0:
                     start = around.project(x_init.detach())
                 elif random_start and not own_start:
