@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rvlm.attacks.ball import Noise, rowwise
 
-__all__ = ["Draws", "GlobalDraws", "Preprocessed", "SquareDraws", "l2_start", "linf_start", "summed", "within"]
+__all__ = ["Draws", "GlobalDraws", "Preprocessed", "SquareDraws", "l2_start", "linf_start", "per_sample_loss", "within"]
 
 
 class Draws(Noise):
@@ -103,8 +103,14 @@ def within(x: Tensor, x_adv: Tensor, eps: Tensor | float, order: float) -> Tenso
     return x + delta * (eps / length).clamp(max=1)
 
 
-def summed(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """A loss that returns one number or [B], as one that returns [B] whose sum has the same gradient."""
+def per_sample_loss(loss: Callable[[Any, Any], Tensor] | None) -> str | Callable[[Any, Any], Tensor]:
+    """A loss that returns one number or [B], as one that returns [B] whose sum has the same gradient.
+
+    None and a plain nn.CrossEntropyLoss become "ce", summed over the batch whatever the reduction is: a mean differs by
+    a factor that no direction feels, but that underflows in fp16.
+    """
+    if loss is None or (type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0):
+        return "ce"
 
     def per_sample(output: Any, y: Any) -> Tensor:
         value, batch = loss(output, y), len(output)

@@ -1,0 +1,153 @@
+"""advertorch's PGD attacks: LinfPGDAttack(predict, eps=...).perturb(x, y).
+
+Same constructors, defaults and random draws. Iterates are projected by their distance from x, where advertorch clamps
+the perturbation: pixels may differ by rounding, below 1e-6. The result is that of the originals' last iterate; the
+model stays in the mode that it is in.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rvlm.attacks.ball import rowwise
+from rvlm.attacks.pgd import pgd
+from rvlm.compat.common import per_sample_loss, within
+
+__all__ = [
+    "FGSM",
+    "GradientSignAttack",
+    "L2BasicIterativeAttack",
+    "L2PGDAttack",
+    "LinfBasicIterativeAttack",
+    "LinfPGDAttack",
+    "PGDAttack",
+]
+
+
+class PGDAttack:
+    """`pgd`.
+
+    Args:
+        predict: callable from pixels to logits, or to what loss_fn takes.
+        loss_fn: callable (outputs, y) that returns one number or [B]; None: the sum of cross-entropies.
+        eps, eps_iter: radius and step size, a float or [B].
+        ord: numpy.inf or 2.
+        clip_min, clip_max: the box; images must lie in it.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Any],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        eps: float | Tensor = 0.3,
+        nb_iter: int = 40,
+        eps_iter: float | Tensor = 0.01,
+        rand_init: bool = True,
+        clip_min: float = 0.0,
+        clip_max: float = 1.0,
+        ord: float = torch.inf,
+        l1_sparsity: Any = None,
+        targeted: bool = False,
+    ) -> None:
+        if ord not in (torch.inf, 2) or l1_sparsity is not None:
+            raise NotImplementedError(f"only ord = inf and ord = 2 are supported here, got ord={ord}")
+        self.predict, self.loss_fn, self.eps, self.nb_iter, self.eps_iter = predict, loss_fn, eps, nb_iter, eps_iter
+        self.rand_init, self.clip_min, self.clip_max, self.ord, self.targeted = (
+            rand_init, clip_min, clip_max, ord, targeted,
+        )  # fmt: skip
+
+    def perturb(self, x: Tensor, y: Any = None) -> Tensor:
+        """Adversarial images of x [B, ...]. y: labels, or targets; None: the model's own predictions."""
+        if y is None and self.targeted:
+            raise ValueError("a targeted attack needs target labels y, got None")
+        x = x.detach()
+        if y is None:
+            with torch.no_grad():
+                y = self.predict(x).argmax(1)
+        return pgd(
+            self.predict, x, y, eps=self.eps, alpha=self.eps_iter, steps=self.nb_iter,
+            norm="linf" if self.ord == torch.inf else "l2", targeted=self.targeted, random_start=False,
+            loss=per_sample_loss(self.loss_fn),
+            x_init=self._start(x) if self.rand_init else None, bounds=(self.clip_min, self.clip_max), model_mode="keep",
+        )  # fmt: skip
+
+    __call__ = perturb
+
+    def _start(self, x: Tensor) -> Tensor:
+        delta = torch.zeros_like(x)
+        if self.ord == torch.inf:
+            eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device)
+            noise = delta.uniform_(-1, 1) * (rowwise(eps, x) if eps.dim() else eps)
+            return (x + noise).clamp(self.clip_min, self.clip_max)
+        return within(x, delta.uniform_(self.clip_min, self.clip_max), self.eps, 2)  # pixels anywhere in the box
+
+
+class LinfPGDAttack(PGDAttack):
+    """`pgd` in Linf."""
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Any],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        eps: float | Tensor = 0.3,
+        nb_iter: int = 40,
+        eps_iter: float | Tensor = 0.01,
+        rand_init: bool = True,
+        clip_min: float = 0.0,
+        clip_max: float = 1.0,
+        targeted: bool = False,
+    ) -> None:
+        super().__init__(
+            predict, loss_fn, eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, self._ord, targeted=targeted
+        )
+
+    _ord = torch.inf
+
+
+class L2PGDAttack(LinfPGDAttack):
+    """`pgd` in L2."""
+
+    _ord = 2
+
+
+class LinfBasicIterativeAttack(LinfPGDAttack):
+    """`pgd` in Linf without a random start."""
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Any],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        eps: float | Tensor = 0.1,
+        nb_iter: int = 10,
+        eps_iter: float | Tensor = 0.05,
+        clip_min: float = 0.0,
+        clip_max: float = 1.0,
+        targeted: bool = False,
+    ) -> None:
+        super().__init__(predict, loss_fn, eps, nb_iter, eps_iter, False, clip_min, clip_max, targeted)
+
+
+class L2BasicIterativeAttack(LinfBasicIterativeAttack):
+    """`pgd` in L2 without a random start."""
+
+    _ord = 2
+
+
+class GradientSignAttack(LinfPGDAttack):
+    """`pgd` with one step of size eps, also known as FGSM."""
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Any],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        eps: float | Tensor = 0.3,
+        clip_min: float = 0.0,
+        clip_max: float = 1.0,
+        targeted: bool = False,
+    ) -> None:
+        super().__init__(predict, loss_fn, eps, 1, eps, False, clip_min, clip_max, targeted)
+
+
+FGSM = GradientSignAttack
