@@ -214,6 +214,29 @@ class ProfileArgs(Arguments):
     """Print JSON."""
 
 
+@dataclasses.dataclass(kw_only=True)
+class BenchArgs(ModelArgs):
+    """Your own PGD: is it correct (ball, box, the model left as it was, strength), and how fast is it beside rvlm's."""
+
+    mine: str = ""
+    """FILE.py:NAME, a callable (model, images, labels, ...) that returns adversarial images. Of eps, alpha and steps it
+    is passed those that it takes, also under names such as epsilon, step_size, num_steps."""
+    eps: Eps = Eps("8/255")
+    """Radius in pixel units: 8/255 or 0.031."""
+    alpha: Eps | None = None
+    """Step size in pixel units; default 2.5 eps / steps."""
+    steps: int = 10
+    """Steps of both attacks."""
+    norm: str = "linf"
+    """linf, l2 or l1."""
+    rounds: int = 5
+    """How often both are timed, in turn."""
+    limit: int | None = 64
+    """Samples."""
+    json: bool = False
+    """Print JSON."""
+
+
 COMMANDS: dict[str, type] = {
     "demo": DemoArgs,
     "info": InfoArgs,
@@ -224,6 +247,7 @@ COMMANDS: dict[str, type] = {
     "analyze": AnalyzeArgs,
     "train": TrainArgs,
     "profile": ProfileArgs,
+    "bench": BenchArgs,
 }
 
 

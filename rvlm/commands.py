@@ -24,6 +24,7 @@ from rvlm.arguments import (
     AnalyzeArgs,
     Arguments,
     AttackArgs,
+    BenchArgs,
     CheckArgs,
     DataArgs,
     DemoArgs,
@@ -37,7 +38,7 @@ from rvlm.arguments import (
 from rvlm.ranks import Ranks, joined
 from rvlm.units import Eps
 
-__all__ = ["analyze", "attack", "check", "demo", "eval", "info", "ls", "profile", "train"]
+__all__ = ["analyze", "attack", "bench", "check", "demo", "eval", "info", "ls", "profile", "train"]
 
 
 def demo(args: DemoArgs) -> int:
@@ -140,19 +141,53 @@ def attack(args: AttackArgs) -> int:
 
 
 def check(args: CheckArgs) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
     from rvlm.evaluation import check as run_checks
 
     data, model, _ = _load(args, Ranks())
     x, y, _ = data.batch(slice(None))
-    findings = run_checks(model, x.to(_device(args.device)), y.to(_device(args.device)))
+    return _show_findings(run_checks(model, x.to(_device(args.device)), y.to(_device(args.device))))
+
+
+def _show_findings(findings) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console()
     for finding in findings:
         mark = Text("ok  ", "green") if finding.ok else Text("FAIL", "bold red")
-        console.print(mark, Text(f"{finding.id:<13}{finding.message}"))
+        console.print(mark, Text(f"{finding.id:<14}{finding.message}"))
     return 0 if all(finding.ok for finding in findings) else CHECK_FAILED
+
+
+def bench(args: BenchArgs) -> int:
+    from rvlm.evaluation import check as run_checks
+    from rvlm.evaluation.mine import compare
+
+    if not args.mine:
+        raise ValueError("--mine FILE.py:NAME is missing: which attack is to be compared?")
+    attack, eps, device = _from_file(args.mine), args.eps.check(args.norm), _device(args.device)
+    data, model, _ = _load(args, Ranks())
+    x, y, _ = (t.to(device) for t in data.batch(slice(None)))
+    for finding in run_checks(model, x, y, attacks=False):
+        if not finding.ok:
+            print(f"WARNING the model: {finding.id}: {finding.message}", file=sys.stderr)
+    found = compare(
+        attack, model, x, y, eps=float(eps), alpha=None if args.alpha is None else float(args.alpha),
+        steps=args.steps, norm=args.norm, rounds=args.rounds, seed=args.seed,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found) | {"ok": found.ok}, indent=1))
+        return 0 if found.ok else CHECK_FAILED
+    code = _show_findings(found.findings)
+    own = [name for name in ("eps", "alpha", "steps") if name not in found.passed]
+    if own:
+        print(f"{args.mine} takes no {', '.join(own)}: it must use what this command was given")
+    print(
+        f"{1e3 * found.seconds:.1f} ms a call on {found.samples} images, {found.forwards} forward passes; "
+        f"rvlm's pgd {1e3 * found.seconds_of_ours:.1f} ms, {found.forwards_of_ours}: it takes "
+        f"{found.ratio:.2f}x as long ({found.ratio_min:.2f} to {found.ratio_max:.2f} in {args.rounds} pairs)"
+    )
+    return code
 
 
 def analyze(args: AnalyzeArgs) -> int:
@@ -333,17 +368,23 @@ def _against(work, epoch: Callable[[], int], rounds: int, device: torch.device) 
 
 def _profile_attack(args: ProfileArgs, data) -> int:
     from rvlm import profiling
+    from rvlm.attacks import pgd
     from rvlm.evaluation import evaluate, parse_attack
     from rvlm.models import ZeroShotClassifier, load_clip
 
     parse_attack(args.attack)
     device = _device(args.device)
     classifier = ZeroShotClassifier(load_clip(args.model, device), data.class_names, data.template)
+    x, y, _ = (t.to(device) for t in data.batch(slice(0, 1)))
+    pgd(classifier, x, y, steps=1)  # what is slow once
     began = time.perf_counter()
     with profiling.record(device) as timer:
         evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False)
     phases, seconds = timer.totals(), time.perf_counter() - began
-    return _show_profile(args, {"seconds": seconds, "images_per_s": len(data) / seconds, "phases": phases}, len(data))
+    found = {"seconds": seconds, "images_per_s": len(data) / seconds, "phases": phases}
+    for share, names in (("model_share", ("forward", "backward")), ("step_share", ("step",))):
+        found[share] = sum(phases[name][0] for name in names if name in phases) / seconds
+    return _show_profile(args, found, len(data))
 
 
 def _show_profile(args: ProfileArgs, found: dict[str, Any], images: int) -> int:
@@ -353,6 +394,12 @@ def _show_profile(args: ProfileArgs, found: dict[str, Any], images: int) -> int:
         print(json.dumps(found, indent=1))
         return 0
     print(phase_table(found["phases"], found["seconds"], images))
+    if "model_share" in found:
+        model, step = found["model_share"], found["step_share"]
+        print(
+            f"The model's passes are {model:.1%} of the time, the attack's own arithmetic {step:.1%}. Without any cost, "
+            f"that would make it {1 / (1 - step):.2f}x as fast, and all that is not the model {1 / model:.2f}x."
+        )
     if twin := found.get("twin"):
         print(
             f"{twin['images_per_s']:.0f} images/s, {args.twin} {twin['twin_images_per_s']:.0f}: {twin['ratio']:.2f}x "

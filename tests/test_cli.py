@@ -217,6 +217,43 @@ def test_train_every_method(tmp_path, monkeypatch, method, flags):
     assert run("eval", "--model", tmp_path / "run", "--limit", "8", "--attack", "fgsm", "--out", tmp_path / "eval") == 0
 
 
+MINE = """
+import torch
+from torch.nn import functional as F
+
+def attack(model, images, labels, epsilon, step_size, num_steps):
+    x_adv = images.clone()
+    for _ in range(num_steps):
+        x_adv.requires_grad_()
+        grad, = torch.autograd.grad(F.cross_entropy(model(x_adv), labels), x_adv)
+        x_adv = x_adv.detach() + step_size * grad.sign()
+        x_adv = (images + (x_adv - images).clamp(-epsilon, epsilon)).clamp(0, 1)
+    return x_adv
+
+def twice(model, images, labels, steps):
+    return attack(model, images, labels, 16 / 255, 8 / 255, steps)
+
+def model(x):
+    return torch.cat([x.mean((2, 3)), x.square().mean((2, 3)), -x.amax((2, 3)), x[:, :1, 4, 4]], 1)
+"""
+
+
+def test_bench_mine(tmp_path, cache, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    flags = ("--model", cache, "--limit", "60", "--steps", "2", "--rounds", "2", "--mine")
+    assert run("bench", *flags, f"{tmp_path}/mine.py:attack") == 0
+    text = capsys.readouterr().out
+    assert "ok   strength" in text and "rvlm's pgd" in text and "it takes" in text and "takes no" not in text
+    assert run("bench", *flags, f"{tmp_path}/mine.py:twice", "--json") == 4
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and [f["id"] for f in found["findings"] if not f["ok"]] == ["ball"]
+    assert found["passed"] == ["steps"] and found["ratio_min"] <= found["ratio"] <= found["ratio_max"]
+    assert run("bench", *flags, f"{tmp_path}/mine.py:twice", "--alpha", "1/255", "--eps", "8/255") == 4
+    text = capsys.readouterr().out
+    assert "FAIL ball" in text and "takes no eps, alpha: it must use what this command was given" in text
+    assert run("bench") == 2 and "--mine FILE.py:NAME is missing" in capsys.readouterr().err
+
+
 def test_profile(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path))
     assert run("profile", "train", "--method", "pmg_aft", "--model", "tiny-vit", "--limit", "64") == 0
@@ -228,6 +265,9 @@ def test_profile(tmp_path, monkeypatch, capsys):
     assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["phases"]["forward"][0] < found["seconds"] and found["images_per_s"] > 0
+    assert 0 < found["step_share"] < 1 - found["model_share"] < 1
+    assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2") == 0
+    assert "the attack's own arithmetic " in capsys.readouterr().out
     (tmp_path / "twin.py").write_text(
         "def epoch(method, student, data):\n    return lambda: len(data) // method.config.steps"
     )
