@@ -163,6 +163,8 @@ class TrainArgs(Arguments):
     """Resize the shorter side to this and crop the centre."""
     limit: int | None = None
     """Train on this many samples."""
+    shots: int | None = None
+    """Train on this many samples of every class instead, drawn with the seed."""
     validate: int = 0
     """Hold out this many training samples, report on them after every epoch and keep the best model in best/."""
     eval_data: str | None = None

@@ -61,6 +61,7 @@ def test_help_needs_no_torch(argv):
     (["train", "tecoa", "--epochz", "3"], 2, "unknown setting --epochz: did you mean --epochs?"),
     (["train", "tecoa", "--preset", "best"], 2, "no preset 'best'"),
     (["train", "tecoa", "--eps", "4"], 2, "did you mean 4/255?"),
+    (["train", "tecoa", "--shots", "2", "--limit", "9"], 2, "--limit and --shots both choose the training samples"),
     (["ls", "cats"], 2, "cannot list 'cats'"),
 ])  # fmt: skip
 def test_mistakes_are_explained(argv, code, message, capsys):
@@ -293,3 +294,12 @@ def test_recipes_are_valid_configs(capsys):
         name = f"{path.parent.name}/{path.stem}"
         assert run("train", "--config", name, "--print_config") == 0
         assert "method: " in capsys.readouterr().out
+
+
+def test_train_on_few_shots_of_the_base_classes(tmp_path, capsys):
+    argv = ["train", "tecoa", "--student", "tiny-vit", "--epochs", "1", "--data", "digits+classes=base", "--shots", "3"]
+    new = ["--eval_data", "digits+classes=new", "--eval_attack", "fgsm", "--eval_limit", "20"]
+    assert run(*argv, *new, "--out", tmp_path) == 0
+    assert "trained on 15 images" in capsys.readouterr().out
+    row = json.loads((tmp_path / "summary.json").read_text())["rows"][1]
+    assert json.loads((tmp_path / row["record"]).read_text())["data"]["name"] == "digits+classes=new"

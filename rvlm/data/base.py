@@ -65,6 +65,34 @@ class Data:
         rest = (~torch.isin(self.index, few.index)).nonzero().flatten()
         return self.subset(rest, f"all but {few.index_rule}"), few
 
+    def few_shot(self, shots: int, seed: int = 0) -> "Data":
+        """`shots` samples of every class, drawn without replacement, in their old order; fixed by the seed.
+
+        The setting of CoOp (Zhou et al. 2022, arXiv 2109.01134), with a draw of our own. A class that has fewer samples
+        gives all of them, and `index_rule` counts such classes.
+        """
+        if shots < 1:
+            raise ValueError(f"shots must be at least 1, got {shots}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        by_class = [order[self.y[order] == c] for c in range(len(self.class_names))]
+        short = sum(len(rows) < shots for rows in by_class)
+        rule = f"{shots} per class (seed={seed})" + (f", {short} classes have fewer" if short else "")
+        return self.subset(torch.cat([rows[:shots] for rows in by_class]).sort().values, rule)
+
+    def of_classes(self, part: str) -> "Data":
+        """The "base" or the "new" half of the classes, as in base-to-new generalisation (Zhou et al. 2022, arXiv
+        2203.05557): the first half of them, rounded up, and the rest. Labels count from 0 in each.
+        """
+        half = (len(self.class_names) + 1) // 2
+        if part not in ("base", "new"):
+            raise ValueError(f"classes must be base or new, got {part!r}")
+        first, last = (0, half) if part == "base" else (half, len(self.class_names))
+        rows = ((self.y >= first) & (self.y < last)).nonzero().flatten()
+        return dataclasses.replace(
+            self.subset(rows, self.index_rule), name=f"{self.name}+classes={part}", y=self.y[rows] - first,
+            class_names=self.class_names[first:last], n_total=len(rows),
+        )  # fmt: skip
+
     @property
     def fingerprint(self) -> str:
         """Hash of names, labels and sample numbers: equal for equal evaluations."""

@@ -13,7 +13,8 @@ def load_data(spec: str, split: str = "test", *, size: int | None = None, limit:
     """Loads `digits`, `npz:PATH`, `folder:PATH`, `wds:PATH` or `torchvision:NAME:ROOT`. Nothing is ever downloaded.
 
     Args:
-        spec: which data set. `wds` are WebDataset shards; NAME is a class of torchvision.datasets, in any case.
+        spec: which data set. `wds` are WebDataset shards; NAME is a class of torchvision.datasets, in any case. After
+            it `+classes=base` or `+classes=new`, for one half of the classes (`Data.of_classes`).
         split: "train" or "test"; where there is one also "val", and what torchvision's class accepts. An npz file,
             and folders and tars outside of folders called like a split, are one split, whatever this says. What
             torchvision has without splits (Caltech101, SUN397, EuroSAT, ...) is "test", and any other split an error.
@@ -24,6 +25,7 @@ def load_data(spec: str, split: str = "test", *, size: int | None = None, limit:
     Raises:
         FileNotFoundError: nothing there; says which layout is expected. ValueError: bad spec, split or content.
     """
+    spec, halved, part = spec.partition("+classes=")
     kind, _, path = spec.partition(":")
     if spec == "digits":
         data = load_digits(split, size or 32)
@@ -46,4 +48,4 @@ def load_data(spec: str, split: str = "test", *, size: int | None = None, limit:
             f"{spec}: labels span {low} .. {high}, but there are {len(data.class_names)} class names. Labels count "
             "from 0; correct them, or the names."
         )
-    return data.limited(limit)
+    return (data.of_classes(part) if halved else data).limited(limit)

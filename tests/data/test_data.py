@@ -157,3 +157,32 @@ def test_real_photographs(shared_data):
     tiny = load_data(f"folder:{shared_data / 'tiny_imagenet' / 'val2000_dev.zip'}")
     assert len(tiny) == 2000 and len(tiny.class_names) == 200 and not tiny.class_names[0].startswith("n0")
     assert tiny.batch(slice(0, 2))[0].shape == (2, 3, 64, 64)
+
+
+def test_few_shots_are_a_fixed_draw_of_every_class():
+    full = load_data("digits", "train")
+    few = full.few_shot(16, seed=1)
+    assert few.y.bincount().tolist() == [16] * 10 and few.index_rule == "16 per class (seed=1)"
+    assert torch.equal(few.index, few.index.sort().values) and len(few.index.unique()) == 160
+    assert torch.equal(few.index, full.few_shot(16, seed=1).index)
+    assert not torch.equal(few.index, full.few_shot(16, seed=2).index)
+    fewer = set(full.few_shot(4, seed=1).index.tolist())
+    assert fewer < set(few.index.tolist()), "one draw, cut where it is asked for"
+    assert (
+        dict(zip(full.index.tolist(), full.y.tolist(), strict=True)).items()
+        >= dict(zip(few.index.tolist(), few.y.tolist(), strict=True)).items()
+    )
+    assert full.few_shot(131).index_rule == "131 per class (seed=0), 4 classes have fewer"
+    with pytest.raises(ValueError, match="at least 1"):
+        full.few_shot(0)
+
+
+def test_base_and_new_classes_are_data_sets_of_their_own():
+    full, base, new = (load_data(f"digits{part}") for part in ("", "+classes=base", "+classes=new"))
+    assert base.class_names + new.class_names == full.class_names and len(base) + len(new) == len(full)
+    assert base.name == "digits+classes=base" and base.index_rule == "all" and base.n_total == len(base)
+    assert sorted(new.y.unique().tolist()) == [0, 1, 2, 3, 4]
+    assert torch.equal(new.y + 5, full.y[full.y >= 5]) and torch.equal(new.index, full.index[full.y >= 5])
+    assert load_data("digits+classes=new", limit=20).index_rule == "perm(seed=0)[:20]"
+    with pytest.raises(ValueError, match="classes must be base or new, got 'old'"):
+        load_data("digits+classes=old")
