@@ -176,7 +176,12 @@ setup(
     # kernels/ installs as rvlm.kernels: "kernels" itself is the import name of another package on PyPI.
     packages=[*find_packages(include=["rvlm", "rvlm.*"]), "rvlm.kernels"],
     package_dir={"rvlm": "rvlm", "rvlm.kernels": "kernels"},
-    package_data={"rvlm.recipes": ["**/*.yaml"], "rvlm.report": ["*.html"], "rvlm": ["_build_info.json"]},
+    package_data={
+        "rvlm.recipes": ["**/*.yaml"],
+        "rvlm.data": ["*.yaml"],
+        "rvlm.report": ["*.html"],
+        "rvlm": ["_build_info.json"],
+    },
     # The sources are listed for the sdist; BuildExt replaces this entry by what the machine can build.
     ext_modules=[Extension("rvlm._C", ["csrc/module.cpp"])],
     cmdclass={"build_ext": BuildExt},

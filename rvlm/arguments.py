@@ -45,7 +45,7 @@ class LsArgs(Arguments):
 @dataclasses.dataclass(kw_only=True)
 class DataArgs(Arguments):
     data: str = "digits"
-    """digits, npz:PATH, folder:PATH, wds:PATH or torchvision:NAME:ROOT."""
+    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
     split: str = "test"
     """Split of the data."""
     size: int | None = None
@@ -156,7 +156,7 @@ class TrainArgs(Arguments):
     student: str = "digits-vit"
     """Model to train: as --model elsewhere, or tiny-vit, tiny-rn (random weights)."""
     data: str = "digits"
-    """digits, npz:PATH, folder:PATH, wds:PATH or torchvision:NAME:ROOT."""
+    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
     split: str = "train"
     """Split to train on."""
     size: int | None = None
@@ -205,7 +205,7 @@ class ProfileArgs(Arguments):
     attack: str = "pgd-10"
     """For attack: one of `rvlm ls attacks`, at 8/255 (Linf)."""
     data: str = "digits"
-    """digits, npz:PATH, folder:PATH, wds:PATH or torchvision:NAME:ROOT."""
+    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
     size: int | None = None
     """Resize the shorter side to this and crop the centre."""
     limit: int = 256

@@ -59,6 +59,7 @@ def info(args: InfoArgs) -> int:
 def ls(args: LsArgs) -> int:
     from rvlm.attacks.stages import PATTERNS
     from rvlm.data import TEMPLATES
+    from rvlm.data.registry import entries
     from rvlm.data.torchvision_sets import SETS
     from rvlm.methods import list_methods, method_class
     from rvlm.models import tiny, zoo
@@ -67,8 +68,16 @@ def ls(args: LsArgs) -> int:
         "models": [*zoo.NAMES, *tiny.ARCHITECTURES, "ARCH[:PRETRAINED] of open_clip", "hf-hub:ORG/NAME", "FOLDER"],
         "methods": [f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()],
         "attacks": [*PATTERNS, "several, separated by commas"],
-        "datasets": ["digits", "npz:PATH", "folder:PATH", "wds:PATH", *(f"torchvision:{name}:ROOT" for name in SETS)],
-        "templates": [*TEMPLATES, "openai", "simple"],
+        "datasets": [
+            "digits",
+            "npz:PATH",
+            "folder:PATH",
+            "wds:PATH",
+            "parquet:PATH",
+            *(f"torchvision:{name}:ROOT" for name in SETS),
+            *(_line_of(entry) for entry in entries().values()),
+        ],  # fmt: skip
+        "templates": [*TEMPLATES, "openai", "simple", "file:PATH"],
         "recipes": recipes(),
     }
     if args.what not in ("all", *lists):
@@ -77,6 +86,12 @@ def ls(args: LsArgs) -> int:
         if args.what in ("all", title):
             print(title, *(f"  {name}" for name in names), sep="\n")
     return 0
+
+
+def _line_of(entry) -> str:
+    """A data set in one line: how many test samples each of its layouts must hold."""
+    counts = [f"{layout.kind} {layout.counts.get('test') or 'unknown'}" for layout in entry.layouts[:-1]]
+    return f"{entry.name:<16}{entry.title}: {entry.classes or 'unknown'} classes; test: {', '.join(counts)}"
 
 
 def eval(args: EvalArgs) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rvlm.data.base import Data
-from rvlm.data.images import Reader, fit
+from rvlm.data.images import Fit, Reader, fit
 
 __all__ = ["SPLITS", "load_folder", "load_npz", "split_folder"]
 
@@ -18,7 +18,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
 
 
-def load_npz(path: str, split: str, size: int | None = None) -> Data:
+def load_npz(path: str, split: str, size: int | Fit | None = None) -> Data:
     """Arrays `x` (uint8 or floats in [0, 1]; NHWC, NCHW, or NHW for grey) and `y` (integers), optionally `class_names`.
 
     Without `class_names`, a `classes.json` beside the file is read, else classes are called "0", "1", ...
@@ -37,13 +37,13 @@ def load_npz(path: str, split: str, size: int | None = None) -> Data:
         raise ValueError(f"{file}: y must have shape [{len(pixels)}] like x, got {list(y.shape)}")
     if not len(y):
         raise ValueError(f"{file} holds no samples")
-    if size is not None and pixels.shape[-2:] != (size, size):
+    if isinstance(size, Fit) or (size is not None and pixels.shape[-2:] != (size, size)):
         pixels = torch.stack([fit(_to_image(p), size) for p in pixels])
     names = names or _names_beside(file, None) or [str(c) for c in range(int(y.max()) + 1)]
     return Data(f"npz:{file.name}", split, names, y, torch.arange(len(y)), lambda i: pixels[i], "plain", len(y))
 
 
-def load_folder(path: str, split: str, size: int | None = None) -> Data:
+def load_folder(path: str, split: str, size: int | Fit | None = None) -> Data:
     """A tree ROOT/<class>/<image> or ROOT/<split>/<class>/<image>, or a .zip of one. Images are decoded when read.
 
     Classes are the sorted folder names; a `classes.json` in ROOT or beside the zip may hold their names (a list in that

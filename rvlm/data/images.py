@@ -1,5 +1,6 @@
 """How images become uint8 pixels, which every data set with images on disk shares."""
 
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -8,7 +9,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Reader", "fit"]
+__all__ = ["Fit", "Reader", "as_png", "fit"]
+
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what goes into a tar as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Shorter side to `resize` pixels (antialiased), then a square of `size` pixels from the centre; on uint8, to the
+    bit what torchvision's Resize and CenterCrop make of a PIL image.
+
+    size: what comes out. resize: None means size, which is CLIP's preprocessing. interpolation: bicubic or bilinear.
+    """
+
+    size: int
+    resize: int | None = None
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation must be bicubic or bilinear, got {self.interpolation!r}")
+        if not 0 < self.size <= (self.resize or self.size):
+            raise ValueError(f"cannot cut {self.size} pixels out of {self.resize or self.size}")
+
+    def __call__(self, image) -> Tensor:
+        """A PIL image in RGB -> uint8 [3, size, size]."""
+        from PIL import Image
+
+        side, size, shorter = self.resize or self.size, self.size, min(image.size)
+        width, height = (int(side * edge / shorter) for edge in image.size)  # cut off, not rounded, as torchvision does
+        left, top = (round((edge - size) / 2) for edge in (width, height))
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
 
 
 class Reader:
@@ -18,7 +51,7 @@ class Reader:
         get: number of a sample -> bytes of an image file, a PIL image, or an array [H, W] or [H, W, 3] of uint8.
         where: the data set, for errors.
         names: of the samples, for errors; without, they are called by their number.
-        size: see `fit`; without, images keep their size.
+        size: see `fit`; None: images keep their size.
 
     Raises:
         ValueError: a sample, which is named, cannot be decoded, or has another size than the first one read.
@@ -29,21 +62,37 @@ class Reader:
         get: Callable[[int], object],
         where: str | os.PathLike,
         names: Sequence[str] | None = None,
-        size: int | None = None,
+        size: int | Fit | None = None,
     ) -> None:
         self.get, self.where, self.names, self.size = get, where, names, size
         self.shape: torch.Size | None = None
 
     def __call__(self, index: Tensor) -> Tensor:
         images = [self._read(i) for i in index.tolist()]
-        return torch.stack(images) if images else torch.zeros(0, 3, self.size or 0, self.size or 0, dtype=torch.uint8)
+        side = self.size.size if isinstance(self.size, Fit) else self.size or 0
+        return torch.stack(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+
+    def name(self, i: int) -> str:
+        return self.names[i] if self.names else f"sample {i}"
+
+    def image(self, i: int):
+        """The sample as a PIL image in RGB, as large as it is."""
+        try:
+            return _as_image(self.get(i))
+        except Exception as error:  # decoders raise almost anything on broken files
+            raise ValueError(f"{self.where}: cannot decode {self.name(i)} ({error}). Repair or remove it.") from error
+
+    def encoded(self, i: int) -> tuple[str, bytes]:
+        """The suffix and the bytes of an image file: its own, where it is a JPEG, PNG or WebP, else a PNG of it."""
+        from PIL import Image
+
+        image, found = self.image(i), self.get(i)
+        if isinstance(found, bytes) and (kind := Image.open(io.BytesIO(found)).format) in FORMATS:
+            return FORMATS[kind], found
+        return "png", as_png(image)
 
     def _read(self, i: int) -> Tensor:
-        name = self.names[i] if self.names else f"sample {i}"
-        try:
-            image = _as_image(self.get(i))
-        except Exception as error:  # decoders raise almost anything on broken files
-            raise ValueError(f"{self.where}: cannot decode {name} ({error}). Repair or remove it.") from error
+        name, image = self.name(i), self.image(i)
         if self.size is not None:
             return fit(image, self.size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -56,16 +105,15 @@ class Reader:
         return pixels
 
 
-def fit(image, size: int) -> Tensor:
-    """Shorter side to `size` (bicubic, antialiased), centre crop: CLIP's preprocessing, on uint8."""
-    from PIL import Image
+def fit(image, size: int | Fit) -> Tensor:
+    """A PIL image in RGB -> uint8 [3, size, size]; a number means CLIP's preprocessing."""
+    return (size if isinstance(size, Fit) else Fit(size))(image)
 
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
+
+def as_png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _as_image(found):

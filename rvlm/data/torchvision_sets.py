@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rvlm.data.base import Data
 from rvlm.data.digits import WORDS
-from rvlm.data.images import Reader
+from rvlm.data.images import Fit, Reader
 
 __all__ = ["SETS", "load_torchvision"]
 
@@ -49,7 +49,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def load_torchvision(name: str, root: str, split: str, size: int | None = None) -> Data:
+def load_torchvision(name: str, root: str, split: str, size: int | Fit | None = None) -> Data:
     """The set that class `name` of torchvision.datasets (in any case) finds in `root`. Images are decoded when read.
 
     Splits are those of the class. "train" is "trainval" for the pets and "train-standard" for Places365, "test" is

@@ -13,21 +13,22 @@ import torch
 
 from rvlm.data.base import Data
 from rvlm.data.files import SPLITS, split_folder
-from rvlm.data.images import Reader
+from rvlm.data.images import Fit, Reader
 
 __all__ = ["load_wds"]
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 CLASS = re.compile(rb"\s*\d{1,7}\s*")
 
 
-def load_wds(path: str, split: str, size: int | None = None) -> Data:
+def load_wds(path: str, split: str, size: int | Fit | None = None) -> Data:
     """ROOT/<split>/0.tar ... with ROOT/<split>/nshards.txt, their number; or a folder of tars; or one tar.
 
     A folder without nshards.txt is read whole, in the order of its tars' names. Where there are no folders called
     train, test or val, the tars are one split, whatever `split` says. KEY.cls holds the number of the class. Keys end
     at the first dot and are unique in their tar. Class names are the lines of ROOT/classnames.txt, or the folder's;
-    without, classes are called "0", "1", ...
+    without, classes are called "0", "1", ... Prompts are those of zeroshot_classification_templates.txt beside it.
 
     Raises:
         FileNotFoundError: no tars there. ValueError: a split, a tar, a sample or a label that is not as expected.
@@ -47,7 +48,8 @@ def load_wds(path: str, split: str, size: int | None = None) -> Data:
     y = torch.tensor(labels)
     class_names = _class_names(folder) or [str(c) for c in range(int(y.max()) + 1)]
     reader = Reader(_Members(tars, np.array(places)), root, names, size)
-    return Data(f"wds:{root.name}", split, class_names, y, torch.arange(len(y)), reader, "plain", len(y))
+    template = f"file:{told}" if (told := _beside(folder, TEMPLATES)) else "plain"
+    return Data(f"wds:{root.name}", split, class_names, y, torch.arange(len(y)), reader, template, len(y))
 
 
 class _Members:
@@ -140,11 +142,15 @@ def _parts(tar: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, bytes]
 
 
 def _class_names(folder: Path) -> list[str] | None:
-    for place in (folder, folder.parent) if folder.name in SPLITS else (folder,):
-        file = place / "classnames.txt"
-        if file.is_file():
-            names = [name.strip() for name in file.read_text(encoding="utf-8").rstrip().split("\n")]
-            if "" in names:
-                raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected the name of a class on each")
-            return names
-    return None
+    if (file := _beside(folder, NAMES)) is None:
+        return None
+    names = [name.strip() for name in file.read_text(encoding="utf-8").rstrip().split("\n")]
+    if "" in names:
+        raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected the name of a class on each")
+    return names
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """The file of that name in the folder, or beside it where it is the folder of a split."""
+    places = (folder, folder.parent) if folder.name in SPLITS else (folder,)
+    return next((place / name for place in places if (place / name).is_file()), None)

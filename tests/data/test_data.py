@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rvlm.data import TEMPLATES, load_data, templates
+from rvlm.data import TEMPLATES, Fit, load_data, templates
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_broken_folders_are_named(tree, tmp_path):
 
 def test_unknown_specs():
     for spec in ("cifar", "npz:", "wds:", "torchvision:DTD", "torchvision:DTD:", "torchvision::x", "zip:x"):
-        with pytest.raises(ValueError, match="expected digits, npz:PATH, folder:PATH, wds:PATH or torchvision:NAME:"):
+        with pytest.raises(ValueError, match="expected digits, npz:PATH, folder:PATH, wds:PATH, parquet:PATH"):
             load_data(spec)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_data("npz:/nowhere.npz")
@@ -186,3 +186,23 @@ def test_base_and_new_classes_are_data_sets_of_their_own():
     assert load_data("digits+classes=new", limit=20).index_rule == "perm(seed=0)[:20]"
     with pytest.raises(ValueError, match="classes must be base or new, got 'old'"):
         load_data("digits+classes=old")
+
+
+@pytest.mark.parametrize("width, height", [(40, 30), (31, 47), (33, 32), (32, 32), (200, 33), (20, 20)])
+@pytest.mark.parametrize("resize, interpolation", [(None, "bicubic"), (37, "bilinear")])
+def test_fit_is_what_torchvisions_transforms_do(width, height, resize, interpolation):
+    from torchvision import transforms
+
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    mode = transforms.InterpolationMode(interpolation)
+    theirs = transforms.Compose([transforms.Resize(resize or 32, interpolation=mode), transforms.CenterCrop(32)])
+    expected = torch.from_numpy(np.array(theirs(image))).permute(2, 0, 1)
+    assert torch.equal(Fit(32, resize, interpolation)(image), expected)
+
+
+def test_fit_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="cannot cut 32 pixels out of 31"):
+        Fit(32, 31)
+    with pytest.raises(ValueError, match="bicubic or bilinear, got 'nearest'"):
+        Fit(32, interpolation="nearest")

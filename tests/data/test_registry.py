@@ -1,0 +1,275 @@
+"""The registry: what it says, what it finds on disk, and that what is not as it should be is named."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from rvlm.cli import main
+from rvlm.data import load_data, templates
+from rvlm.data.prompts import fingerprint
+from rvlm.data.registry import KINDS, entries, find, where
+
+DIGITS = load_data("digits", "test", size=16)
+PIXELS = DIGITS.read(DIGITS.index[:6])
+LABELS = [0, 1, 2, 0, 1, 2]
+NAMES = ["cat", "sea lion", "ice cream"]
+
+
+def encoded(pixels, kind="jpeg"):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def decoded(i, kind="jpeg"):
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(encoded(PIXELS[i], kind))).convert("RGB"))).permute(2, 0, 1)
+
+
+ALL = torch.stack([decoded(i) for i in range(6)])
+
+
+def describe(root, name="zoo", **known):
+    """ROOT/datasets.yaml with one set of 3 classes and 6 test samples."""
+    known = {"title": "Zoo", "classes": 3} | known
+    write(root / "datasets.yaml", yaml.safe_dump({name: known}, sort_keys=False))
+
+
+def write_wds(root, rows=range(6), names=NAMES):
+    for k in (0, 1):
+        path = root / "test" / f"{k}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as archive:
+            for i in [i for i in rows if i // 3 == k]:
+                parts = {f"s{i:07d}.jpg": encoded(PIXELS[i]), f"s{i:07d}.cls": str(LABELS[i]).encode()}
+                for name, content in parts.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    write(root / "test" / "nshards.txt", "2\n")
+    write(root / "classnames.txt", "\n".join(names) + "\n")
+    write(root / "zeroshot_classification_templates.txt", "a photo of a {c}.\na drawing of a {c}.\n")
+
+
+def write_coop(root, rows=range(6)):
+    for i in rows:
+        write(root / "images" / f"{NAMES[LABELS[i]]}/{i}.jpg", encoded(PIXELS[i]))
+    samples = [[f"{NAMES[LABELS[i]]}/{i}.jpg", LABELS[i], NAMES[LABELS[i]].replace(" ", "_")] for i in rows]
+    write(root / "split_zhou_Zoo.json", json.dumps({"train": [], "val": [], "test": samples}))
+
+
+COOP = {"at": "zoo", "list": "split_zhou_Zoo.json", "images": "images", "counts": {"test": 6}}
+WDS = {"name": "animals/zoo", "counts": {"test": 6}}
+
+
+def test_the_registry_holds_both_lists_and_the_shifts():
+    known = entries()
+    tecoa = "cifar10 cifar100 stl10 sun397 cars food101 pets flowers country211 dtd eurosat aircraft pcam hatefulmemes "
+    tecoa += "imagenet caltech101 caltech256 tinyimagenet"
+    coop = "imagenet caltech101 pets cars flowers food101 aircraft sun397 dtd eurosat ucf101"
+    shifts = "imagenet-v2 imagenet-a imagenet-r imagenet-sketch imagenet-o objectnet"
+    assert set(f"{tecoa} {coop} {shifts} flickr30k coco".split()) == set(known)
+    for entry in known.values():
+        assert entry.layouts and entry.layouts[-1].kind == "parquet" and entry.title
+        assert {layout.kind for layout in entry.layouts} <= set(KINDS)
+        assert entry.prompt is None or templates(entry.prompt)
+        for layout in entry.layouts:
+            assert all(n is None or n > 0 for n in layout.counts.values())
+            if layout.kind == "coop":
+                assert set(layout.counts) == {"train", "val", "test"}
+    tests = {name: {k.kind: k.counts.get("test") for k in entry.layouts} for name, entry in known.items()}
+    assert tests["caltech101"] == {"wds": 6085, "coop": 2465, "torchvision": 8677, "parquet": None}
+    assert tests["sun397"]["wds"] is None, "unknown, and not asserted"
+
+
+def test_template_hashes_are_those_that_records_hold():
+    assert fingerprint(templates("openai")) == "e30aa9d7fb289e07"
+    layouts = {layout.kind: layout for layout in entries()["imagenet"].layouts}
+    assert layouts["wds"].settings["templates"] == [80, "e30aa9d7fb289e07"]
+
+
+@pytest.mark.parametrize("kind", ["wds", "coop", "both", "named"])
+def test_a_name_finds_what_is_there(tmp_path, kind, monkeypatch):
+    describe(tmp_path, layouts={"wds": WDS, "coop": COOP}, prompt="coop/pets")
+    if kind != "coop":
+        write_wds(tmp_path / "wds_animals-zoo")
+    if kind != "wds":
+        write_coop(tmp_path / "zoo")
+    spec, at = {"named": ("zoo@coop", "coop"), "coop": ("zoo", "coop")}.get(kind, ("zoo", "wds"))
+    data = load_data(f"{spec}:{tmp_path}", "test")
+    assert data.name == f"zoo@{at}" and data.class_names == NAMES and data.y.tolist() == LABELS
+    assert torch.equal(data.read(data.index), ALL)
+    words = {"wds": ["a photo of a {}.", "a drawing of a {}."], "coop": ["a photo of a {}, a type of pet."]}[at]
+    assert templates(data.template) == words
+    monkeypatch.setenv("RVLM_DATA", str(tmp_path))
+    assert load_data(spec).fingerprint == data.fingerprint, "the place does not matter"
+
+
+def test_what_is_missing_says_where_it_may_lie(tmp_path):
+    describe(tmp_path, layouts={"wds": WDS, "coop": COOP}, dead=["http://gone"], page="http://here", licence="ours")
+    with pytest.raises(FileNotFoundError) as error:
+        load_data(f"zoo:{tmp_path}")
+    for word in ("wds_animals-zoo", "wds/animals/zoo", "split_zhou_Zoo.json", "http://gone", "http://here", "ours"):
+        assert word in str(error.value)
+    with pytest.raises(ValueError, match="has the layouts wds, coop, parquet, got 'folder'"):
+        load_data(f"zoo@folder:{tmp_path}")
+    with pytest.raises(ValueError, match="did you mean zoo"):
+        load_data(f"zooo:{tmp_path}")
+    with pytest.raises(ValueError, match="holds images with captions"):
+        write(tmp_path / "coco" / "dataset_coco.json", "{}")
+        load_data(f"coco:{tmp_path}")
+    describe(tmp_path, "cifar10", layouts={})
+    with pytest.raises(ValueError, match="describes cifar10, which rvlm knows"):
+        load_data(f"cifar10:{tmp_path}")
+    describe(tmp_path, layout={})
+    with pytest.raises(ValueError, match="zoo has layout, expected"):
+        load_data(f"zoo:{tmp_path}")
+
+
+def test_wrong_numbers_are_named(tmp_path):
+    describe(tmp_path, layouts={"wds": WDS, "coop": COOP})
+    write_wds(tmp_path / "wds" / "animals" / "zoo", [0, 1, 3, 4], [*NAMES, "dog"])
+    message = "4 samples, expected 6; 4 classes, expected 3; 2 classes without samples: ice cream, dog"
+    with pytest.raises(ValueError, match=message):
+        load_data(f"zoo:{tmp_path}")
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "is no JSON"),
+    ({"train": []}, "has no split 'test'"),
+    ({"test": []}, "lists no samples for test"),
+    ({"test": [["a.jpg", 0, "cat"], ["a.jpg", 0, "cat"]]}, "lists 1 images twice for test: a.jpg"),
+    ({"test": [["a.jpg", 0, "cat"], ["b.jpg", 0, "dog"]]}, "calls class 0 'dog', others 'cat'"),
+    ({"test": [["a.jpg", 1, "cat"]]}, "labels must count from 0"),
+])  # fmt: skip
+def test_broken_lists_are_named(tmp_path, content, message):
+    describe(tmp_path, layouts={"coop": COOP})
+    write(tmp_path / "zoo" / "split_zhou_Zoo.json", content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_data(f"zoo:{tmp_path}")
+
+
+def test_aircraft_as_it_is_distributed(tmp_path):
+    layout = {"at": "fgvc_aircraft", "list": "variants.txt", "counts": {"test": 6}}
+    describe(tmp_path, layouts={"aircraft": layout})
+    root = tmp_path / "fgvc_aircraft"
+    for i in range(6):
+        write(root / "images" / f"{i:07d}.jpg", encoded(PIXELS[i]))
+    write(root / "variants.txt", "\n".join(NAMES) + "\n")
+    write(root / "images_variant_test.txt", "".join(f"{i:07d} {NAMES[LABELS[i]]}\n" for i in range(6)))
+    data = load_data(f"zoo:{tmp_path}")
+    assert data.class_names == NAMES and torch.equal(data.read(data.index), ALL) and data.y.tolist() == LABELS
+    with pytest.raises(FileNotFoundError, match="images_variant_train.txt"):
+        load_data(f"zoo:{tmp_path}", "train")
+    write(root / "images_variant_test.txt", "0000000 zebra\n")
+    with pytest.raises(ValueError, match="0000000 is of class 'zebra'"):
+        load_data(f"zoo:{tmp_path}")
+
+
+def test_tiny_imagenet_as_it_is_distributed(tmp_path):
+    layout = {"at": "tiny", "list": "val/val_annotations.txt", "counts": {"test": 6, "train": 3}}
+    describe(tmp_path, layouts={"tiny": layout})
+    root, synsets = tmp_path / "tiny", ["n02123045", "n02077923", "n07614500"]
+    for i in range(6):
+        write(root / "val" / "images" / f"val_{i}.JPEG", encoded(PIXELS[i]))
+    write(root / "test" / "images" / "test_0.JPEG", encoded(PIXELS[0]))  # has no label
+    for c, synset in enumerate(synsets):
+        write(root / "train" / synset / "images" / f"{synset}_0.JPEG", encoded(PIXELS[c]))
+        write(root / "train" / synset / f"{synset}_boxes.txt", "")
+    lines = "".join(f"val_{i}.JPEG\t{synsets[LABELS[i]]}\t0\t0\t9\t9\n" for i in range(6))
+    write(root / "val" / "val_annotations.txt", lines)
+    write(root / "words.txt", "".join(f"{s}\t{n}, beast\n" for s, n in zip(synsets, NAMES, strict=True)))
+    test, train = (load_data(f"zoo:{tmp_path}", split) for split in ("test", "train"))
+    assert test.class_names == train.class_names == ["sea lion", "cat", "ice cream"], "in the order of their synsets"
+    assert test.y.tolist() == [1, 0, 2, 1, 0, 2] and torch.equal(test.read(test.index), ALL)
+    assert len(train) == 3
+
+
+def test_folders_of_imagenet_get_the_names_that_clip_uses(tmp_path):
+    layouts = {"folder": {"at": ["a", "b"], "names": "imagenet", "counts": {"test": 3}}}
+    describe(tmp_path, layouts=layouts)
+    for i, synset in enumerate(["n01440764", "n01443537", "n01498041"]):
+        write(tmp_path / "b" / synset / "0.jpg", encoded(PIXELS[i]))
+    data = load_data(f"zoo:{tmp_path}")
+    assert data.class_names == ["tench", "goldfish", "stingray"] and data.y.tolist() == [0, 1, 2]
+    for i, number in enumerate(["10", "2", "1"]):  # ImageNetV2 calls its folders by number
+        write(tmp_path / "a" / number / "0.jpg", encoded(PIXELS[i]))
+    data = load_data(f"zoo:{tmp_path}")
+    assert data.class_names == ["goldfish", "great white shark", "brambling"]
+    brambling = data.read(data.index[data.y == 2])[0]
+    assert torch.equal(brambling, ALL[0]), "labels moved with the names"
+    with pytest.raises(ValueError, match="has the split test, got 'train'"):
+        load_data(f"zoo:{tmp_path}", "train")
+
+
+# Parquet
+
+
+def write_parquet(path, rows, names=NAMES, label="label", plain=False):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [encoded(PIXELS[i]) if plain else {"bytes": encoded(PIXELS[i]), "path": None} for i in rows]
+    table = pa.table({"image": images, label: [LABELS[i] for i in rows]})
+    if names:
+        about = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=2)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_parquet_as_on_the_hub(tmp_path, plain):
+    for k in (0, 1):
+        write_parquet(tmp_path / "data" / f"test-0000{k}-of-00002.parquet", range(3 * k, 3 * k + 3), plain=plain)
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", [0])
+    data = load_data(f"parquet:{tmp_path}", "test")
+    assert data.class_names == NAMES and data.y.tolist() == LABELS
+    assert torch.equal(data.read(data.index), ALL)
+    order = torch.tensor([5, 0, 3])
+    assert torch.equal(data.read(order), ALL[order]) and len(load_data(f"parquet:{tmp_path}", "train")) == 1
+    one = load_data(f"parquet:{tmp_path}/data/test-00001-of-00002.parquet")
+    assert torch.equal(one.read(one.index), ALL[3:])
+    describe(tmp_path / "root")
+    (tmp_path / "root" / "parquet").mkdir()
+    (tmp_path / "data").rename(tmp_path / "root" / "parquet" / "zoo")
+    assert load_data(f"zoo:{tmp_path / 'root'}").name == "zoo@parquet"
+
+
+def test_broken_parquet_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(FileNotFoundError, match="no Parquet files"):
+        load_data(f"parquet:{tmp_path}")
+    file = tmp_path / "test-0.parquet"
+    write_parquet(file, [0], label="y")
+    with pytest.raises(ValueError, match="has no column label or labels or fine_label or cls: it has image, y"):
+        load_data(f"parquet:{file}")
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        load_data(f"parquet:{tmp_path}", "train")
+    write_parquet(file, [0], names=None)
+    assert load_data(f"parquet:{file}").class_names == ["0"]
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="no whole Parquet file"):
+        load_data(f"parquet:{file}")
+
+
+def test_ls_shows_what_is_there(tmp_path, capsys, monkeypatch):
+    describe(tmp_path, layouts={"coop": COOP})
+    write_coop(tmp_path / "zoo")
+    monkeypatch.setenv("RVLM_DATA", str(tmp_path))
+    assert main(["ls", "datasets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("zoo" in line and "coop 6" in line for line in lines)
+    assert any("caltech101" in line and "wds 6085" in line and "torchvision 8677" in line for line in lines)
+    assert any("sun397" in line and "wds unknown" in line for line in lines)
+    assert find(entries()["zoo"], tmp_path)[0].path == tmp_path / "zoo"
+    assert where(entries()["cifar10"], tmp_path, "torchvision") == [f"torchvision {tmp_path}/cifar-10-batches-py"]
