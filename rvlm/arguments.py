@@ -43,6 +43,29 @@ class LsArgs(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
+class DataToolArgs(Arguments):
+    """Data sets on disk: check NAME...|all looks through them, get NAME says where they come from and fetches what
+    torchvision can, make-wds SPEC OUT writes any of them as WebDataset shards."""
+
+    what: str = "check"
+    """check, get or make-wds."""
+    names: list[str] = dataclasses.field(default_factory=lambda: ["all"])
+    """Names of `rvlm ls datasets` (all: every one), or other data specs; for make-wds a data spec and a folder."""
+    root: str | None = None
+    """Where the named sets lie; default $RVLM_DATA, or ./data."""
+    split: str = "test"
+    """For check and make-wds: split of the data."""
+    images: bool = True
+    """For check: decode every image."""
+    download: bool = True
+    """For get: let torchvision fetch what it can."""
+    size: int | None = None
+    """For make-wds: resize the shorter side to this and crop the centre; without, files go in as they are."""
+    limit: int | None = None
+    """For make-wds: this many samples, drawn with a fixed seed."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class DataArgs(Arguments):
     data: str = "digits"
     """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
@@ -243,6 +266,7 @@ COMMANDS: dict[str, type] = {
     "demo": DemoArgs,
     "info": InfoArgs,
     "ls": LsArgs,
+    "data": DataToolArgs,
     "attack": AttackArgs,
     "eval": EvalArgs,
     "check": CheckArgs,

@@ -7,6 +7,7 @@ that. So a misspelt flag or key is named as what it is, and `--help` needs neith
 import dataclasses
 import difflib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -18,6 +19,12 @@ from rvlm.arguments import COMMANDS, DATA_MISSING, USAGE, recipes
 from rvlm.units import Eps
 
 __all__ = ["main"]
+
+# The settings that words before the first flag stand for; * takes all that are left.
+WORDS = {
+    "train": ("method",), "ls": ("what",), "data": ("what", "names*"), "check": ("model",), "analyze": ("what",),
+    "profile": ("what",),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,10 +100,15 @@ def _parse(command: str, argv: list[str]):
 
 
 def _positional(command: str, argv: list[str]) -> list[str]:
-    """The one word that may stand without its flag: train METHOD, ls WHAT, check MODEL, ..."""
-    words = {"train": "method", "ls": "what", "check": "model", "analyze": "what", "profile": "what"}
-    flag = f"--{words[command]}" if command in words else None
-    return [flag, *argv] if flag and argv and not argv[0].startswith("-") else argv
+    """The words that may stand without their flags: train METHOD, ls WHAT, data WHAT NAME ..., ..."""
+    flags = []
+    for name in WORDS.get(command, ()):
+        n = next((k for k, word in enumerate(argv) if word.startswith("-")), len(argv))
+        if n:
+            n = n if name.endswith("*") else 1
+            flags += [f"--{name.rstrip('*')}", json.dumps(argv[:n]) if name.endswith("*") else argv[0]]
+            argv = argv[n:]
+    return [*flags, *argv]
 
 
 def _recipe(before: str, word: str) -> str:

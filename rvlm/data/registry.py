@@ -179,7 +179,7 @@ def complaints(found: Found, data: Data) -> list[str]:
     if expected is not None and len(data) != expected:
         wrong.append(f"{len(data)} samples, expected {expected}")
     if classes is not None and len(data.class_names) != classes:
-        wrong.append(f"{len(data.class_names)} classes, expected {classes}")
+        wrong.append(f"{len(data.class_names)} classes, expected {classes}{_absent(found, data)}")
     outside = int(((data.y < 0) | (data.y >= len(data.class_names))).sum())
     if outside:
         wrong.append(f"{outside} labels outside 0 .. {len(data.class_names) - 1}")
@@ -189,6 +189,16 @@ def complaints(found: Found, data: Data) -> list[str]:
         named = ", ".join(data.class_names[c] for c in bare[:5])
         wrong.append(f"{len(bare)} classes without samples: {named}{' ...' if len(bare) > 5 else ''}")
     return wrong
+
+
+def _absent(found: Found, data: Data) -> str:
+    """Which of all ImageNet classes have no folder."""
+    if found.layout.settings.get("names") != "imagenet" or found.layout.classes != 1000:
+        return ""
+    import open_clip
+
+    absent = [name for name in open_clip.IMAGENET_CLASSNAMES if name not in set(data.class_names)]
+    return f" (without {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''})" if absent else ""
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from rvlm.data.base import Data
 from rvlm.data.digits import WORDS
 from rvlm.data.images import Fit, Reader
 
-__all__ = ["SETS", "load_torchvision"]
+__all__ = ["SETS", "arguments", "load_torchvision"]
 
 # The splits with labels that each class accepts, () for one that has no splits. Left out: EMNIST, INaturalist and
 # Omniglot, where more than a split must be chosen, and what is not a choice of one class for an image.
@@ -71,15 +71,11 @@ def load_torchvision(name: str, root: str, split: str, size: int | Fit | None = 
     kind = getattr(datasets, name, None)
     if kind is None:
         raise ValueError(f"this torchvision has no {name}: upgrade it")
-    chosen = _choose(name, split)
+    settings = arguments(name, split)
     if not Path(root).is_dir():
         raise FileNotFoundError(f"no folder {root}: expected the one with the files of {name}. {_advice(name)}")
-    accepts = inspect.signature(kind).parameters
-    arguments = {"download": False} if "download" in accepts else {}
-    if chosen:
-        arguments |= {"train": chosen == "train"} if "train" in accepts else {"split": chosen}
     try:
-        dataset = kind(root, **arguments)
+        dataset = kind(root, **settings)
     except (RuntimeError, OSError) as error:
         if isinstance(error.__context__, ImportError):  # the set needs a package, which the message names
             raise ImportError(str(error)) from error
@@ -105,6 +101,17 @@ class _Images:
 
     def __call__(self, i: int):
         return self.dataset[i][0]
+
+
+def arguments(name: str, split: str) -> dict[str, object]:
+    """What the class of the set is called with for a split."""
+    from torchvision import datasets
+
+    chosen, accepts = _choose(name, split), inspect.signature(getattr(datasets, name)).parameters
+    found: dict[str, object] = {"download": False} if "download" in accepts else {}
+    if chosen:
+        found |= {"train": chosen == "train"} if "train" in accepts else {"split": chosen}
+    return found
 
 
 def _choose(name: str, split: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The registry: what it says, what it finds on disk, and that what is not as it should be is named."""
+"""The registry and `rvlm data`: what is found on disk, that what is not as it should be is named and counted."""
 
 import io
 import json
@@ -12,6 +12,7 @@ from PIL import Image
 
 from rvlm.cli import main
 from rvlm.data import load_data, templates
+from rvlm.data.make_wds import make_wds
 from rvlm.data.prompts import fingerprint
 from rvlm.data.registry import KINDS, entries, find, where
 
@@ -273,3 +274,140 @@ def test_ls_shows_what_is_there(tmp_path, capsys, monkeypatch):
     assert any("sun397" in line and "wds unknown" in line for line in lines)
     assert find(entries()["zoo"], tmp_path)[0].path == tmp_path / "zoo"
     assert where(entries()["cifar10"], tmp_path, "torchvision") == [f"torchvision {tmp_path}/cifar-10-batches-py"]
+
+
+# rvlm data check, get and make-wds
+
+
+def run(*argv):
+    return main(["data", *map(str, argv)])
+
+
+def test_check_names_what_is_there_partly_there_and_missing(tmp_path, capsys):
+    describe(tmp_path, layouts={"wds": WDS, "coop": COOP})
+    write_wds(tmp_path / "wds_animals-zoo")
+    assert run("check", "zoo", "--root", tmp_path) == 0
+    assert f"ok       zoo@wds                    6 samples (expected 6) {tmp_path}/wds_" in capsys.readouterr().out
+    write_coop(tmp_path / "zoo")
+    assert run("check", "zoo", "--root", tmp_path) == 0 and "2 ok, 0 partly, 0 missing" in capsys.readouterr().out
+    (tmp_path / "wds_animals-zoo" / "test" / "1.tar").unlink()
+    jpeg = tmp_path / "zoo" / "images" / "cat" / "0.jpg"
+    jpeg.write_bytes(jpeg.read_bytes()[:-60])  # truncated
+    (tmp_path / "zoo" / "images" / "ice cream" / "5.jpg").unlink()
+    assert run("check", "zoo@wds", "zoo@coop", "--root", tmp_path) == 4
+    text = capsys.readouterr().out
+    assert "says 2, but beside it are 1 tars, without 1.tar" in text
+    assert "2 images cannot be decoded: cat/0.jpg (image file is truncated" in text and "ice cream/5.jpg" in text
+    assert "0 ok, 2 partly, 0 missing" in text
+    assert run("check", "zoo@coop", "--root", tmp_path, "--no-images") == 0, "images were not asked for"
+    assert run("check", "zoo", "cifar10", "--root", tmp_path) == 3
+    assert "missing  cifar10" in capsys.readouterr().out
+    assert run("check", "zoo@folder", "--root", tmp_path) == 3
+    assert run("check", "zooo", "--root", tmp_path) == 2 and "did you mean" in capsys.readouterr().err
+
+
+def test_check_all_is_every_set(tmp_path, capsys):
+    write_wds(tmp_path / "wds_vtab-cifar10")
+    assert run("check", "all", "--root", tmp_path) == 3
+    text = capsys.readouterr().out
+    assert "6 samples, expected 10000" in text and "3 classes, expected 10" in text
+    assert "0 ok, 1 partly, 26 missing" in text
+
+
+def test_check_of_torchvision_and_of_plain_specs(tmp_path, capsys):
+    describe(tmp_path, layouts={"torchvision": {"name": "EuroSAT", "at": "eurosat/2750", "counts": {"test": 6}}})
+    for i in range(6):
+        write(tmp_path / "eurosat" / "2750" / NAMES[LABELS[i]] / f"{i}.jpg", encoded(PIXELS[i]))
+    assert run("check", "zoo", f"folder:{tmp_path}/eurosat/2750", "digits", "--root", tmp_path) == 0
+    assert "ok       zoo@torchvision" in capsys.readouterr().out
+    (tmp_path / "eurosat" / "2750" / "dog").mkdir()
+    write(tmp_path / "eurosat" / "2750" / "cat" / "9.jpg", b"no image")
+    assert run("check", "zoo", f"folder:{tmp_path}/eurosat/2750", "--root", tmp_path) == 4
+    text = capsys.readouterr().out
+    assert "class folder(s) without images: dog" in text and "Found no valid file for the classes dog" in text
+    (tmp_path / "eurosat" / "2750" / "dog").rmdir()
+    assert run("check", "zoo", "--root", tmp_path) == 4
+    text = capsys.readouterr().out
+    assert "7 samples, expected 6" in text and "1 images cannot be decoded: sample " in text
+    assert run("check", "folder:/nowhere") == 3
+
+
+def test_duplicates_are_named(tmp_path, capsys):
+    describe(tmp_path, layouts={"coop": COOP})
+    write_coop(tmp_path / "zoo")
+    file = tmp_path / "zoo" / "split_zhou_Zoo.json"
+    split = json.loads(file.read_text())
+    split["test"] += split["test"][:2]
+    file.write_text(json.dumps(split))
+    assert run("check", "zoo", "--root", tmp_path) == 4
+    assert "lists 2 images twice for test: cat/0.jpg, sea lion/1.jpg" in capsys.readouterr().out
+
+
+def test_get_says_where_it_comes_from(tmp_path, capsys, monkeypatch):
+    from torchvision import datasets
+
+    calls = []
+
+    class Fake:
+        def __init__(self, root, train=True, download=False):
+            calls.append((root, train, download))
+            if root.endswith("offline"):
+                raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(datasets, "CIFAR10", Fake)
+    assert run("get", "cifar10", "--root", tmp_path) == 0
+    assert calls == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
+    text = capsys.readouterr().out
+    assert "licence   unknown" in text and "clip-benchmark/wds_vtab-cifar10" in text and "(samples: test 10000)" in text
+    assert "templates of CLIP_benchmark: 18, hash 20da23be985f68bb" in text and "found     nothing yet" in text
+    assert run("get", "cifar10", "--root", tmp_path, "--no-download") == 0 and len(calls) == 2
+    assert run("get", "cifar10", "--root", tmp_path / "offline") == 3
+    assert "could not fetch CIFAR10 (train): no route to host" in capsys.readouterr().err
+    assert run("get", "cars", "sun397", "--root", tmp_path) == 0, "whose addresses are dead: nothing is tried"
+    assert "dead      http://ai.stanford.edu" in capsys.readouterr().out
+    assert run("get", "nothing", "--root", tmp_path) == 2
+
+
+@pytest.mark.parametrize("source", ["folder", "digits", "limited", "resized", "npz"])
+def test_shards_are_read_back_bit_for_bit(tmp_path, source):
+    kinds = ["jpeg", "png", "webp"]
+    for i in range(6):
+        name = f"{NAMES[LABELS[i]]}/{i}.{kinds[i % 3]}"
+        write(tmp_path / "set" / name, encoded(PIXELS[i][:, : 10 + i], kinds[i % 3]))  # of different sizes
+    np.savez(tmp_path / "a.npz", x=PIXELS.permute(0, 2, 3, 1).numpy(), y=np.array(LABELS))
+    settings = {"size": 8} if source == "resized" else {"limit": 30} if source == "limited" else {}
+    spec = {"digits": "digits", "limited": "digits", "npz": f"npz:{tmp_path}/a.npz"}.get(
+        source, f"folder:{tmp_path}/set"
+    )
+    data = load_data(spec, **settings)
+    tars = make_wds(data, tmp_path / "out", count=4)
+    again = load_data(f"wds:{tmp_path / 'out'}")
+    assert len(tars) == -(-len(data) // 4) and again.y.tolist() == data.y.tolist()
+    assert again.class_names == data.class_names and templates(again.template) == templates(data.template)
+    for row in range(len(data)):
+        here, there = (each.read(each.index[row : row + 1]) for each in (data, again)) if source != "folder" else (
+            torch.from_numpy(np.array(each.read.image(row))) for each in (data, again)
+        )  # fmt: skip
+        assert torch.equal(here, there)
+    if source == "folder":
+        paths = [tmp_path / "set" / name for name in data.read.names]
+        assert [again.read.get(i) for i in range(6)] == [path.read_bytes() for path in paths], "files as they were"
+    with pytest.raises(ValueError, match="is not empty"):
+        make_wds(data, tmp_path / "out")
+
+
+def test_make_wds_from_the_command_line(tmp_path, capsys):
+    describe(tmp_path, layouts={"coop": COOP, "wds": WDS})
+    write_coop(tmp_path / "zoo")
+    assert run("make-wds", "zoo", tmp_path / "wds_animals-zoo", "--root", tmp_path) == 0
+    assert "1 tars in" in capsys.readouterr().out
+    data = load_data(f"zoo@wds:{tmp_path}")
+    assert torch.equal(data.read(data.index), ALL) and torch.equal(ALL[3], decoded(3))
+    assert run("make-wds", "zoo") == 2 and "takes a data spec and a folder" in capsys.readouterr().err
+    assert run("bake", "zoo") == 2 and "expected check, get, make-wds" in capsys.readouterr().err
+
+
+def test_a_tar_is_closed_when_it_is_full(tmp_path):
+    data = load_data("digits", limit=30)
+    tars = make_wds(data, tmp_path, megabytes=0)
+    assert len(tars) == 30 and load_data(f"wds:{tmp_path}").y.tolist() == data.y.tolist()
