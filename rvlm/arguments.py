@@ -120,10 +120,12 @@ class AttackArgs(ModelArgs):
 
 @dataclasses.dataclass(kw_only=True)
 class EvalArgs(ModelArgs):
-    """Clean and robust accuracy, with intervals, a record and a row per sample."""
+    """Clean and robust accuracy, with intervals, a record and a row per sample; on images with captions (flickr30k,
+    coco, captions:FILE.json), recall at 1, 5 and 10 in both directions."""
 
     attack: str = "pgd-10"
-    """pgd-N, autoattack, or another of `rvlm ls attacks`; several with commas, each sees what the others left."""
+    """pgd-N, autoattack, or another of `rvlm ls attacks`; several with commas, each sees what the others left. On
+    captions sga-N, coattack-N or pgd-N."""
     eps: str = "8/255"
     """Radii in pixel units, separated by commas: 4/255,8/255."""
     norm: str = "linf"

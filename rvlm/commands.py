@@ -161,10 +161,13 @@ def _make_wds(args: DataToolArgs) -> int:
 
 
 def eval(args: EvalArgs) -> int:
+    from rvlm.data.captions import holds_captions
     from rvlm.evaluation import evaluate, parse_attack, write_evaluation
     from rvlm.report import accuracy_over_eps
 
     radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
+    if holds_captions(args.data):
+        return _eval_retrieval(args, radii)
     parse_attack(args.attack, args.norm)
     with _together(args) as ranks:
         data, model, source = _load(args, ranks)
@@ -189,6 +192,32 @@ def eval(args: EvalArgs) -> int:
         code = run.finish(rows)
         shutil.rmtree(run.out / "state")
         return code
+
+
+def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
+    """Recall on images with captions, clean and attacked: a record for each radius."""
+    from rvlm.data.captions import load_captions
+    from rvlm.evaluation import retrieve, write_retrieval
+    from rvlm.evaluation.retrieval import parse_retrieval_attack
+    from rvlm.models import load_clip
+
+    parse_retrieval_attack(args.attack)
+    with _together(args) as ranks:
+        with ranks.first_before_others():
+            data = load_captions(args.data, args.split, size=args.size, limit=args.limit)
+            clip, source = (spec and load_clip(spec, _device(args.device)) for spec in (args.model, args.source))
+        run = _Run("eval", args) if ranks.first else None
+        rows, tables = [], []
+        for eps in radii:
+            found = retrieve(
+                clip, data, attack=args.attack, eps=eps, norm=args.norm, source=source, batch_size=args.batch_size,
+                seed=args.seed, device=_device(args.device),
+            )  # fmt: skip
+            if run is not None:
+                rows.append(write_retrieval(run.out, args.model, found, data, clip, processes=ranks.size))
+                tables.append(found.markdown(f"{args.model} on {data.name}, {len(data)} images"))
+                _warn(found)
+        return 0 if run is None else run.finish(rows, "\n\n".join(tables))
 
 
 def attack(args: AttackArgs) -> int:

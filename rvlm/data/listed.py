@@ -10,7 +10,7 @@ from rvlm.data.base import Data
 from rvlm.data.files import load_folder
 from rvlm.data.images import Fit, Reader
 
-__all__ = ["load_aircraft", "load_coop", "load_tiny"]
+__all__ = ["Files", "load_aircraft", "load_coop", "load_tiny", "read_json"]
 
 
 def load_coop(root: Path, split: str, size: int | Fit | None, listing: str, images: str) -> Data:
@@ -20,7 +20,7 @@ def load_coop(root: Path, split: str, size: int | Fit | None, listing: str, imag
         ValueError: a split, a label, a name or a path that is not as expected, named.
     """
     file = root / listing
-    splits = _read(file)
+    splits = read_json(file)
     if not isinstance(splits, dict) or split not in splits:
         has = ", ".join(splits) if isinstance(splits, dict) else type(splits).__name__
         raise ValueError(f"{file} has no split {split!r}: expected lists train, val and test, has {has}")
@@ -69,7 +69,7 @@ def load_tiny(root: Path, split: str, size: int | Fit | None, listing: str) -> D
     return _listed(root / listing, root / "val" / "images", samples, class_names, split, size)
 
 
-class _Files:
+class Files:
     """number of a sample -> its bytes."""
 
     def __init__(self, folder: Path, paths: list[str]) -> None:
@@ -90,11 +90,12 @@ def _listed(
     if twice:
         raise ValueError(f"{file} lists {len(twice)} images twice for {split}: {', '.join(twice[:5])}")
     y = torch.tensor([label for _, label in samples])
-    reader = Reader(_Files(images, paths), images, paths, size)
+    reader = Reader(Files(images, paths), images, paths, size)
     return Data(f"listed:{file.name}", split, class_names, y, torch.arange(len(y)), reader, "plain", len(y))
 
 
-def _read(file: Path):
+def read_json(file: Path):
+    """What a JSON file holds; ValueError names the file that is none."""
     try:
         return json.loads(file.read_text())
     except ValueError as error:

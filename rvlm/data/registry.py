@@ -24,7 +24,18 @@ from rvlm.data.parquet import load_parquet
 from rvlm.data.torchvision_sets import load_torchvision
 from rvlm.data.wds import load_wds
 
-__all__ = ["Entry", "Found", "Layout", "complaints", "data_root", "entries", "find", "load_registered", "where"]
+__all__ = [
+    "Entry",
+    "Found",
+    "Layout",
+    "complaints",
+    "data_root",
+    "entries",
+    "find",
+    "load_registered",
+    "located",
+    "where",
+]
 
 LISTED = {"coop": listed.load_coop, "aircraft": listed.load_aircraft, "tiny": listed.load_tiny}
 KINDS = ("wds", "folder", "torchvision", "parquet", "karpathy", *LISTED)
@@ -96,7 +107,7 @@ class Found:
             images = {"images": settings["images"]} if "images" in settings else {}
             data = LISTED[kind](self.path, split, size, settings["list"], **images)
         else:
-            raise ValueError(f"{self.entry.name} holds images with captions: it goes with --task retrieval")
+            raise ValueError(f"{self.entry.name} holds images with captions, no classes: it goes with rvlm eval alone")
         template = data.template if data.template != "plain" else self.entry.prompt or "plain"
         return dataclasses.replace(data, name=f"{self.entry.name}@{kind}", template=template)
 

@@ -3,10 +3,11 @@
 from rvlm.evaluation.check import Finding, check
 from rvlm.evaluation.evaluate import Evaluation, evaluate, parse_attack
 from rvlm.evaluation.metrics import wilson
-from rvlm.evaluation.records import summary_row, write_evaluation, write_json, write_transfer
+from rvlm.evaluation.records import summary_row, write_evaluation, write_json, write_retrieval, write_transfer
+from rvlm.evaluation.retrieval import Retrieval, retrieve
 from rvlm.evaluation.transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
-    "Evaluation", "Finding", "TransferMatrix", "check", "evaluate", "parse_attack", "summary_row", "transfer_matrix",
-    "wilson", "write_evaluation", "write_json", "write_transfer",
+    "Evaluation", "Finding", "Retrieval", "TransferMatrix", "check", "evaluate", "parse_attack", "retrieve",
+    "summary_row", "transfer_matrix", "wilson", "write_evaluation", "write_json", "write_retrieval", "write_transfer",
 ]  # fmt: skip

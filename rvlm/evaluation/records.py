@@ -24,16 +24,18 @@ from torch import Tensor, nn
 
 import rvlm
 from rvlm.data import Data
+from rvlm.data.captions import Captions
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.resume import COLUMNS
+from rvlm.evaluation.retrieval import Retrieval
 from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
-from rvlm.models import ZeroShotClassifier
+from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import weights_sha
 from rvlm.units import Eps
 
-__all__ = ["environment", "summary_row", "write_evaluation", "write_json", "write_transfer"]
+__all__ = ["environment", "summary_row", "write_evaluation", "write_json", "write_retrieval", "write_transfer"]
 
 SCHEMA = "rvlm.result/1"
 SAMPLE_COLUMNS = ("index", "y", *COLUMNS)
@@ -64,7 +66,7 @@ def write_evaluation(
         The summary row: name, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
     """
     folder = Path(folder)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{evaluation.target}-{evaluation.attack}-{evaluation.eps}")
+    stem = _stem(name, evaluation.target, evaluation.attack, str(evaluation.eps))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{column: getattr(evaluation, column).numpy() for column in SAMPLE_COLUMNS})
     write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
@@ -166,6 +168,66 @@ def write_transfer(
     ]
 
 
+def write_retrieval(
+    folder: str | Path,
+    name: str,
+    found: Retrieval,
+    data: Captions,
+    clip: Clip,
+    *,
+    method: str | None = None,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, as `write_evaluation` does.
+
+    Returns:
+        A summary row, whose clean and robust are text recall@1, which its "metric" says.
+    """
+    folder = Path(folder)
+    stem = _stem(name, found.target, found.attack, str(found.eps))
+    buffer = io.BytesIO()
+    columns = ("text_clean", "text_adv", "image_clean", "image_adv", "linf", "distance")
+    ranks = {column: getattr(found, column).numpy() for column in columns}
+    np.savez_compressed(buffer, index=data.index.numpy(), owner=data.owner.numpy(), **ranks)
+    write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
+    record = {
+        "schema": "rvlm.retrieval/1",
+        "status": _status(data),
+        "name": name,
+        "protocol": None,
+        **_describe_clip(clip, found.resolution, method),
+        "data": _describe_data(data) | {"captions": len(data.texts)},
+        "threat": _threat(found.norm, found.eps, found.target),
+        "attack": {"name": found.attack, "seed": found.seed, "batch": found.batch_size, "precision": "fp32"},
+        "metrics": found.metrics,
+        "checks": found.checks,
+        "perf": {"wall_s": found.seconds, "peak_mb": _peak_megabytes(), "processes": processes},
+        "env": environment(),
+        "samples": f"samples/{stem}.npz",
+    }
+    write_json(folder / "result" / f"{stem}.json", record)
+    clean, robust = (found.metrics[which]["text_r@1"] for which in ("clean", "robust"))
+    return {
+        "name": name,
+        "metric": "text_r@1",
+        "clean": clean["v"],
+        "clean_ci": list(clean["ci95"]),
+        "robust": robust["v"],
+        "robust_ci": list(robust["ci95"]),
+        "eps": str(found.eps),
+        "norm": found.norm,
+        "attack": found.attack,
+        "target": found.target,
+        "samples": len(data),
+        "seconds": round(found.seconds, 2),
+        "record": f"result/{stem}.json",
+    }
+
+
+def _stem(*parts: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+
+
 def _status(data: Data) -> str:
     return "complete" if data.index_rule == "all" else "partial"
 
@@ -197,6 +259,19 @@ def _describe(
         model = {"source": "callable", "name": name, "sha256": weights, "method": method}
         return {"model": model, "input": {"attack_res": resolution}, "text": {"classnames_sha": names}}
     clip = classifier.clip
+    return _describe_clip(clip, resolution, method) | {
+        "text": {
+            "classnames_sha": names,
+            "templates": classifier.templates,
+            "n_templates": len(classifier.templates),
+            "templates_sha": _sha(classifier.templates),
+            "logit_scale": clip.logit_scale.item(),
+        },
+    }
+
+
+def _describe_clip(clip: Clip, resolution: list[int], method: str | None) -> dict[str, Any]:
+    """The sections model and input."""
     model_cfg = (clip.config or {}).get("model_cfg", {})
     return {
         "model": {
@@ -215,13 +290,6 @@ def _describe(
             "norm_in_graph": True,
             "attack_res": resolution,
             "resize_in_graph": resolution != [clip.size, clip.size],
-        },
-        "text": {
-            "classnames_sha": names,
-            "templates": classifier.templates,
-            "n_templates": len(classifier.templates),
-            "templates_sha": _sha(classifier.templates),
-            "logit_scale": clip.logit_scale.item(),
         },
     }
 

@@ -1,0 +1,188 @@
+"""Image-text retrieval under attack: recall at 1, 5 and 10, from images to captions and from captions to images.
+
+    text recall@k    the share of images with a caption of their own among the k nearest captions
+    image recall@k   the share of captions whose image is among the k nearest images
+
+The attack moves every image away from its own captions; then all images of the gallery are adversarial ones. Ties count
+against the model. `white-box`: made on the model that is measured. `transfer`: made on another one, `source`.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rvlm.attacks import scoring
+from rvlm.attacks.ball import ORDER
+from rvlm.attacks.retrieval import caption_sets, coattack, sga
+from rvlm.data.captions import Captions
+from rvlm.evaluation.evaluate import progress_bar
+from rvlm.evaluation.metrics import wilson
+from rvlm.models import Clip
+from rvlm.ranks import Ranks
+from rvlm.units import Eps
+
+__all__ = ["KS", "Retrieval", "parse_retrieval_attack", "retrieve"]
+
+KS = (1, 5, 10)
+TEXTS = 256  # captions that are encoded at once
+ROWS = 1024  # of the matrix of similarities that is held at once
+
+
+@dataclasses.dataclass
+class Retrieval:
+    """What `retrieve` found.
+
+    Attributes:
+        text_clean, text_adv: int64 [N], how many captions of others lie nearer to an image than its own nearest one.
+        image_clean, image_adv: int64 [T], how many other images lie nearer to a caption than its own.
+        linf, distance: |x_adv - x| [N], the largest pixel and in the threat's norm, in float64.
+        outside: how far a pixel lies outside [0, 1].
+    """
+
+    attack: str
+    eps: Eps
+    norm: str
+    target: str
+    seed: int
+    batch_size: int
+    resolution: list[int]
+    text_clean: Tensor
+    text_adv: Tensor
+    image_clean: Tensor
+    image_adv: Tensor
+    linf: Tensor
+    distance: Tensor
+    outside: float
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """{"clean"|"robust": {"text_r@1": {"v", "ci95", "n"}, ..., "image_r@10": ...}}."""
+        found = {"clean": (self.text_clean, self.image_clean), "robust": (self.text_adv, self.image_adv)}
+        return {
+            which: {
+                f"{kind}_r@{k}": _share(int((ranks < k).sum()), len(ranks))
+                for kind, ranks in zip(("text", "image"), both, strict=True)
+                for k in KS
+            }
+            for which, both in found.items()
+        }
+
+    @property
+    def checks(self) -> list[dict]:
+        slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * 3 * self.resolution[0] * self.resolution[1]}[self.norm]
+        over = (self.distance - float(self.eps)).max().item()
+        return [
+            {"id": "eps_respected", "ok": over <= slack, "detail": f"largest excess over eps {over:.2e}"},
+            {"id": "box_respected", "ok": self.outside <= 0, "detail": f"largest distance outside {self.outside:.2e}"},
+        ]
+
+    def markdown(self, name: str) -> str:
+        """A table in per cent."""
+        columns = list(self.metrics["clean"])
+        lines = [f"| {name} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+        for which, title in (("clean", "clean"), ("robust", f"{self.attack}, {self.norm} {self.eps}, {self.target}")):
+            lines.append(
+                f"| {title} | " + " | ".join(f"{100 * m['v']:.1f}" for m in self.metrics[which].values()) + " |"
+            )
+        return "\n".join(lines)
+
+
+def parse_retrieval_attack(name: str) -> tuple[str, int]:
+    """ "sga-10", "coattack-10" or "pgd-10" (SGA without scales) -> its name and its steps."""
+    match = re.fullmatch(r"(pgd|sga|coattack)-(\d+)", name)
+    if match is None:
+        raise ValueError(f"unknown attack {name!r} on retrieval: expected pgd-STEPS, sga-STEPS or coattack-STEPS")
+    return match[1], int(match[2])
+
+
+def retrieve(
+    clip: Clip,
+    data: Captions,
+    *,
+    attack: str = "sga-10",
+    eps: str | float = "2/255",
+    norm: str = "linf",
+    source: Clip | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Retrieval:
+    """Measures recall on clean and on adversarial images.
+
+    Args:
+        clip: the model.
+        data: images with captions; the gallery is all of them. In a process group every process takes its share.
+        attack: see `parse_retrieval_attack`.
+        eps, norm, batch_size, seed, device, progress: as in `evaluate`.
+        source: craft the images on this model instead (transfer).
+
+    Raises:
+        ValueError: no images, or a bad attack or eps.
+    """
+    if not len(data):
+        raise ValueError(f"{data.name} has no images to evaluate")
+    kind, steps = parse_retrieval_attack(attack)
+    eps, ranks, began, n = Eps(eps).check(norm), Ranks(), time.perf_counter(), len(data)
+    resolution = list(data.batch(slice(0, 1))[0].shape[-2:])
+    rows, made_on = data.rows, clip if source is None else source
+    texts = _encode_texts(clip, data.texts)
+    sets = caption_sets(texts if source is None else _encode_texts(source, data.texts), rows.to(texts.device), n)
+    settings = {"scales": ()} if kind == "pgd" else {}
+    parts: list[tuple[Tensor, ...]] = []
+    mine = torch.arange(n).split(batch_size)[ranks.rank :: ranks.size]
+    with progress_bar(progress and ranks.first, sum(map(len, mine)), attack) as bar:
+        for chunk in mine:
+            x, _, index = data.batch(chunk)
+            x = x.to(device)
+            x_adv = (coattack if kind == "coattack" else sga)(
+                made_on.encode_pixels, x, sets[chunk.to(sets.device)], eps=float(eps), steps=steps, norm=norm,
+                generator=torch.Generator().manual_seed(seed * 1000), sample_ids=index, **settings,
+            )  # fmt: skip
+            with scoring(clip):
+                clean, adv = clip.encode_pixels(x).float(), clip.encode_pixels(x_adv).float()
+            delta = (x_adv.double() - x.double()).flatten(1).cpu()
+            outside = torch.stack([-x_adv.amin((1, 2, 3)), x_adv.amax((1, 2, 3)) - 1]).amax(0)
+            moved = delta.abs().amax(1), delta.norm(ORDER[norm], dim=1), outside.cpu()
+            parts.append((chunk, clean.cpu(), adv.cpu(), *moved))
+            bar.update(len(chunk))
+    everything = [part for theirs in ranks.gather(parts) for part in theirs]
+    order, *columns = (torch.cat(column) for column in zip(*everything, strict=True))
+    clean, adv, linf, distance, outside = (column[order.argsort()] for column in columns)
+    texts = texts.float().cpu()
+    text_clean, image_clean = _ranks(clean, texts, rows)
+    text_adv, image_adv = _ranks(adv, texts, rows)
+    return Retrieval(
+        attack, eps, norm, "white-box" if source is None else "transfer", seed, batch_size, resolution,
+        text_clean, text_adv, image_clean, image_adv, linf, distance, max(outside.max().item(), 0.0),
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _encode_texts(clip: Clip, texts: list[str]) -> Tensor:
+    with scoring(clip):
+        return torch.cat([clip.encode_text(texts[t : t + TEXTS]) for t in range(0, len(texts), TEXTS)])
+
+
+def _ranks(images: Tensor, texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of embeddings [N, D], [T, D]: how many captions of others lie nearer than the own ones [N], and how many other
+    images nearer than the own [T]."""
+    of_images, of_texts = [], []
+    for chunk in torch.arange(len(images)).split(ROWS):
+        similar, own = images[chunk] @ texts.T, rows == chunk[:, None]
+        best = similar.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        of_images.append(((similar >= best) & ~own).sum(1))
+    for chunk in torch.arange(len(texts)).split(ROWS):
+        similar = texts[chunk] @ images.T
+        own = similar.gather(1, rows[chunk, None])
+        of_texts.append((similar >= own).sum(1) - 1)
+    return torch.cat(of_images), torch.cat(of_texts)
+
+
+def _share(hits: int, n: int) -> dict[str, Any]:
+    return {"v": hits / n, "ci95": wilson(hits, n), "n": n}

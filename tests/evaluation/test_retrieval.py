@@ -1,0 +1,191 @@
+"""Retrieval: recall against a plain count, captions as Karpathy's files hold them, and runs from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from rvlm.cli import main
+from rvlm.data.captions import Captions, holds_captions, load_captions
+from rvlm.evaluation import retrieval, retrieve
+from rvlm.ranks import Ranks
+
+N, SIDE = 12, 8
+PIXELS = torch.randint(0, 256, (N, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+class Toy(nn.Module):
+    """Embeds an image by a random matrix, and a text "image K" as that image moved a little."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3 * SIDE * SIDE, 16, generator=torch.Generator().manual_seed(seed)))
+
+    def encode_pixels(self, x):
+        return F.normalize((x.flatten(1) - 0.5) @ self.w, dim=-1)
+
+    def encode_text(self, texts):
+        pixels = torch.stack([PIXELS[int(text.split()[1])] for text in texts]).float() / 255
+        moved = pixels + 0.15 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(len(texts)))
+        return self.encode_pixels(moved)
+
+
+@pytest.fixture
+def data():
+    texts = [f"image {i} {k}" for i in range(N) for k in range(1 + i % 3)]
+    owner = torch.tensor([int(text.split()[1]) for text in texts])
+    index = torch.arange(N)
+    return Captions("toy", "test", [], torch.zeros(N), index, lambda i: PIXELS[i], n_total=N, texts=texts, owner=owner)
+
+
+@pytest.mark.parametrize("rows_at_once", [3, 1000])
+def test_ranks_are_those_of_a_plain_count(monkeypatch, rows_at_once):
+    monkeypatch.setattr(retrieval, "ROWS", rows_at_once)
+    draws = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(5, 4, generator=draws), torch.randn(11, 4, generator=draws)
+    rows = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 1, 3])
+    of_images, of_texts = retrieval._ranks(images, texts, rows)
+    for i in range(5):
+        order = (images[i] @ texts.T).argsort(descending=True)
+        assert of_images[i] == (rows[order] == i).nonzero()[0]
+    for t in range(11):
+        assert of_texts[t] == (texts[t] @ images.T).argsort(descending=True).tolist().index(int(rows[t]))
+    same = torch.ones(3, 4)
+    assert retrieval._ranks(same, same, torch.arange(3))[0].tolist() == [2, 2, 2], "ties count against the model"
+    assert retrieval._ranks(same, same, torch.arange(3))[1].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("attack", ["pgd-5", "sga-3", "coattack-5"])
+def test_recall_falls_under_attack(data, attack):
+    found = retrieve(Toy(), data, attack=attack, eps="64/255", progress=False)
+    clean, robust = found.metrics["clean"], found.metrics["robust"]
+    assert list(clean) == [f"{kind}_r@{k}" for kind in ("text", "image") for k in (1, 5, 10)]
+    assert clean["text_r@1"]["v"] > 0.9 and robust["text_r@1"]["v"] < 0.5 and robust["image_r@1"]["v"] < 0.5
+    assert clean["text_r@1"]["n"] == N and clean["image_r@1"]["n"] == len(data.texts)
+    for one in (clean, robust):
+        assert one["text_r@1"]["v"] <= one["text_r@5"]["v"] <= one["text_r@10"]["v"]
+    assert all(check["ok"] for check in found.checks), found.checks
+    assert found.linf.max() <= 64 / 255 + 1e-6 and found.linf.min() > 0
+    none = retrieve(Toy(), data, attack=attack, eps="0", progress=False).metrics
+    assert none["clean"] == none["robust"] == clean
+
+
+def test_batches_and_processes_change_nothing(data, monkeypatch):
+    whole = retrieve(Toy(), data, attack="pgd-3", eps="4/255", progress=False)
+    small = retrieve(Toy(), data, attack="pgd-3", eps="4/255", batch_size=5, progress=False)
+    assert torch.equal(whole.text_adv, small.text_adv) and torch.allclose(whole.linf, small.linf)
+    gathered = []
+
+    class Two(Ranks):
+        def __init__(self):
+            self.rank, self.size = len(gathered), 2
+
+        def gather(self, mine):
+            gathered.append(mine)
+            return gathered
+
+    monkeypatch.setattr(retrieval, "Ranks", Two)
+    with pytest.raises((IndexError, RuntimeError)):  # the first process's share alone
+        retrieve(Toy(), data, attack="pgd-3", eps="4/255", batch_size=5, progress=False)
+    both = retrieve(Toy(), data, attack="pgd-3", eps="4/255", batch_size=5, progress=False)
+    assert torch.equal(both.text_adv, whole.text_adv) and torch.equal(both.image_adv, whole.image_adv)
+
+
+def test_transfer_uses_the_other_models_gradient_and_captions(data):
+    own = retrieve(Toy(), data, attack="pgd-5", eps="64/255", progress=False)
+    other = retrieve(Toy(), data, attack="pgd-5", eps="64/255", source=Toy(1), progress=False)
+    assert other.target == "transfer" and other.metrics["clean"] == own.metrics["clean"]
+    assert other.metrics["robust"]["text_r@1"]["v"] > own.metrics["robust"]["text_r@1"]["v"]
+
+
+def test_wrong_input(data):
+    with pytest.raises(ValueError, match="expected pgd-STEPS, sga-STEPS or coattack-STEPS"):
+        retrieve(Toy(), data, attack="autoattack")
+    with pytest.raises(ValueError, match="did you mean 4/255"):
+        retrieve(Toy(), data, eps="4")
+    with pytest.raises(ValueError, match="no images to evaluate"):
+        retrieve(Toy(), data.subset(torch.zeros(0, dtype=torch.int64), "none"))
+
+
+# Karpathy's files
+
+
+def write_karpathy(root, change=lambda images: None, filepath=None, folder="flickr30k-images"):
+    images = [
+        {
+            "filename": f"{i}.jpg", "split": "test" if i < 6 else "restval", "imgid": i,
+            "sentences": [{"raw": f" a photo of {i}, number {k}. "} for k in range(2)],
+        } | ({"filepath": filepath} if filepath else {})
+        for i in range(8)
+    ]  # fmt: skip
+    change(images)
+    place = root / folder / (filepath or "")
+    place.mkdir(parents=True, exist_ok=True)
+    for i in range(8):
+        Image.fromarray(PIXELS[i].permute(1, 2, 0).numpy()).resize((10 + i, 12)).save(place / f"{i}.jpg")
+    (root / "captions.json").write_text(json.dumps({"images": images, "dataset": "toy"}))
+    return root
+
+
+def test_karpathys_files(tmp_path, monkeypatch):
+    write_karpathy(tmp_path, folder=".")
+    data = load_captions(f"captions:{tmp_path / 'captions.json'}", size=8)
+    assert len(data) == 6 and data.texts[:3] == [
+        "a photo of 0, number 0.",
+        "a photo of 0, number 1.",
+        "a photo of 1, number 0.",
+    ]
+    assert data.owner.tolist() == data.rows.tolist() == [i for i in range(6) for _ in range(2)]
+    assert data.batch(slice(0, 4))[0].shape == (4, 3, 8, 8)
+    assert len(load_captions(f"captions:{tmp_path / 'captions.json'}", "train")) == 2, "COCO's restval is training data"
+    few = data.limited(3)
+    assert few.texts == [data.texts[t] for t in range(12) if data.owner[t] in few.index] and len(few.texts) == 6
+    assert few.rows.tolist() == [0, 0, 1, 1, 2, 2] and few.fingerprint != data.fingerprint
+    root = write_karpathy(tmp_path / "root" / "coco", filepath="val2014", folder=".")
+    (root / "captions.json").rename(root / "dataset_coco.json")
+    assert holds_captions(f"coco:{root.parent}") and holds_captions("captions:x") and not holds_captions("digits")
+    with pytest.raises(ValueError, match="has 6 images for test, expected 5000"):
+        load_captions(f"coco:{root.parent}")
+    monkeypatch.setenv("RVLM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="flickr30k/dataset_flickr30k.json"):
+        load_captions("flickr30k")
+
+
+def drop(key):
+    return lambda images: images[0].pop(key)
+
+
+@pytest.mark.parametrize("change, message", [
+    (drop("sentences"), "expected images with filename, split and sentences"),
+    (drop("filename"), "expected images with filename, split and sentences"),
+    (lambda images: images.append(images[0]), "lists 1 images twice for test: 0.jpg"),
+    (lambda images: images[1].update(sentences=[]), "1 images have no caption, the first is 1.jpg"),
+    (lambda images: images[2].update(filename="9.jpg"), "1 of 6 images are not in"),
+    (lambda images: [image.update(split="val") for image in images], "has no images for 'test': it has val"),
+])  # fmt: skip
+def test_broken_files_are_named(tmp_path, change, message):
+    write_karpathy(tmp_path, change, folder=".")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_captions(f"captions:{tmp_path / 'captions.json'}")
+
+
+def test_eval_of_captions_from_the_command_line(tmp_path, capsys):
+    write_karpathy(tmp_path, folder=".")
+    out = tmp_path / "run"
+    argv = ["eval", "--model", "tiny-vit", "--data", f"captions:{tmp_path}/captions.json", "--size", "32"]
+    assert main([*argv, "--attack", "sga-2", "--eps", "2/255,8/255", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "text_r@1 | text_r@5" in text and "sga-2, linf 8/255, white-box" in text
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [row["eps"] for row in rows] == ["2/255", "8/255"] and {row["metric"] for row in rows} == {"text_r@1"}
+    record = json.loads((out / rows[1]["record"]).read_text())
+    assert record["schema"] == "rvlm.retrieval/1" and record["status"] == "complete"
+    assert record["data"]["captions"] == 12 and record["metrics"]["robust"]["image_r@10"]["n"] == 12
+    columns = np.load(out / record["samples"])
+    assert columns["text_adv"].shape == (6,) and columns["image_adv"].shape == (12,)
+    assert main([*argv, "--attack", "autoattack"]) == 2
+    assert main(["check", "tiny-vit", "--data", f"captions:{tmp_path}/captions.json"]) == 2
