@@ -212,21 +212,26 @@ class TrainArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class ProfileArgs(Arguments):
-    """Where the time goes, per phase. train: an epoch of each stage of a method; attack: an attack on a model."""
+    """Where the time goes, per phase. train: an epoch of each stage of a method; attack: an attack on a model; infer:
+    forward passes of a model and of defended ones beside it."""
 
     what: str = "train"
-    """train or attack."""
+    """train, attack or infer."""
     method: str = "tecoa"
     """For train: name of the method (rvlm ls methods)."""
     preset: str = "rvlm"
     """For train: its settings."""
     model: str = "digits-vit"
-    """The model that is trained or attacked, as --model elsewhere."""
+    """The model that is trained, attacked or asked, as --model elsewhere; for infer the plain one."""
+    defended: str | None = None
+    """For infer: models to compare with it, separated by commas, each as --model elsewhere."""
+    batch_sizes: str = "1,32"
+    """For infer: images of a forward pass, separated by commas."""
     twin: str | None = None
     """For train: FILE.py:NAME of another loop to compare with, as bench/peers/train.py:epoch: called with the method,
     the model and the data, it returns a function that trains a copy for an epoch and returns the images that it saw."""
-    rounds: int = 3
-    """With --twin: how often both are timed, in turn."""
+    rounds: int | None = None
+    """How often both are timed, in turn: with --twin 3 times, by infer 20 times, unless this says otherwise."""
     attack: str = "pgd-10"
     """For attack: one of `rvlm ls attacks`, at 8/255 (Linf)."""
     data: str = "digits"

@@ -348,7 +348,10 @@ def _analyze_transfer(args: AnalyzeArgs) -> int:
     with _together(args) as ranks:
         with ranks.first_before_others():
             data = load_data(args.data, args.split, size=args.size, limit=args.limit)
-            models = {name: _load_model(name, args, data) for name in dict.fromkeys(sources + targets)}
+            models = {
+                name: _load_model(name, _device(args.device), data, args.templates)
+                for name in dict.fromkeys(sources + targets)
+            }
         run = _Run("analyze", args) if ranks.first else None
         found = transfer_matrix(
             {name: models[name] for name in sources}, {name: models[name] for name in targets}, data,
@@ -424,12 +427,15 @@ def train(args: tuple[TrainArgs, Any]) -> int:
 def profile(args: ProfileArgs) -> int:
     from rvlm.data import load_data
 
-    if args.what not in ("train", "attack"):
-        raise ValueError(f"cannot profile {args.what!r}: expected train or attack")
+    whats = {"train": _profile_train, "attack": _profile_attack, "infer": _profile_infer}
+    if args.what not in whats:
+        raise ValueError(f"cannot profile {args.what!r}: expected {', '.join(whats)}")
     if args.twin is not None and args.what != "train":
         raise ValueError("--twin is another training loop: it goes with profile train")
+    if args.defended is not None and args.what != "infer":
+        raise ValueError("--defended are models beside --model: it goes with profile infer")
     data = load_data(args.data, "train" if args.what == "train" else "test", size=args.size, limit=args.limit)
-    return (_profile_train if args.what == "train" else _profile_attack)(args, data)
+    return whats[args.what](args, data)
 
 
 def _profile_train(args: ProfileArgs, data) -> int:
@@ -456,7 +462,7 @@ def _profile_train(args: ProfileArgs, data) -> int:
     found = {"seconds": result.seconds, "images_per_s": speed, "phases": timer.totals()}
     if twin is not None:
         epoch = twin(build_method(args.method, args.preset), clip, data)
-        found["twin"] = _against(work, epoch, args.rounds, device)
+        found["twin"] = _against(work, epoch, 3 if args.rounds is None else args.rounds, device)
     return _show_profile(args, found, result.images)
 
 
@@ -500,6 +506,32 @@ def _profile_attack(args: ProfileArgs, data) -> int:
     return _show_profile(args, found, len(data))
 
 
+def _profile_infer(args: ProfileArgs, data) -> int:
+    """Forward passes of the plain model and of defended ones, in pairs."""
+    from rvlm import infer
+    from rvlm.evaluation.records import environment
+    from rvlm.report import latency_table
+
+    try:
+        batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"batch_sizes must be whole numbers separated by commas, got {args.batch_sizes!r}") from None
+    names = [args.model, *(name.strip() for name in (args.defended or "").split(",") if name.strip())]
+    if len(set(names)) < len(names):
+        raise ValueError(f"name every model once, got {', '.join(names)}")
+    device = _device(args.device)
+    models = {name: _load_model(name, device, data) for name in names}
+    x = data.batch(slice(0, max(batch_sizes)))[0].to(device)
+    rows = infer.measure(models, x, len(data.class_names), batch_sizes, 20 if args.rounds is None else args.rounds)
+    if args.json:
+        print(
+            json.dumps({"rows": rows, "data": data.name, "pixels": list(x.shape[-2:]), "env": environment()}, indent=1)
+        )
+    else:
+        print(latency_table(rows))
+    return 0
+
+
 def _show_profile(args: ProfileArgs, found: dict[str, Any], images: int) -> int:
     from rvlm.report import phase_table
 
@@ -537,17 +569,17 @@ def _load(args: DataArgs, ranks: Ranks):
     with ranks.first_before_others():  # models of the zoo are trained on first use
         data = load_data(args.data, args.split, size=args.size, limit=args.limit)
         source = getattr(args, "source", None)
-        return data, _load_model(args.model, args, data), None if source is None else _load_model(source, args, data)
+        made_on = None if source is None else _load_model(source, _device(args.device), data, args.templates)
+        return data, _load_model(args.model, _device(args.device), data, args.templates), made_on
 
 
-def _load_model(spec: str, args: DataArgs, data) -> Callable[[Tensor], Tensor]:
+def _load_model(spec: str, device: torch.device, data, templates: str = "auto") -> Callable[[Tensor], Tensor]:
     from rvlm.models import ZeroShotClassifier, load_clip
 
-    device = _device(args.device)
     if ".py:" in spec:
         model = _from_file(spec)
         return model.to(device) if isinstance(model, torch.nn.Module) else model
-    template = data.template if args.templates == "auto" else args.templates
+    template = data.template if templates == "auto" else templates
     return ZeroShotClassifier(load_clip(spec, device), data.class_names, template).eval()
 
 

@@ -6,10 +6,12 @@
 
 On the CPU a steady clock is enough; work on a CUDA device is timed by events on its stream, whose times are read after
 one synchronisation when the totals are asked for. Outside `record()` a phase costs one attribute check.
+
+`peak_bytes` says what one call of something allocates at most, by torch's own allocators.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -20,7 +22,7 @@ try:
 except ImportError:  # not compiled: same interface, same result
     PhaseTimer = None
 
-__all__ = ["PyPhaseTimer", "phase", "record"]
+__all__ = ["PyPhaseTimer", "peak_bytes", "phase", "record"]
 
 
 class PyPhaseTimer:
@@ -102,3 +104,24 @@ def _timed(timer, name: str) -> Iterator[None]:
         yield
     finally:
         timer.stop()
+
+
+def peak_bytes(work: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """The most that is allocated at one time while `work` runs, beyond what was before. What it holds itself, its
+    weights, does not count, and on the CPU neither does what libraries take without asking torch's allocator."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from rvlm.cli import COMMANDS, main
+from rvlm.data import load_data
 from rvlm.ranks import Ranks
 
 
@@ -281,7 +282,63 @@ def test_profile(tmp_path, monkeypatch, capsys):
     assert run("profile", "attack", "--twin", "x.py:y") == 2
     assert "goes with profile train" in capsys.readouterr().err
     assert run("profile", "lunch") == 2
-    assert "expected train or attack" in capsys.readouterr().err
+    assert "expected train, attack, infer" in capsys.readouterr().err
+    assert run("profile", "train", "--defended", "x") == 2
+    assert "goes with profile infer" in capsys.readouterr().err
+
+
+def test_profile_infer(cache, tmp_path, capsys):
+    from rvlm.methods import build_method
+    from rvlm.models import load_clip
+    from rvlm.training import train
+
+    clip = load_clip(cache)
+    train(clip, load_data("digits", "train", limit=8), build_method("r_adapt", anchor="white"), out=tmp_path / "run",
+          progress=False)  # fmt: skip
+    (tmp_path / "twice.py").write_text(
+        "from rvlm.models import load_clip\n"
+        f"clip = load_clip({cache!r})\n"
+        "def twice(x):\n    return sum(clip.encode_pixels(x) @ clip.encode_pixels(x).T for _ in range(3))[:, :10]\n"
+        "def nan(x):\n    return clip.encode_pixels(x)[:, :10] * float('nan')\n"
+    )
+    slower = f"{tmp_path / 'twice.py'}:twice"
+    argv = [
+        "profile",
+        "infer",
+        "--model",
+        cache,
+        "--defended",
+        f"{tmp_path / 'run'}, {slower}",
+        "--batch_sizes",
+        "1,16",
+    ]
+    assert run(*argv, "--rounds", "5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["batch"]) for row in found["rows"]] == [
+        (name, size) for size in (1, 16) for name in (cache, str(tmp_path / "run"), slower)
+    ]  # fmt: skip
+    assert [row["passes"] for row in found["rows"]] == [10, 5, 5] * 2, "the plain model has a pass in every pair"
+    for row in found["rows"]:
+        assert row["latency_ms_q1"] <= row["latency_ms"] <= row["latency_ms_q3"]
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["latency_ms"])
+        assert (row["ratio"] is None) == (row["name"] == cache) and (row["phases_ms"] == {}) == (row["name"] == slower)
+        assert sum(row["phases_ms"].values()) <= 1.5 * row["latency_ms"] and row["peak_mb"] > 0
+    plain, adapted, slow = found["rows"][3:]
+    assert slow["ratio"] > 2 and found["env"]["torch"], "six passes for one"
+    assert plain["phases_ms"].keys() == {"pixels", "tower", "head"}
+    assert adapted["weights_mb"] > plain["weights_mb"] > 0
+    assert run(*argv, "--rounds", "2") == 0
+    assert "| model | batch | ms |" in capsys.readouterr().out
+    for flags, message in (
+        (["--defended", f"{tmp_path / 'twice.py'}:nan"], "returns logits that are not finite"),
+        (["--batch_sizes", "many"], "whole numbers separated by commas"),
+        (["--batch_sizes", "4", "--limit", "2"], "a batch of 4 needs as many images, got 2"),
+        (["--batch_sizes", "0"], "batch sizes of at least 1"),
+        (["--rounds", "1"], "2 rounds or more"),
+        (["--defended", cache], "name every model once"),
+    ):
+        assert run("profile", "infer", "--model", cache, *flags) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_module_runs():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["COLUMNS", "cell", "markdown", "phase_table", "rich_table"]
+__all__ = ["COLUMNS", "cell", "latency_table", "markdown", "phase_table", "rich_table"]
 
 COLUMNS = {
     "name": "model",
@@ -56,3 +56,18 @@ def phase_table(phases: dict[str, tuple[float, int]], seconds: float, images: in
         lines.append(f"| {name} | {spent:.3f} | {spent / seconds:.1%} | {calls} |")
     lines.append(f"| whole | {seconds:.3f} | 100.0% | {images} images, {images / seconds:.0f} images/s |")
     return "\n".join(lines)
+
+
+def latency_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `rvlm profile infer`: medians with quartiles; "x plain" is the median ratio of pairs."""
+    head = ["model", "batch", "ms", "images/s", "peak MB", "weights MB", "x plain", "ms of phases"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        phases = ", ".join(f"{name} {spent:.2f}" for name, spent in row["phases_ms"].items())
+        against = "" if row["ratio"] is None else f"{row['ratio']:.2f} ({row['ratio_q1']:.2f}-{row['ratio_q3']:.2f})"
+        lines.append([
+            row["name"].replace("|", "\\|"), str(row["batch"]),
+            f"{row['latency_ms']:.2f} ({row['latency_ms_q1']:.2f}-{row['latency_ms_q3']:.2f})",
+            f"{row['images_per_s']:.0f}", f"{row['peak_mb']:.1f}", f"{row['weights_mb']:.1f}", against, phases,
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
