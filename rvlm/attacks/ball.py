@@ -21,13 +21,22 @@ class Ball:
         eps: radius, a float or [B].
         norm: "linf", "l2" or "l1".
         bounds: pixel range.
-        strict_eps, quantize: as in `pgd`.
+        strict_eps, quantize, low_frequency: as in `pgd`.
     """
 
-    def __init__(self, x: Tensor, eps, norm: str, bounds: tuple[float, float], strict_eps=False, quantize=None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        eps,
+        norm: str,
+        bounds: tuple[float, float],
+        strict_eps: bool = False,
+        quantize: int | None = None,
+        low_frequency: float | None = None,
+    ) -> None:
         self.x, self.norm, self.bounds, self.rows = x, norm, bounds, None
         self.radius, self.eps = eps, self.like(eps)  # a float or [B] of these samples, and as [1] or [B] like x
-        self.strict_eps, self.quantize = strict_eps, quantize
+        self.strict_eps, self.quantize, self.low_frequency = strict_eps, quantize, low_frequency
         self.still = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)  # a gradient that moves nothing
 
     def at(self, rows: Tensor | None) -> "Ball":
@@ -35,7 +44,7 @@ class Ball:
         if rows is None:
             return self
         radius = self.radius[rows] if self.eps.numel() > 1 else self.radius
-        part = Ball(self.x[rows], radius, self.norm, self.bounds, self.strict_eps, self.quantize)
+        part = self._with(self.x[rows], radius)
         part.rows = rows if self.rows is None else self.rows[rows]
         return part
 
@@ -43,9 +52,12 @@ class Ball:
         """Balls with other radii around the same images."""
         if factor == 1:
             return self
-        part = Ball(self.x, factor * self.radius, self.norm, self.bounds, self.strict_eps, self.quantize)
+        part = self._with(self.x, factor * self.radius)
         part.rows = self.rows
         return part
+
+    def _with(self, x: Tensor, radius) -> "Ball":
+        return Ball(x, radius, self.norm, self.bounds, self.strict_eps, self.quantize, self.low_frequency)
 
     def like(self, value: float | Tensor) -> Tensor:
         """A float, or a tensor over these samples, as one or B elements like x."""
@@ -63,12 +75,19 @@ class Ball:
         return step(x_adv, grad, self.x, alpha, self.eps, lo, hi, active, strict_eps=self.strict_eps, **more)
 
     def as_seen(self, x_adv: Tensor) -> Tensor:
-        """The iterate as the model sees it: itself, or its grid point under quantize."""
+        """The iterate as the model sees it: itself, with its change low-passed, its grid point under quantize."""
+        if self.low_frequency is not None:
+            x_adv = self.nearest_(self.x + ops.gaussian_filter(x_adv - self.x, self.low_frequency, clamp=False))
         if self.quantize is None:
             return x_adv
         lo, hi = self.bounds
         step = _STEPS[self.norm]
         return step(x_adv.clone(), self.still, self.x, 0.0, self.eps, lo, hi, quantize=self.quantize)
+
+    def of_iterate(self, grad: Tensor) -> Tensor:
+        """The gradient with respect to the iterate, from that with respect to what the model sees; projections and
+        rounding are passed straight through. The filter is its own adjoint."""
+        return grad if self.low_frequency is None else ops.gaussian_filter(grad, self.low_frequency, clamp=False)
 
     def nearest_(self, x_adv: Tensor) -> Tensor:
         """The projection, in place."""

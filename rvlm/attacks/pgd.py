@@ -4,9 +4,12 @@
     x_{k+1} = project(x_k + alpha * direction(grad loss(x_k)))    sign(g) for Linf, g / ||g|| for L2,
                                                                   the largest 5 % of the gradient for L1 (SLIDE)
 
+With low_frequency the model sees x + G (x_k - x), G a Gaussian low-pass filter, and the gradient is G times its own.
+
 From the same start it gives the images of torchattacks.PGD and foolbox's PGD, bit for bit where the gradients agree.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +50,7 @@ def pgd(
     precision: str | None = None,
     strict_eps: bool = False,
     quantize: int | None = None,
+    low_frequency: float | None = None,
     model_mode: str = "eval",
     engine: str = "auto",
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -90,6 +94,9 @@ def pgd(
         quantize: 255 returns images that survive uint8 storage: every iterate that the model sees is on the grid, and
             gradients pass straight through the rounding. x must be on the grid. For L2 and L1 pixels round toward x,
             which costs norm: about half a level per pixel.
+        low_frequency: D0 in DFT bins of a Gaussian filter (`ops.gaussian_filter`) that every change of the images
+            passes, so that a defence that low-passes them hardly weakens it; x must be [B, C, H, W]. Where ball and
+            box cut the filtered change, at black and white pixels, it has edges again.
         model_mode: "eval", "train" or "keep" (flags as they are).
         engine: "eager", "compile" (torch.compile on the model, static shapes) or "auto" (eager).
         callback: called as callback(step, x_adv, loss) after every gradient, with live tensors that it must not change
@@ -108,6 +115,11 @@ def pgd(
     check_choices(best=(best, ("last", "loss", "adv")), early_stop=(early_stop, STOPS))
     check_count("steps", steps, 0)
     check_stop(early_stop, engine, loss)
+    if low_frequency is not None:
+        if not 0 < low_frequency < math.inf:
+            raise ValueError(f"low_frequency must be a finite number of DFT bins above 0, got {low_frequency}")
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise ValueError(f"low_frequency needs images [B, C, H, W], got {list(x.shape)}")
     if early_stop == "cycle" and norm != "linf":
         raise ValueError("early_stop='cycle' is exact for norm='linf' only; use 'compact', 'freeze' or None")
     if alpha is not None and isinstance(x, Tensor):
@@ -117,7 +129,7 @@ def pgd(
         "pgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, restarts=restarts, x_init=x_init, survivors=early_stop in ("freeze", "compact"),
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
-        model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
+        low_frequency=low_frequency, model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
 
 
@@ -161,7 +173,7 @@ class _Steps:
                 break
             used[roll.rows] += 1 if active is None else active
             with profiling.phase("step"):
-                ball.step(x_adv, grad, alpha, active)
+                ball.step(x_adv, ball.of_iterate(grad), alpha, active)
             if cycle is not None:
                 cycle.look(x_adv, k + 1)
         seen = ball.as_seen(x_adv)

@@ -154,6 +154,7 @@ def search(
     precision: str | None = None,
     strict_eps: bool = False,
     quantize: int | None = None,
+    low_frequency: float | None = None,
     model_mode: str = "eval",
     engine: str = "auto",
     eot: int = 1,
@@ -203,7 +204,8 @@ def search(
     with untouched(model, model_mode, compiled=engine == "compile"), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
         call = torch.compile(model, dynamic=False) if engine == "compile" else model
-        ball = Ball(x, whole_box(x, norm, bounds) if eps is None else eps, norm, bounds, strict_eps, quantize)
+        radius = whole_box(x, norm, bounds) if eps is None else eps
+        ball = Ball(x, radius, norm, bounds, strict_eps, quantize, low_frequency)
         draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)

@@ -8,6 +8,8 @@ fmn-N, cw-N, deepfool-N    smallest changes in N steps (cw: a round), which coun
 apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square    each with the settings of AutoAttack; -N sets steps or queries,
                 as in apgd-ce-50 and square-1000
 autoattack      AutoAttack's standard version: apgd-ce, apgd-t, fab-t, square
+fgsm@lowfreq=D0, pgd-N@lowfreq=D0, pgd-NxR@lowfreq=D0    the change low-passed by a Gaussian of D0 DFT bins, as
+                attacks on defences that low-pass images should be: pgd-20@lowfreq=5.7
 autoattack-plus, autoattack-rand    its other versions: 5 restarts and apgd-dlr and fab as well; only apgd-ce and
                 apgd-dlr with gradients averaged over 20 draws, for models that draw random numbers
 a,b,c           one after the other
@@ -44,6 +46,7 @@ PATTERNS = (
     "deepfool-STEPS",
     *(f"{name}[-STEPS]" for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
     "autoattack", "autoattack-plus", "autoattack-rand",
+    *(f"{name}@lowfreq=BINS" for name in ("fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS")),
 )  # fmt: skip
 COMMON = {
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
@@ -117,7 +120,7 @@ def parse_attack(text: str, norm: str = "linf") -> list[Stage]:
     Raises:
         ValueError: a name that is not known.
     """
-    return [stage for part in text.split(",") for stage in _stages(part.strip(), norm)]
+    return [stage for part in text.split(",") for stage in _varied(part.strip(), norm)]
 
 
 def usable(stages: list[Stage], classes: int) -> tuple[list[Stage], list[str]]:
@@ -131,6 +134,23 @@ def usable(stages: list[Stage], classes: int) -> tuple[list[Stage], list[str]]:
     if not fit:
         raise ValueError("; ".join(refused))
     return fit, refused
+
+
+def _varied(name: str, norm: str) -> list[Stage]:
+    """Stages of NAME or NAME@lowfreq=BINS."""
+    plain, at, variant = name.partition("@")
+    stages = _stages(plain, norm)
+    if not at:
+        return stages
+    match = re.fullmatch(r"lowfreq=(\d+(?:\.\d*)?|\.\d+)", variant)
+    if match is None or not float(match[1]) > 0:
+        raise ValueError(f"unknown variant @{variant} of {name!r}: expected @lowfreq=BINS, a number above 0")
+    if any(stage.attack != "pgd" for stage in stages):
+        raise ValueError(f"{name!r}: @lowfreq is for fgsm and pgd-STEPS[xRESTARTS]")
+    low = {"low_frequency": float(match[1])}
+    return [
+        dataclasses.replace(stage, name=f"{stage.name}@{variant}", settings=stage.settings | low) for stage in stages
+    ]
 
 
 def _stages(name: str, norm: str) -> list[Stage]:

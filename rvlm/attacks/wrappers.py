@@ -53,6 +53,9 @@ class BPDA(nn.Module):
 class LowFrequency(nn.Module):
     """A model whose gradients with respect to pixels are low-passed (`ops.gaussian_filter`): the same outputs.
 
+    Steps follow smooth directions, but random starts and signs keep high frequencies in the images; for a change that
+    has none of them see `pgd`'s low_frequency.
+
     Args:
         model: callable on images [B, C, H, W].
         cutoff: standard deviation of the response in DFT bins; above 0.

@@ -126,6 +126,7 @@ def test_attack_names():
         "fgsm",
         "pgd-2",
         "pgd-2x2",
+        "pgd-2@lowfreq=2",
         "mifgsm-2",
         "tifgsm-2",
         "apgd-ce-3",
@@ -268,6 +269,7 @@ def test_records(data, tmp_path):
             "random_start": True,
             "restarts": 1,
             "eot": 1,
+            "low_frequency": None,
         },
         "restart": 0,
     }
