@@ -49,12 +49,22 @@ ROWS = {
     "hpt_gpd, GA only": ("hpt_gpd", {"stages": "ga"}),
     "hpt_gpd, clean distillation": ("hpt_gpd", {"stages": "clean"}),
     "advvp": ("advvp", {}),
+    "r_adapt, filter only": ("r_adapt", {"anchor": "white", "alpha_anchor": 0.0}),
     "r_adapt, white": ("r_adapt", {"anchor": "white"}),
+    "r_adapt, white, anchor only": ("r_adapt", {"anchor": "white", "cutoff": None}),
     "r_adapt, model": ("r_adapt", {"anchor": "model"}),
+    "r_adapt, model, anchor only": ("r_adapt", {"anchor": "model", "cutoff": None}),
     "r_adapt, learned": ("r_adapt", {}),
-}
+    "r_adapt, learned, anchor only": ("r_adapt", {"cutoff": None}),
+    # Few images, seen as often as it takes for as many steps.
+    "r_adapt, learned, 130 images": ("r_adapt", {"epochs": 70}, 130),
+    "r_adapt, learned, 13 images": ("r_adapt", {"epochs": 210}, 13),
+    "fare, 130 images": ("fare", {"epochs": 140}, 130),
+    "fare, 13 images": ("fare", {"epochs": 420}, 13),
+}  # method, settings and, if not all, training images
 WORSE = 0.10  # by which AutoAttack may lie below PGD-20
 JOINT_STEPS = 20
+LOW = 40 / 224  # cutoff of the low-frequency attack in DFT bins per pixel of an image's side: R-Adapt's filter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,21 +133,26 @@ def _mirrored(data: Data) -> Data:
 def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
     """One row: accuracies on the test split, and the proxy's on the images that were made for the student."""
     student, proxy, robust = (make().to(args.device) for make in (task.student, task.proxy, task.robust))
-    row = {"name": name, "seed": seed, "train_seconds": 0.0, "train_images": 0}
+    row = {"name": name, "seed": seed, "train_seconds": 0.0, "train_images": 0, "setup_seconds": 0.0, "images": 0}
     if ROWS[name] is not None:
-        method, settings = ROWS[name]
+        method, settings, *images = ROWS[name]
+        learn = task.train.limited(*images, seed=seed) if images else task.train
         teachers = {"hpt_gpd": {"proxy": proxy}, "ard": {"teacher": robust},
                     "mmt_ard": {"robust_teacher": robust, "clean_teacher": proxy},
                     "r_adapt": {"guide": robust}}.get(method, {})  # fmt: skip
         built = build_method(method, **(task.settings.get(method, {}) | teachers | settings))
-        result = train(student, task.train, built, seed=seed, progress=args.progress)
-        row |= {"train_seconds": round(result.seconds, 1), "train_images": result.images}
+        result = train(student, learn, built, seed=seed, progress=args.progress)
+        row |= {
+            "train_seconds": round(result.seconds, 1), "train_images": result.images,
+            "setup_seconds": round(result.setup_seconds, 1), "images": len(learn) if result.images else 0,
+        }  # fmt: skip
     test, subset = task.test, task.test.limited(args.few)
     clips = (student, proxy, task.student().to(args.device))
     model, other, plain = (ZeroShotClassifier(clip, test.class_names, test.template).eval() for clip in clips)
     row |= {"samples": len(test), "few": len(subset)}
     if name == "ensemble with the proxy":
         model = Ensemble([model, other])
+    low_attack = f"pgd-{JOINT_STEPS}@lowfreq={LOW * test.batch(slice(0, 1))[0].shape[-1]:.1f}"
     place = {int(i): k for k, i in enumerate(test.index)}
     rows = [place[int(i)] for i in subset.index]
     for eps in args.radii:
@@ -146,10 +161,12 @@ def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
         strong = evaluate(model, subset, attack=args.strong, **given)
         fooled = evaluate(other, test, source=model, attack=args.attack, **given)
         moved = evaluate(model, test, source=plain, attack=args.attack, **given)
+        low = evaluate(model, test, attack=low_attack, **given)
         row |= {
             "clean": weak.clean, f"pgd {eps}": weak.robust, f"autoattack {eps}": strong.robust,
             f"pgd {eps}, same samples": (weak.broken_by[rows] == -1).double().mean().item(),
             f"proxy on its images {eps}": fooled.robust, "proxy clean": fooled.clean, f"transfer {eps}": moved.robust,
+            f"lowfreq {eps}": low.robust,
             f"joint {eps}": against_both(model, other, test, eps, seed, args.device),
             f"failed checks {eps}": [c["id"] for c in [*weak.checks, *strong.checks] if not c["ok"]],
         }  # fmt: skip
@@ -180,16 +197,24 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
     columns = {"clean": "clean"}
     for eps in args.radii:
         columns |= {f"pgd {eps}": f"{args.attack} {eps}", f"autoattack {eps}": f"{args.strong} {eps}"}
-        columns |= {f"transfer {eps}": f"transfer {eps}", f"joint {eps}": f"joint {eps}"}
+        columns |= {f"{name} {eps}": f"{name} {eps}" for name in ("transfer", "lowfreq", "joint")}
         columns |= {f"proxy on its images {eps}": f"proxy {eps}"}
-    lines = ["| method | seeds | train s | " + " | ".join(columns.values()) + " |", "| --- " * (3 + len(columns)) + "|"]
+    # Some columns came later than some runs.
+    columns = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
+    counts = {"train_seconds": "train s", "setup_seconds": "setup s", "images": "images", "train_images": "seen"}
+    counts = {key: heading for key, heading in counts.items() if any(key in row for row in rows)}
+    head = ["method", "seeds", *counts.values(), *columns.values()]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name in ROWS:
         mine = [row for row in rows if row["name"] == name]
         if not mine:
             continue
-        cells = [name, str(len(mine)), f"{statistics.mean(row['train_seconds'] for row in mine):.0f}"]
+        cells = [name, str(len(mine))]
+        for key in counts:
+            known = [row[key] for row in mine if key in row]
+            cells.append(f"{statistics.mean(known):.0f}" if known else "-")
         for key in columns:
-            values = [100 * row[key] for row in mine if key in row]  # columns came later than some runs
+            values = [100 * row[key] for row in mine if key in row]
             if not values:
                 cells.append("-")
                 continue
@@ -262,18 +287,19 @@ def main(argv: list[str] | None = None) -> int:
         print("no table: PGD is too weak to be shown beside AutoAttack:", *weak, sep="\n  ", file=sys.stderr)
         return 4
     commits = sorted({str(row["env"]["git"])[:12] + ("+" if row["env"]["dirty"] else "") for row in rows})
-    images = sorted({row["train_images"] for row in measured if row["train_images"]})
     proxy = f"{100 * measured[0]['proxy clean']:.1f}"
-    text = f"""# Methods on {args.data}
+    title = "Methods" if args.out.name == args.data else args.out.name
+    text = f"""# {title} on {args.data}
 
 Tiny ViT CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
 {measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {args.attack} on the
 undefended model, scored on the row's; "joint", PGD-{JOINT_STEPS} on student and proxy together, scored on the student;
-"proxy", a vanilla ResNet CLIP ({proxy} clean) on the images that {args.attack} made for the student.
+"proxy", a vanilla ResNet CLIP ({proxy} clean) on the images that {args.attack} made for the student. "lowfreq" is
+PGD-{JOINT_STEPS} whose change passed R-Adapt's filter. "images" are different training images, "seen" counts epochs.
 
 {table(measured, args)}
 
-Trained on {" or ".join(map(str, images))} images in all, epochs counted. Made by `{command}`
+Made by `{command}`
 at commit {", ".join(commits)} from the files in [{args.out.name}]({args.out.name}).
 """
     write_bytes(args.out.with_suffix(".md"), text.encode())

@@ -232,8 +232,9 @@ def test_the_table_of_methods(methods, monkeypatch, tmp_path, capsys):
     argv = ["--out", str(tmp_path / "digits"), "--seeds", "0,1", "--eps", "8/255", "--only", "undefended;tecoa"]
     assert methods.main(argv) == 0
     text = (tmp_path / "digits.md").read_text()
-    assert "| undefended | 1 | 1 | 90.0 | 50.0 | 45.0 | 75.0 | 70.0 | 80.0 |" in text
-    assert "| tecoa | 2 | 1 | 91.0 ±1.0 | 50.0 ±0.0 | 45.0 ±0.0 | 75.0 ±0.0 | 70.0 ±0.0 | 80.0 ±0.0 |" in text
+    assert "| method | seeds | train s | seen | clean | pgd-20 8/255 |" in text, "no column without a number"
+    assert "| undefended | 1 | 1 | 40 | 90.0 | 50.0 | 45.0 | 75.0 | 70.0 | 80.0 |" in text
+    assert "| tecoa | 2 | 1 | 40 | 91.0 ±1.0 | 50.0 ±0.0 | 45.0 ±0.0 | 75.0 ±0.0 | 70.0 ±0.0 | 80.0 ±0.0 |" in text
     assert "bench/methods.py" in text and len(list((tmp_path / "digits").glob("*.json"))) == 3
     monkeypatch.setattr(methods, "measure", None)  # runs that are there are not repeated
     assert methods.main(argv) == 0
@@ -274,3 +275,20 @@ def test_the_page_of_efficiency(monkeypatch, tmp_path):
     assert "| 0 | 70.0 | 4 (of 4) | 2 | 2.00x | 1.00x | 1.00x |" in text
     assert "| 1 | 70.0 | 4 (of 4) | not in 4 (best 40.0) | - | - | - |" in text
     assert len(json.loads((tmp_path / "eff.json").read_text())["rows"]) == 2
+
+
+@pytest.mark.slow
+def test_a_row_with_few_images(methods, tmp_path, monkeypatch):
+    from rvlm.data import load_data
+    from rvlm.models import load_clip
+
+    monkeypatch.setenv("RVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(methods.ROWS, "few", ("r_adapt", {"epochs": 3, "steps": 1}, 5))
+    data, make = load_data("digits", "train", limit=20), lambda: load_clip("tiny-vit", seed=1)
+    task = methods.Task(data, data, make, lambda: load_clip("tiny-rn"), make, settings={})
+    monkeypatch.setitem(methods.TASKS, "digits", lambda root, images: task)
+    argv = ["--out", str(tmp_path / "r_adapt"), "--seeds", "0", "--eps", "8/255", "--only", "few", "--attack", "pgd-1"]
+    assert methods.main([*argv, "--strong", "fgsm", "--few", "5", "--device", "cpu"]) in (0, 4)
+    (path,) = (tmp_path / "r_adapt").glob("*.json")
+    found = json.loads(path.read_text())["row"]
+    assert (found["images"], found["train_images"]) == (5, 15) and 0 <= found["lowfreq 8/255"] <= found["clean"]
