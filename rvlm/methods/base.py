@@ -16,6 +16,7 @@ from torch import Tensor
 from rvlm.data import Data
 from rvlm.models import Clip
 from rvlm.models.zero_shot import text_head
+from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
 __all__ = [
@@ -131,7 +132,7 @@ class MethodConfig:
 
 
 class Method:
-    """Base of all methods. The order of calls: setup, stages, then per batch attack and loss."""
+    """Base of all methods. The order of calls: setup, prepare, stages, then per batch attack and loss."""
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -152,8 +153,12 @@ class Method:
         self.others = {}
 
     def setup(self, student: Clip, data: Data) -> None:
-        """Freezes what does not learn and computes what stays fixed. Called once, before `stages`."""
+        """Freezes what does not learn and computes what stays fixed. Called once; of several processes the first one
+        calls it before the others, who find what it has cached."""
         raise NotImplementedError
+
+    def prepare(self, ranks: Ranks) -> None:
+        """What all processes do together before the first step. Called once, after `setup`."""
 
     def stages(self) -> list[Stage]:
         raise NotImplementedError

@@ -8,8 +8,8 @@
               l2_feat   |f_A(x~) - f_0(x)|^2 of embeddings before they are normalised, f_0 the model as it was
               cos_feat  1 - cos of the same;  ce  cross-entropy;  kl_zs  KL(p_0(x) || p_A(x~))
 
-x~ are made once on the model without A and filter (`adversary` offline: PGD on cross-entropy), or at every step on what
-is trained (online: PGD on L itself).
+x~ are made once on the model without A and filter (`adversary` offline: PGD on cross-entropy, see rvlm.methods.offline)
+or at every step on what is trained (online: PGD on L itself).
 
 The paper's loss, attack, images and optimiser for R-Adapt+ are not published, nor is its code: presets are this
 library's. Its published robust accuracies look like transfer from the undefended model; `rvlm train r_adapt` therefore
@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rvlm import ops
-from rvlm.attacks import pgd
 from rvlm.attacks.losses import cosine, squared_l2
 from rvlm.data import Data
 from rvlm.methods.base import Batch, Method, MethodConfig, Stage, accuracy, register, warmup_cosine
+from rvlm.methods.offline import OfflineImages
 from rvlm.methods.teachers import classifier, embedder, frozen_copy
 from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, load_clip
 from rvlm.models.adapter import AdapterConfig, attention_output
+from rvlm.ranks import Ranks
 
 __all__ = ["RAdapt"]
 
@@ -94,6 +95,7 @@ class RAdapt(Method):
         self.inputs = "both" if config.clean_weight else "adv"
         self.unit_norm = config.loss in ("ce", "kl_zs")
         self.undefended: Clip | None = None
+        self.images: OfflineImages | None = None
 
     def setup(self, student: Clip, data: Data) -> None:
         config = self.config
@@ -138,7 +140,7 @@ class RAdapt(Method):
         return anchor
 
     def _prepare(self, data: Data) -> None:
-        """What a learned anchor is compared with, and the images that are made once."""
+        """What a learned anchor is compared with, and what images are to be made once."""
         config, student, templates = self.config, self.student, self.training_templates(data)
         precision = self.teacher_precision(student)
         plain = ZeroShotClassifier(self.undefended, data.class_names, templates)
@@ -150,21 +152,16 @@ class RAdapt(Method):
             self.reference = classifier(self.undefended, student, data, templates, precision=precision)
         if self.reference is not None:
             self.reference.remember(data, student.device)
-        self.made: dict[int, Tensor] = {}
-        if config.adversary == "online":
-            return
-        from tqdm import tqdm
-
-        generator_seed = torch.initial_seed()  # the run's
-        chunks = torch.arange(len(data)).split(config.batch_size)
-        for rows in tqdm(chunks, desc="adversarial images", disable=None, unit="batch"):
-            x, y, index = (t.to(student.device) for t in data.batch(rows))
-            x_adv = pgd(
-                plain, x, y, eps=config.eps, alpha=config.alpha, steps=config.steps, random_start=config.random_start,
-                sample_ids=index, generator=torch.Generator().manual_seed(generator_seed),
-                precision="bf16" if config.precision == "bf16" else None,
+        if config.adversary == "offline":
+            self.images = OfflineImages(
+                plain, data, chunk=config.batch_size, seed=torch.initial_seed(),  # the run's
+                precision="bf16" if config.precision == "bf16" else "fp32", eps=float(config.eps), alpha=config.alpha,
+                steps=config.steps, random_start=config.random_start,
             )  # fmt: skip
-            self.made |= dict(zip(index.tolist(), x_adv.cpu(), strict=True))
+
+    def prepare(self, ranks: Ranks) -> None:
+        if self.images is not None:
+            self.images.make(ranks)
 
     def stages(self) -> list[Stage]:
         if self.config.anchor != "learned":
@@ -173,9 +170,7 @@ class RAdapt(Method):
         return [Stage(self.config.epochs, learning, warmup_cosine(self.config.warmup_steps))]
 
     def adversary(self, batch: Batch) -> Tensor | None:
-        if self.config.adversary == "online":
-            return None
-        return torch.stack([self.made[i] for i in batch.index.tolist()]).to(batch.x)
+        return None if self.images is None else self.images.at(batch.index).to(batch.x)
 
     def attack(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         said = self._said(batch)

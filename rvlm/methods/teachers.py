@@ -24,7 +24,7 @@ from rvlm.models import Clip, load_clip
 from rvlm.models.weights import weights_sha
 from rvlm.models.zero_shot import text_head
 
-__all__ = ["Teacher", "classifier", "embedder", "frozen_copy", "twin"]
+__all__ = ["Teacher", "classifier", "embedder", "frozen_copy", "look", "twin"]
 
 
 class Teacher:
@@ -54,7 +54,7 @@ class Teacher:
                 type(self.call).__name__,
                 weights_sha(self.call),
                 data.fingerprint,
-                _look(data),
+                look(data),
                 self.precision,
                 device.type,
             ]
@@ -154,7 +154,7 @@ class _Embedder(nn.Module):
         return self.clip.encode_pixels(x, self.unit_norm)
 
 
-def _look(data: Data) -> str:
+def look(data: Data) -> str:
     """Hash of some of the pixels, since a fingerprint knows labels and numbers alone."""
     rows = torch.linspace(0, len(data) - 1, min(len(data), 64)).long()
     return hashlib.sha256(data.batch(rows)[0].numpy().tobytes()).hexdigest()

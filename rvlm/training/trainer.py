@@ -136,6 +136,7 @@ def train(
         began = time.perf_counter()
         with ranks.first_before_others():  # what the first writes to caches, the others find
             method.setup(student, data)
+        method.prepare(ranks)
         setup_seconds = time.perf_counter() - began
         if student.adapter is not None and any(p.requires_grad for p in student.model.parameters()):
             raise ValueError(f"{method.name} trains weights of {student.name}, which has an adapter: start without it")

@@ -12,6 +12,7 @@ from rvlm.data import load_data
 from rvlm.methods import Batch, build_method
 from rvlm.models import ZeroShotClassifier, load_clip
 from rvlm.models.adapter import attention_output
+from rvlm.ranks import Ranks
 from rvlm.training import train
 
 QUICK = {"epochs": 1, "batch_size": 32, "warmup_steps": 1, "steps": 2}
@@ -114,6 +115,7 @@ def test_offline_images_are_made_once_on_the_model_as_it_was(data):
     plain = ZeroShotClassifier(load_clip("tiny-vit", seed=1), data.class_names, "digits")
     method = build(eps="4/255", steps=3, random_start=False)
     method.setup(student, data)
+    method.prepare(Ranks())
     x, y, index = data.batch(slice(0, 32))
     expected = pgd(plain, x, y, eps=4 / 255, steps=3, random_start=False)
     made = method.adversary(Batch(x, y, index))
@@ -123,6 +125,7 @@ def test_offline_images_are_made_once_on_the_model_as_it_was(data):
     torch.testing.assert_close(method.adversary(again), made[[5, 0]])
     online = build(adversary="online")
     online.setup(load_clip("tiny-vit"), data)
+    online.prepare(Ranks())
     assert online.adversary(again) is None
 
 

@@ -10,6 +10,7 @@ import torch
 from rvlm.data import load_data
 from rvlm.methods import build_method
 from rvlm.models import apply_adapter, load_clip
+from rvlm.models.adapter import attention_output
 from rvlm.training import train
 
 # SGD steps of known sizes on 62 samples, 31 for each process. Those in 16 bits, and with a tower whose batch norm sees
@@ -158,3 +159,47 @@ def test_a_model_of_the_zoo_is_trained_by_the_first_process_alone(tmp_path):
                           env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "cache" / "zoo").iterdir())) == 1
+
+
+R_ADAPT = """
+import sys
+from pathlib import Path
+import torch
+from rvlm.data import load_data
+from rvlm.files import cache_root
+from rvlm.methods import build_method
+from rvlm.models import load_clip
+from rvlm.ranks import joined
+from rvlm.training import train
+
+with joined() as ranks:
+    student = load_clip("tiny-vit", seed=1)
+    method = build_method("r_adapt", optimizer="sgd", lr=0.05, epochs=2, batch_size=20, warmup_steps=1, steps=2)
+    result = train(student, load_data("digits", "train", limit=62), method, progress=False)
+    anchors = ranks.gather(student.adapter.anchor.detach())
+    if ranks.first:
+        assert all(torch.equal(anchors[0], anchor) for anchor in anchors), "the processes' anchors differ"
+        torch.save((result.history, anchors[0]), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_images_of_one_and_learn_its_anchor(tmp_path):
+    (tmp_path / "script.py").write_text(R_ADAPT)
+    made, learned = [], []
+    for size in (1, 2):
+        cache, out = tmp_path / f"cache{size}", tmp_path / f"{size}.pt"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "RVLM_CACHE": str(cache)}
+        done = subprocess.run([*launcher, str(tmp_path / "script.py"), str(out)], capture_output=True, text=True,
+                              timeout=300, env=environment)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        files = (cache / "offline").rglob("*.npy")
+        made.append({str(path.relative_to(cache)): path.read_bytes() for path in files})
+        learned.append(torch.load(out, weights_only=True))
+    assert made[0] == made[1] and len(made[0]) == 4, "the same files to the last bit"
+    (history, anchor), (again, shared) = learned
+    start = attention_output(load_clip("tiny-vit", seed=1), torch.ones(1, 3, 32, 32))[0]
+    assert (anchor - shared).abs().max() <= 1e-5 + 2e-3 * (anchor - start).abs().max() < (anchor - start).abs().max()
+    for ours, theirs in zip(history, again, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3)
