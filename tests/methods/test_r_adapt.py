@@ -1,7 +1,9 @@
 """R-Adapt: where anchors come from, what learns, the losses against their formulas, which images are learned from."""
 
+import copy
 import json
 
+import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,8 +12,9 @@ from rvlm import cli
 from rvlm.attacks import pgd
 from rvlm.data import load_data
 from rvlm.methods import Batch, build_method
-from rvlm.models import ZeroShotClassifier, load_clip
-from rvlm.models.adapter import attention_output
+from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, load_clip, tiny
+from rvlm.models.adapter import AdapterConfig, attention_output
+from rvlm.ops import gaussian_filter
 from rvlm.ranks import Ranks
 from rvlm.training import train
 
@@ -151,18 +154,61 @@ def test_bad_settings(settings, message):
 
 
 def test_a_guide_of_another_architecture(data):
-    import copy
-
-    import open_clip
-
-    from rvlm.models import tiny
-    from rvlm.models.clip import Clip
-
     config = copy.deepcopy(tiny.ARCHITECTURES["tiny-vit"])
     config["vision_cfg"]["width"] = 64
     wide = Clip.wrap(open_clip.CLIP(**config), open_clip.SimpleTokenizer(context_length=16), "wide")
     with pytest.raises(ValueError, match=r"the guide wide gives an anchor \[17, 64\], and tiny-vit needs \[17, 96\]"):
         train(load_clip("tiny-vit"), data, build(anchor="model", guide=wide), progress=False)
+
+
+def enlarged(clip):
+    """The same weights for images of twice the size: the grid of position embeddings is interpolated, as usual."""
+    config = copy.deepcopy(tiny.ARCHITECTURES["tiny-vit"])
+    config["vision_cfg"]["image_size"] = 2 * clip.size
+    state = clip.model.state_dict()
+    first, grid = state["visual.positional_embedding"].split([1, 16])
+    grid = F.interpolate(grid.T.reshape(1, 96, 4, 4), (8, 8), mode="bicubic", align_corners=False)
+    state["visual.positional_embedding"] = torch.cat([first, grid.reshape(96, 64).T])
+    large = open_clip.CLIP(**config)
+    large.load_state_dict(state)
+    return Clip(large, clip.tokenizer, name="large", config=clip.config | {"model_cfg": config}).eval()
+
+
+def test_a_learned_adapter_goes_to_another_resolution(data, tmp_path):
+    small = load_clip("tiny-vit", seed=1)
+    large = enlarged(small)
+    large.save(tmp_path / "large")
+    train(small, data, build(lr=1e-2, epochs=2), out=tmp_path / "run", progress=False)
+    moved = load_clip(f"{tmp_path}/large+adapter={tmp_path}/run")
+    anchor = small.adapter.anchor
+    grid = F.interpolate(anchor[1:].T.reshape(1, 96, 4, 4), (8, 8), mode="bilinear", align_corners=False)
+    assert torch.equal(moved.adapter.anchor, torch.cat([anchor[:1], grid.reshape(96, 64).T]))
+    x = torch.rand(2, 3, 64, 64)
+    expected = gaussian_filter(x, 40 * 64 / 224)
+    torch.testing.assert_close(moved.adapter.filter(x), expected)  # the blur that a run at this size would have
+    apply_adapter(large, Adapter(AdapterConfig(base="", size=64, alpha=0.8), moved.adapter.anchor))
+    torch.testing.assert_close(moved(x), large(expected))
+
+
+def test_anchors_without_training_are_made_anew_at_another_resolution(data):
+    """A white image at the new size: near the resized anchor, whose grid it has, but with its own positions."""
+    small = load_clip("tiny-vit", seed=1)
+    large = enlarged(small)
+    for clip in (small, large):
+        train(clip, data, build(anchor="white"), progress=False)
+    assert large.adapter.anchor.shape == (65, 96) and large.adapter.config.size == 64
+    assert large.adapter.config.cutoff == pytest.approx(2 * small.adapter.config.cutoff)
+    anew = large.adapter.anchor
+    large.adapter.detach(large)
+    apply_adapter(large, Adapter(AdapterConfig(base="", size=32, alpha=1.6), small.adapter.anchor))
+    resized = large.adapter.anchor
+    assert not torch.equal(anew, resized)
+    ours, theirs = (rows[1:].reshape(8, 8, 96) - rows[1:].mean(0) for rows in (anew, resized))
+    alike, turned = ((ours * grid).sum() / ours.norm() / grid.norm() for grid in (theirs, theirs.transpose(0, 1)))
+    assert alike > 0.5 > turned, "what differs between places is in its place"
+    with pytest.raises(ValueError, match=r"the guide tiny-vit gives an anchor \[17, 96\], and large needs \[65, 96\]"):
+        large.adapter.detach(large)
+        train(large, data, build(anchor="model", guide=load_clip("tiny-vit")), progress=False)
 
 
 def test_both_targets_are_reported(tmp_path):
