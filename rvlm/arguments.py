@@ -88,8 +88,8 @@ class DataArgs(Arguments):
 @dataclasses.dataclass(kw_only=True)
 class ModelArgs(DataArgs):
     model: str = "digits-vit"
-    """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, a checkpoint or run folder, digits-vit, digits-rn,
-    digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
+    """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, hf:PATH_OR_NAME (a CLIPModel of transformers), a checkpoint or
+    run folder, digits-vit, digits-rn, digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
 
 
 @dataclasses.dataclass(kw_only=True)

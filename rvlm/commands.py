@@ -67,7 +67,14 @@ def ls(args: LsArgs) -> int:
     from rvlm.models import tiny, zoo
 
     lists = {
-        "models": [*zoo.NAMES, *tiny.ARCHITECTURES, "ARCH[:PRETRAINED] of open_clip", "hf-hub:ORG/NAME", "FOLDER"],
+        "models": [
+            *zoo.NAMES,
+            *tiny.ARCHITECTURES,
+            "ARCH[:PRETRAINED] of open_clip",
+            "hf-hub:ORG/NAME",
+            "hf:PATH_OR_NAME",
+            "FOLDER",
+        ],
         "methods": [f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()],
         "attacks": [*PATTERNS, "several, separated by commas"],
         "datasets": [

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rvlm.data import Data
 from rvlm.models import Clip
-from rvlm.models.adapter import adaptable_block, attention_output
+from rvlm.models.towers import attention_output, tower_of
 
 __all__ = ["attention_map", "insensitivity"]
 
@@ -24,19 +24,11 @@ def attention_map(clip: Clip, x: Tensor, block: int = 0, reduce: str = "cls") ->
         raise ValueError(f"reduce must be cls or received, got {reduce!r}")
     if clip.adapter is not None and clip.adapter.prompts is not None:
         raise ValueError(f"{clip.name} has prompts, whose share of the attention has no place on the image")
-    module, seen = adaptable_block(clip, block), []
-    handle = module.ln_1.register_forward_hook(lambda m, given, out: seen.append(out))
-    try:
-        with torch.no_grad():
-            clip.encode_pixels(x)
-    finally:
-        handle.remove()
-    attn, h = module.attn, seen[0]
-    with torch.no_grad():
-        q, k, _ = (h @ attn.in_proj_weight.T + attn.in_proj_bias).chunk(3, dim=-1)
-        q, k = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k))
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # [B, N, N]
-    patches = (weights[:, 0] if reduce == "cls" else weights.mean(1))[:, 1:]
+    lead = tower_of(clip).lead
+    if reduce == "cls" and not lead:
+        raise ValueError(f"{clip.name} has no class token: choose reduce='received'")
+    weights = attention_output(clip, x, block, "map").mean(1)  # [B, N, N]
+    patches = (weights[:, 0] if reduce == "cls" else weights.mean(1))[:, lead:]
     side = round(patches.shape[1] ** 0.5)
     return patches.unflatten(1, (side, side))
 

@@ -21,8 +21,9 @@ from rvlm.data import Data
 from rvlm.methods.base import MethodConfig, VisionMethod
 from rvlm.methods.teachers import twin
 from rvlm.models import Adapter, Clip, apply_adapter
-from rvlm.models.adapter import AdapterConfig, adaptable_block, text_tower
+from rvlm.models.adapter import AdapterConfig
 from rvlm.models.text import encode, tokenized, word_embeddings
+from rvlm.models.towers import text_tower, tower_of
 from rvlm.models.zero_shot import text_head
 
 __all__ = ["LAB", "PromptConfig", "PromptMethod"]
@@ -121,9 +122,9 @@ class PromptMethod(VisionMethod):
         config = self.config
         if not config.visual_tokens:
             return None
-        adaptable_block(clip, config.visual_depth - 1)  # or an error that says what is expected
-        width = clip.model.visual.positional_embedding.shape[1]
-        return torch.randn(config.visual_depth, config.visual_tokens, width) * config.init_std
+        tower = tower_of(clip)
+        tower.block(config.visual_depth - 1)  # or an error that says how many there are
+        return torch.randn(config.visual_depth, config.visual_tokens, tower.width) * config.init_std
 
     def _context(self, clip: Clip) -> Tensor | None:
         config = self.config

@@ -1,6 +1,7 @@
 """R-Adapt: robustness by a low-pass filter and an anchor, with every weight frozen (arXiv 2603.12799).
 
     f_A(x) = tower(G x)  with  x1 = x0 + o + alpha A  in the first block             (see rvlm.models.adapter)
+                         or, at site heads or map, alpha A inside the attention
 
     white     A = o(w): the attention's output for a white image w in the model itself. Nothing is trained
     model     A = o_M(w) in a robust model M of the same architecture. Nothing is trained
@@ -31,7 +32,8 @@ from rvlm.methods.base import Batch, Method, MethodConfig, Stage, accuracy, regi
 from rvlm.methods.offline import OfflineImages
 from rvlm.methods.teachers import classifier, embedder, frozen_copy
 from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, load_clip
-from rvlm.models.adapter import AdapterConfig, attention_output
+from rvlm.models.adapter import AdapterConfig
+from rvlm.models.towers import attention_output
 from rvlm.ranks import Ranks
 
 __all__ = ["RAdapt"]
@@ -52,6 +54,8 @@ class RAdaptConfig(MethodConfig):
     """Strength of the anchor; by its source 1.6 (white), 1.2 (model) or 0.8 (learned) if None."""
     mix: str = "add"
     """add, lerp or normadd."""
+    site: str = "out"
+    """What is anchored: the attention's output (out), its heads' outputs (heads) or its map (map)."""
     block: int = 0
     """The block that is anchored, from 0."""
     cutoff: float | None = 40.0
@@ -110,7 +114,7 @@ class RAdapt(Method):
         adapter = Adapter(
             AdapterConfig.of(
                 student, cutoff=cutoff, clamp=config.clamp, alpha=alpha, mix=config.mix,
-                block=config.block, source=config.anchor if not learned else f"learned from {source}",
+                site=config.site, block=config.block, source=config.anchor if not learned else f"learned from {source}",
             ),
             self._anchor(source, student),
         )  # fmt: skip
@@ -122,16 +126,17 @@ class RAdapt(Method):
         self._prepare(data)
 
     def _anchor(self, source: str, student: Clip) -> Tensor:
-        """A [N, D] of a source."""
+        """A of a source, at the site."""
         guide = student
         if source == "model":
             guide = self.config.guide
             guide = load_clip(guide, student.device) if isinstance(guide, str) else guide
         white = torch.ones(1, 3, student.size, student.size, device=student.device)
-        ours = attention_output(student, white, self.config.block)[0]
+        where = self.config.block, self.config.site
+        ours = attention_output(student, white, *where)[0]
         if source == "zero":
             return torch.zeros_like(ours)
-        anchor = attention_output(guide, white, self.config.block)[0]
+        anchor = attention_output(guide, white, *where)[0]
         if anchor.shape != ours.shape:
             raise ValueError(
                 f"the guide {guide.name} gives an anchor {list(anchor.shape)}, and {student.name} needs "

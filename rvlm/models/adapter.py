@@ -6,9 +6,11 @@
                                               of the first J blocks gets rows of its own, the last of which go on
     tokens of a text    =  <start> V_l words <end>    context [J, P, D] of the text tower (see rvlm.models.text)
 
-with mix add: o + alpha A; lerp: (1 - alpha) o + alpha A; normadd: (o + alpha A) / (1 + alpha). The first prompts pass
-the tower's ln_pre as image tokens do. Rows of an anchor for prompts are 0. Nothing of the tower is changed or copied:
-its state dict has the same keys and values with and without an adapter, which `detach` takes away without a trace.
+with mix add: o + alpha A; lerp: (1 - alpha) o + alpha A; normadd: (o + alpha A) / (1 + alpha). That is site "out"; at
+"heads" A [H, N, d] is mixed with what the attention's heads say, before their projection, and at "map" A [H, N, N] with
+its weights after the softmax (`ops.anchored_attention`). The first prompts pass the tower's ln_pre as image tokens do.
+Rows of an anchor for prompts are 0. Nothing of the tower is changed or copied: its state dict has the same keys and
+values with and without an adapter, which `detach` takes away without a trace. rvlm.models.towers says which towers.
 
 Where the next block replaces the prompts, or no block follows, what a block says at their places is not needed: they
 are keys and values of the attention alone, the same for the whole batch (`ops.prefix_attention`), and no tokens.
@@ -29,20 +31,17 @@ from torch.nn import functional as F
 
 from rvlm import ops
 from rvlm.files import write_bytes
+from rvlm.models.towers import SITES, Block, Tower, text_tower, tower_of
 from rvlm.models.weights import weights_sha
 from rvlm.ops.attention import MIXES
 
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "adaptable_block", "apply_adapter", "attention_output",
-    "prefixed", "text_tower",
-]  # fmt: skip
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "AdapterConfig", "apply_adapter"]
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 TENSORS = ("anchor", "prompts", "context")
-PARTS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2", "attention")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,6 +62,8 @@ class AdapterConfig:
     """Strength of the anchor."""
     mix: str = "add"
     """add, lerp or normadd."""
+    site: str = "out"
+    """out, heads or map."""
     block: int = 0
     """Number of the block, from 0."""
     source: str = ""
@@ -82,6 +83,10 @@ class AdapterConfig:
             raise ValueError(f"cutoff must be a finite number of DFT bins above 0, or None, got {self.cutoff}")
         if self.mix not in MIXES:
             raise ValueError(f"mix must be one of {', '.join(MIXES)}, got {self.mix!r}")
+        if self.site not in SITES or (self.site != "out" and self.mix == "normadd"):
+            raise ValueError(
+                f"site must be one of {', '.join(SITES)}, and out for normadd, got {self.site!r} and {self.mix!r}"
+            )
         if not math.isfinite(self.alpha) or (self.mix == "normadd" and self.alpha <= -1):
             raise ValueError(f"alpha must be finite, and above -1 for normadd, got {self.alpha}")
         if self.sentence and "{}" not in self.sentence:
@@ -93,7 +98,8 @@ class Adapter(nn.Module):
 
     Args:
         config: see AdapterConfig.
-        anchor: A [N, D], a row per token (class token first), kept in float32; None is no anchor.
+        anchor: A [N, D], a row per token (class token first), [H, N, d] at site heads or [H, N, N] at map, kept in
+            float32; None is no anchor.
         prompts: [J, P, D], P rows for each of the first J blocks, kept in float32; None is no prompts.
         context: [J, P, D] of the text tower, likewise; it needs a sentence in the config.
     """
@@ -109,11 +115,16 @@ class Adapter(nn.Module):
                 raise ValueError(f"{name} must be [J, P, D], none of them 0, got {list(t.shape)}")
         if (context is None) != (not config.sentence):
             raise ValueError("context and sentence go together: the one stands before the other in every text")
+        if anchor is not None and anchor.dim() != (2 if config.site == "out" else 3):
+            raise ValueError(
+                f"an anchor at site {config.site!r} cannot be {list(anchor.shape)}: see rvlm.models.adapter"
+            )
         self.anchor, self.prompts, self.context = (
             None if t is None else nn.Parameter(t.detach().float().clone(), requires_grad=False)
             for t in (anchor, prompts, context)
         )
-        about = (config.alpha, config.cutoff or 0, config.size, config.clamp, MIXES.index(config.mix), config.block)
+        choices = MIXES.index(config.mix), SITES.index(config.site)
+        about = (config.alpha, config.cutoff or 0, config.size, config.clamp, config.block, *choices)
         self.register_buffer("numbers", torch.tensor([float(number) for number in about]))  # for weights_sha
 
     def filter(self, x: Tensor) -> Tensor:
@@ -126,74 +137,90 @@ class Adapter(nn.Module):
     def attach(self, clip: "Clip", fused: bool = True) -> None:
         """Puts itself around a model, in the place of an adapter that is there.
 
-        fused: blocks run the passes of `ops.anchored_residual` and `ops.prefix_attention`; else hooks change the
-            attention's output and append tokens, which is the specification of the other.
+        fused: blocks run the passes of `ops.anchored_residual`, `ops.anchored_attention` and `ops.prefix_attention`;
+            else hooks change what attentions say and append tokens, which is the specification of the other.
 
         Raises:
             ValueError: a tower without such blocks, or with other shapes.
         """
+        tower = self._tower(clip)
         if self.prompts is not None:
-            self._check_prompts(clip)
+            self._check_prompts(tower)
         if self.context is not None:
-            tower = text_tower(clip)
-            _check_rows("context", self.context, len(tower.transformer.resblocks), tower.positional_embedding, clip)
+            text = text_tower(clip)
+            width = text.positional_embedding.shape[1]
+            _check_rows("context", self.context, len(text.transformer.resblocks), width, clip.name)
         if self.anchor is not None:
-            adaptable_block(clip, self.config.block)
-            self._fit(clip)
+            self._check_anchor(tower)
+            self._fit(tower)
         if clip.adapter is not None:
             clip.adapter.detach(clip)
-        self._hook(clip, fused)
+        if tower is not None:
+            self._hook(tower, fused)
         clip.adapter = self.to(clip.device)
-
-    def _hook(self, clip: "Clip", fused: bool) -> None:
-        blocks, tower = self._blocks(clip), clip.model.visual
-        depth = 0 if self.prompts is None else len(self.prompts)
-        for number, block in blocks.items():
-            plan = _Plan(self, number, tower.ln_pre, self.anchor is not None and number == self._anchored(clip))
-            if number < depth:
-                # As tokens where they go on to blocks that have none of their own.
-                plan.prompts = "tokens" if number == depth - 1 < len(tower.transformer.resblocks) - 1 else "prefix"
-            if fused:
-                block.forward = functools.partial(_adapted_forward, block, plan)
-                continue
-            if plan.prompts:
-                block.register_forward_pre_hook(functools.partial(_prompt_hook, plan), with_kwargs=True)
-            if plan.anchored:
-                block.ls_1.register_forward_hook(functools.partial(_mix_hook, plan))
-        if depth:
-            tower.transformer.register_forward_hook(_strip_hook)
 
     def detach(self, clip: "Clip") -> None:
         """Takes itself away; the model is as it was."""
-        blocks = self._blocks(clip)
-        for block in blocks.values():
-            vars(block).pop("forward", None)
-        modules = [m for block in blocks.values() for m in (block, block.ls_1)]
-        for module in [*modules, *([clip.model.visual.transformer] if blocks else [])]:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        tower = self._tower(clip)
+        for block in [] if tower is None else tower.blocks:
+            vars(block.module).pop("forward", None)
+            for module in (block.module, block.attn, block.out):
                 # By what they are: a copy of a model has no handles of its own.
-                for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in _HOOKS]:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                for hooks, named in (
+                    (module._forward_hooks, module._forward_hooks_with_kwargs),
+                    (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+                ):
+                    for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in _HOOKS]:
+                        del hooks[key]
+                        named.pop(key, None)
         clip.adapter = None
 
-    def _anchored(self, clip: "Clip") -> int:
-        return self.config.block % len(clip.model.visual.transformer.resblocks)
+    def _tower(self, clip: "Clip") -> Tower | None:
+        """The tower, if any of its blocks are changed."""
+        return None if self.anchor is None and self.prompts is None else tower_of(clip)
 
-    def _blocks(self, clip: "Clip") -> dict[int, nn.Module]:
-        """The blocks that are changed, by number."""
-        numbers = set(range(0 if self.prompts is None else len(self.prompts)))
-        numbers |= set() if self.anchor is None else {self._anchored(clip)}
-        return {number: adaptable_block(clip, number) for number in sorted(numbers)}
+    def _hook(self, tower: Tower, fused: bool) -> None:
+        depth, last = 0 if self.prompts is None else len(self.prompts), len(tower.blocks) - 1
+        for number, block in enumerate(tower.blocks):
+            plan = _Plan(self, block, number, tower.ln_pre, self.anchor is not None and number == self._anchored(tower))
+            if number < depth:
+                # As tokens where they go on to blocks that have none of their own.
+                plan.prompts = "tokens" if number == depth - 1 < last else "prefix"
+            if fused and (plan.prompts or plan.anchored):
+                block.module.forward = functools.partial(_adapted_forward, plan)
+            if fused:
+                continue
+            if plan.prompts:
+                block.module.register_forward_pre_hook(functools.partial(_prompt_hook, plan), with_kwargs=True)
+            if plan.anchored and self.config.site == "out":
+                block.out.register_forward_hook(functools.partial(_mix_hook, plan))
+            elif plan.anchored:
+                block.attn.register_forward_hook(functools.partial(_inside_hook, plan), with_kwargs=True)
+        if depth and not (fused and depth > last):
+            tower.blocks[last].module.register_forward_hook(functools.partial(_strip_hook, self.prompts.shape[1]))
 
-    def _check_prompts(self, clip: "Clip") -> None:
-        block, tower = adaptable_block(clip, 0), clip.model.visual
-        _check_rows("prompts", self.prompts, len(tower.transformer.resblocks), tower.positional_embedding, clip)
-        if not _one_projection(block.attn):
-            raise ValueError(f"{clip.name}: prompts need attentions with one projection to queries, keys and values")
+    def _anchored(self, tower: Tower) -> int:
+        return self.config.block % len(tower.blocks)
+
+    def _check_prompts(self, tower: Tower) -> None:
+        _check_rows("prompts", self.prompts, len(tower.blocks), tower.width, tower.name)
+        for number in range(len(self.prompts)):
+            tower.plain_block(number, "prompts")
+
+    def _check_anchor(self, tower: Tower) -> None:
+        block, site = self.config.block, self.config.site
+        if site == "out":
+            tower.block(block)
+            return
+        tower.plain_block(block, f"site {site!r}")
+        if self.prompts is not None and self._anchored(tower) < len(self.prompts):
+            raise ValueError(
+                f"an anchor at site {site!r} cannot stand in block {block}, which has prompts of its own: "
+                "their shares of it are not defined; anchor a later block, or at site 'out'"
+            )
 
     def mixed(self, o: Tensor) -> Tensor:
-        """mix(o, alpha A)."""
+        """mix(o, alpha A) of what is anchored: o [B, N, D], heads' outputs [B, H, N, d] or maps [B, H, N, N]."""
         alpha, anchor = self.config.alpha, self.padded(o.shape[-2]).to(o.dtype)
         if self.config.mix == "add":
             return o + alpha * anchor
@@ -202,25 +229,31 @@ class Adapter(nn.Module):
         return (o + alpha * anchor) / (1 + alpha)
 
     def padded(self, tokens: int) -> Tensor:
-        """A with rows of 0 for prompts."""
-        if tokens < len(self.anchor):
-            raise ValueError(f"the anchor has {len(self.anchor)} rows, but the block sees {tokens} tokens")
-        return F.pad(self.anchor, (0, 0, 0, tokens - len(self.anchor)))
+        """A with rows (of a map, columns too) of 0 for prompts."""
+        extra = tokens - self.anchor.shape[-2]
+        if extra < 0:
+            raise ValueError(f"the anchor has {self.anchor.shape[-2]} rows, but the block sees {tokens} tokens")
+        return F.pad(self.anchor, (0, extra if self.config.site == "map" else 0, 0, extra))
 
-    def _fit(self, clip: "Clip") -> None:
-        """Brings the anchor to the tower's number of tokens: the grid is resized, the class token's row stays."""
-        tokens, width = clip.model.visual.positional_embedding.shape
-        if tuple(self.anchor.shape) == (tokens, width):
+    def _fit(self, tower: Tower) -> None:
+        """Brings the anchor to the tower's number of tokens: the grid is resized, rows before it stay."""
+        have, need, lead = tuple(self.anchor.shape), tower.shape(self.config.site), tower.lead
+        if have == need:
             return
-        sides = [math.isqrt(n - 1) for n in (len(self.anchor), tokens)]
-        if self.anchor.shape[1] != width or [s * s + 1 for s in sides] != [len(self.anchor), tokens]:
+        rows, tokens = have[-2], need[-2]
+        sides = [math.isqrt(max(0, n - lead)) for n in (rows, tokens)]
+        resized = have[:-2] == need[:-2] and have[-1] == need[-1] and self.config.site != "map"
+        if not resized or [s * s + lead for s in sides] != [rows, tokens]:
             raise ValueError(
-                f"the adapter's anchor is {list(self.anchor.shape)}, made for {self.config.base}, but {clip.name} has "
-                f"{tokens} tokens of width {width}"
+                f"the adapter's anchor is {list(have)}, made for {self.config.base}, but {tower.name} has {tokens} "
+                f"tokens of width {tower.width}, where site {self.config.site!r} takes {list(need)}"
             )
-        first, grid = self.anchor[:1], self.anchor[1:].T.reshape(1, width, sides[0], sides[0])
-        grid = F.interpolate(grid, (sides[1], sides[1]), mode="bilinear", align_corners=False)
-        self.anchor = nn.Parameter(torch.cat([first, grid.reshape(width, -1).T]).detach(), requires_grad=False)
+        first, grid = self.anchor[..., :lead, :], self.anchor[..., lead:, :].mT.unflatten(-1, (sides[0], sides[0]))
+        grid = F.interpolate(
+            grid.view(-1, *grid.shape[-3:]), (sides[1], sides[1]), mode="bilinear", align_corners=False
+        )
+        grid = grid.flatten(2).mT.reshape(*first.shape[:-2], -1, have[-1])
+        self.anchor = nn.Parameter(torch.cat([first, grid], -2).detach(), requires_grad=False)
 
     def save(self, folder: str | Path) -> Path:
         """Writes adapter.safetensors and adapter.json, each atomically."""
@@ -262,70 +295,20 @@ def apply_adapter(clip: "Clip", adapter: "Adapter | str | Path") -> "Clip":
     return clip
 
 
-def attention_output(clip: "Clip", x: Tensor, block: int = 0) -> Tensor:
-    """Output of a block's attention [B, N, D], after its projection, for pixels x [B, 3, S, S]; without prompts."""
-    seen: list[Tensor] = []
-    handle = adaptable_block(clip, block).ls_1.register_forward_hook(lambda module, given, o: seen.append(o))
-    try:
-        with torch.no_grad():
-            clip.encode_pixels(x)
-    finally:
-        handle.remove()
-    return seen[0][:, : len(clip.model.visual.positional_embedding)]
-
-
-def adaptable_block(clip: "Clip", number: int) -> nn.Module:
-    """A block of the tower, from 0; ValueError where the tower has none that can be adapted."""
-    blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
-    if blocks is None or not all(hasattr(blocks[0], part) for part in PARTS):
-        raise ValueError(
-            f"{clip.name} ({type(clip.model.visual).__name__}) has no blocks that can be adapted: expected a "
-            "VisionTransformer of open_clip with ResidualAttentionBlocks, such as ViT-B-32 or ViT-L-14"
-        )
-    if not -len(blocks) <= number < len(blocks):
-        raise ValueError(f"{clip.name} has {len(blocks)} blocks, got block {number}")
-    return blocks[number]
-
-
-def text_tower(clip: "Clip") -> nn.Module:
-    """The module that has a text tower's parts; ValueError where texts cannot be given a context."""
-    tower = getattr(clip.model, "text", clip.model)
-    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-    pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
-    if (
-        blocks is None
-        or not all(hasattr(blocks[0], part) for part in PARTS)
-        or not _one_projection(blocks[0].attn)
-        or getattr(tower, "attn_mask", None) is None
-        or getattr(tower, "cls_emb", None) is not None
-        or pool != "argmax"
-    ):
-        raise ValueError(
-            f"{clip.name} has no text tower whose texts can begin with a context: expected a causal transformer of "
-            "open_clip that is read at the end-of-text token, as CLIP's own"
-        )
-    return tower
-
-
-def _one_projection(attn: nn.Module) -> bool:
-    """Whether one matrix makes queries, keys and values."""
-    parts = [getattr(attn, name, None) for name in ("in_proj_weight", "in_proj_bias")]
-    return isinstance(attn, nn.MultiheadAttention) and all(part is not None for part in parts)
-
-
-def _check_rows(name: str, rows: Tensor, blocks: int, places: Tensor, clip: "Clip") -> None:
+def _check_rows(what: str, rows: Tensor, blocks: int, width: int, name: str) -> None:
     if len(rows) > blocks:
-        raise ValueError(f"{name} for {len(rows)} blocks, but {clip.name} has {blocks}")
-    if rows.shape[2] != places.shape[1]:
-        raise ValueError(f"{name} of width {rows.shape[2]}, but {clip.name} has {places.shape[1]}")
+        raise ValueError(f"{what} for {len(rows)} blocks, but {name} has {blocks}")
+    if rows.shape[2] != width:
+        raise ValueError(f"{what} of width {rows.shape[2]}, but {name} has {width}")
 
 
 @dataclasses.dataclass
 class _Plan:
-    """What an adapter does in a block: its number, the tower's ln_pre, whether it is anchored, and what prompts are
-    there: None, "prefix" (keys and values alone) or "tokens"."""
+    """What an adapter does in a block: the block and its number, the tower's ln_pre, whether it is anchored, and what
+    prompts are there: None, "prefix" (keys and values alone) or "tokens"."""
 
     adapter: Adapter
+    block: Block
     number: int
     ln_pre: nn.Module
     anchored: bool
@@ -337,44 +320,43 @@ class _Plan:
         return self.ln_pre(rows) if self.number == 0 else rows
 
 
-def _adapted_forward(
-    block: nn.Module, plan: _Plan, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The forward of a ResidualAttentionBlock with prompts and an anchor."""
+def _adapted_forward(plan: _Plan, x: Tensor, *given, **named) -> Tensor:
+    """The forward of a block with prompts and an anchor; given and named go on to its attention."""
+    block, config = plan.block, plan.adapter.config
     if plan.prompts == "tokens":
-        q_x = torch.cat([q_x, plan.rows().to(q_x.dtype).expand(len(q_x), -1, -1)], 1)
-    h = block.ln_1(q_x)
+        x = torch.cat([x, plan.rows().to(x.dtype).expand(len(x), -1, -1)], 1)
+    h = block.ln_1(x)
     if plan.prompts == "prefix":
-        o = prefixed(block.attn, h, block.ln_1(plan.rows().to(q_x.dtype)))
+        o = block.prefixed(h, block.ln_1(plan.rows().to(x.dtype)))
+    elif plan.anchored and config.site != "out":
+        q, k, v = block.qkv(h)
+        anchor = plan.adapter.padded(x.shape[1])
+        o = block.project(ops.anchored_attention(q, k, v, anchor, config.alpha, config.site, config.mix))
     else:
-        o = block.attention(q_x=h, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
-    o = block.ls_1(o)
-    if not plan.anchored:
-        x = q_x + o
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
-    config, norm, anchor = plan.adapter.config, block.ln_2, plan.adapter.padded(q_x.shape[1])
+        o = block.attend(h, *given, **named)
+    o = block.scale(o)
+    if not plan.anchored or config.site != "out":
+        x = x + o
+        return x + block.feed(block.ln_2(x))
+    norm, anchor = block.ln_2, plan.adapter.padded(x.shape[1])
     x, normed = ops.anchored_residual(
-        q_x, o.to(q_x.dtype), anchor, config.alpha, config.mix, norm.weight, norm.bias, norm.eps
+        x, o.to(x.dtype), anchor, config.alpha, config.mix, norm.weight, norm.bias, norm.eps
     )
-    return x + block.ls_2(block.mlp(normed))
+    return x + block.feed(normed)
 
 
-def prefixed(attn: nn.MultiheadAttention, h: Tensor, prompts: Tensor, causal: bool = False) -> Tensor:
-    """Self-attention of h [B, N, D] that also sees prompts [P, D] before it, whose own outputs nobody needs here."""
-    width, heads = h.shape[-1], attn.num_heads
-
-    def by_heads(t: Tensor) -> Tensor:
-        return t.unflatten(-1, (heads, -1)).transpose(-2, -3)
-
-    q, k, v = F.linear(h, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-    prefix_k, prefix_v = F.linear(prompts, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
-    o = ops.prefix_attention(*map(by_heads, (q, k, v, prefix_k, prefix_v)), causal)
-    return attn.out_proj(o.transpose(1, 2).flatten(2))
+def _mix_hook(plan: _Plan, module: nn.Module, given: tuple, o: Tensor | tuple) -> Tensor | tuple:
+    return plan.adapter.mixed(o) if isinstance(o, Tensor) else (plan.adapter.mixed(o[0]), *o[1:])
 
 
-def _mix_hook(plan: _Plan, module: nn.Module, given: tuple, o: Tensor) -> Tensor:
-    return plan.adapter.mixed(o)
+def _inside_hook(plan: _Plan, module: nn.Module, given: tuple, named: dict, o: Tensor | tuple) -> Tensor | tuple:
+    """Computes the attention anew, with the anchor in its map or its heads."""
+    q, k, v = plan.block.qkv(given[0] if given else named["hidden_states"])
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    on_map = plan.adapter.config.site == "map"
+    z = plan.adapter.mixed(weights) @ v if on_map else plan.adapter.mixed(weights @ v)
+    anchored = plan.block.project(z)
+    return anchored if isinstance(o, Tensor) else (anchored, *o[1:])
 
 
 def _prompt_hook(plan: _Plan, module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
@@ -385,9 +367,9 @@ def _prompt_hook(plan: _Plan, module: nn.Module, given: tuple, named: dict) -> t
     return (torch.cat([x, rows], 1), *rest), named
 
 
-def _strip_hook(module: nn.Module, given: tuple, x: Tensor) -> Tensor:
+def _strip_hook(count: int, module: nn.Module, given: tuple, x: Tensor) -> Tensor:
     """Takes prompts away behind the last block, for towers that average their tokens."""
-    return x[:, : given[0].shape[1]]
+    return x[:, :-count]
 
 
-_HOOKS = (_mix_hook, _prompt_hook, _strip_hook)
+_HOOKS = (_mix_hook, _inside_hook, _prompt_hook, _strip_hook)

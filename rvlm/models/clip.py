@@ -51,6 +51,11 @@ class Clip(nn.Module):
         return cls(model, tokenizer, name=name)
 
     @property
+    def visual(self) -> nn.Module:
+        """The vision tower."""
+        return self.model.visual
+
+    @property
     def device(self) -> torch.device:
         return self.mean.device
 

@@ -19,16 +19,17 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
 
     Args:
         spec: `ARCH:PRETRAINED` with an open_clip tag or a checkpoint file ("ViT-B-32:openai"), `ARCH` (random weights),
-            `hf-hub:ORG/NAME`, a folder with open_clip_model.safetensors and open_clip_config.json or with an adapter
-            (or a run folder with such a `checkpoint`), `tiny-vit` or `tiny-rn` (random weights, 32 px), or
-            `digits-vit`, `digits-rn`, `digits-vit-tecoa` (trained on first use, then cached). Any of these may be
-            followed by `+adapter=FOLDER`.
+            `hf-hub:ORG/NAME`, `hf:PATH_OR_NAME` (a CLIPModel of transformers with its tokenizer, in a folder or on the
+            hub), a folder with open_clip_model.safetensors and open_clip_config.json or with an adapter (or a run
+            folder with such a `checkpoint`), `tiny-vit` or `tiny-rn` (random weights, 32 px), or `digits-vit`,
+            `digits-rn`, `digits-vit-tecoa` (trained on first use, then cached). Any of these may be followed by
+            `+adapter=FOLDER`.
         device: where to put it.
         seed: of random weights.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: unknown architecture or tag; QuickGELU in the checkpoint and not
-            in the architecture, or the reverse.
+        FileNotFoundError: no such folder. ImportError: hf: without transformers. ValueError: unknown architecture or
+            tag; QuickGELU in the checkpoint and not in the architecture, or the reverse.
     """
     base, plus, adapter = spec.partition("+adapter=")
     if plus:
@@ -41,6 +42,8 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
         clip = tiny.build(spec, seed)
     elif spec.startswith("hf-hub:"):
         clip = _from_hub(spec)
+    elif spec.startswith("hf:"):
+        clip = _from_transformers(spec)
     elif os.sep in spec.split(":")[0] or Path(spec).is_dir():
         clip = _from_folder(Path(spec), spec)
     else:
@@ -80,6 +83,14 @@ def _from_hub(spec: str) -> Clip:
     return Clip(model, open_clip.get_tokenizer(spec), name=spec, config=config)
 
 
+def _from_transformers(spec: str) -> Clip:
+    try:
+        from rvlm.models.hf import load
+    except ImportError as error:
+        raise ImportError(f'{spec} needs transformers: pip install "rvlm[hf]" ({error})') from error
+    return load(spec.removeprefix("hf:"))
+
+
 def _from_architecture(spec: str, seed: int) -> Clip:
     import open_clip
 
@@ -88,7 +99,7 @@ def _from_architecture(spec: str, seed: int) -> Clip:
     if model_cfg is None:
         raise ValueError(
             f"unknown model {spec!r}: expected ARCH[:PRETRAINED] of open_clip (such as ViT-B-32:openai), "
-            "hf-hub:ORG/NAME, a checkpoint folder, or one of the names in `rvlm ls models`"
+            "hf-hub:ORG/NAME, hf:PATH_OR_NAME, a checkpoint folder, or one of the names in `rvlm ls models`"
         )
     quick_gelu = _quick_gelu(arch, pretrained, model_cfg)
     with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rvlm.models.adapter import prefixed, text_tower
+from rvlm.models.towers import OpenClipBlock, text_tower
 
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
@@ -83,9 +83,9 @@ def encode(clip: "Clip", texts: Texts, context: Tensor | None = None, chunk: int
 
     def classes(ids: Tensor, end: Tensor) -> Tensor:
         x = tower.token_embedding(ids) + places[begins:length]
-        for block, before in zip(blocks, states, strict=True):
-            x = x + block.ls_1(prefixed(block.attn, block.ln_1(x), block.ln_1(before), causal=True))
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        for block, before in zip(map(OpenClipBlock, blocks), states, strict=True):
+            x = x + block.scale(block.prefixed(block.ln_1(x), block.ln_1(before), causal=True))
+            x = x + block.feed(block.ln_2(x))
         x = tower.ln_final(x[torch.arange(len(x), device=x.device), end])
         if tower.text_projection is None:
             return x

@@ -13,7 +13,8 @@ from rvlm.attacks import pgd
 from rvlm.data import load_data
 from rvlm.methods import Batch, build_method
 from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, load_clip, tiny
-from rvlm.models.adapter import AdapterConfig, attention_output
+from rvlm.models.adapter import AdapterConfig
+from rvlm.models.towers import attention_output
 from rvlm.ops import gaussian_filter
 from rvlm.ranks import Ranks
 from rvlm.training import train
@@ -64,11 +65,13 @@ def test_anchors_without_training(data):
         train(load_clip("tiny-rn"), data, build(anchor="white"), progress=False)
 
 
-@pytest.mark.parametrize("adversary", ["offline", "online"])
-def test_the_anchor_alone_learns(data, adversary):
+@pytest.mark.parametrize(
+    "adversary, site", [("offline", "out"), ("online", "out"), ("online", "heads"), ("online", "map")]
+)
+def test_the_anchor_alone_learns(data, adversary, site):
     student, before = load_clip("tiny-vit", seed=1), load_clip("tiny-vit", seed=1)
-    own = attention_output(before, WHITE)[0]
-    result = train(student, data, build(adversary=adversary, lr=1e-2, epochs=3), progress=False)
+    own = attention_output(before, WHITE, site=site)[0]
+    result = train(student, data, build(adversary=adversary, site=site, lr=1e-2, epochs=3), progress=False)
     assert all(torch.equal(t, student.model.state_dict()[key]) for key, t in before.model.state_dict().items())
     assert not torch.equal(student.adapter.anchor, own) and not student.adapter.anchor.requires_grad
     assert result.history[-1]["adv"] < result.history[0]["adv"]

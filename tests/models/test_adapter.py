@@ -8,8 +8,9 @@ import torch
 from rvlm import ops
 from rvlm.attacks import pgd
 from rvlm.models import Adapter, ZeroShotClassifier, apply_adapter, load_clip, tiny
-from rvlm.models.adapter import AdapterConfig, attention_output
+from rvlm.models.adapter import AdapterConfig
 from rvlm.models.clip import Clip
+from rvlm.models.towers import attention_output
 from rvlm.models.weights import weights_sha
 
 

@@ -10,7 +10,7 @@ import torch
 from rvlm.data import load_data
 from rvlm.methods import build_method
 from rvlm.models import apply_adapter, load_clip
-from rvlm.models.adapter import attention_output
+from rvlm.models.towers import attention_output
 from rvlm.training import train
 
 # SGD steps of known sizes on 62 samples, 31 for each process. Those in 16 bits, and with a tower whose batch norm sees
