@@ -269,6 +269,45 @@ class BenchArgs(ModelArgs):
     """Print JSON."""
 
 
+@dataclasses.dataclass(kw_only=True)
+class LvlmArgs(Arguments):
+    """Attack what an LVLM says about images, and score its answers before and after; with an adapter, those too."""
+
+    model: str = ""
+    """LLaVA-1.5, Qwen2.5-VL or Qwen3-VL of transformers: a folder or a name on the hub."""
+    data: str = ""
+    """File of JSON lines {"image": PATH, "question": TEXT, "answers": [TEXT, ...]}. Without a question a caption is
+    asked for; without answers the model's own, to the clean image, is what the attack is to change."""
+    adapter: str | None = None
+    """Also evaluate the model with an adapter: white (R-Adapt without training), or a folder."""
+    attack: str = "pgd-10"
+    """pgd-STEPS or apgd-STEPS, Linf, on the likelihood of the first answer."""
+    eps: Eps = Eps("4/255")
+    """Radius in pixel units: 4/255 or 0.016."""
+    aim: str | None = None
+    """An answer that the attack is to make the model give, instead of any other than the first."""
+    score: str = "f1"
+    """f1 (words in common with the best answer) or vqa (VQA accuracy)."""
+    max_tokens: int = 20
+    """Of an answer."""
+    size: int | None = None
+    """Height and width of the images; default the tower's own, or 448 for Qwen-VL."""
+    limit: int | None = None
+    """Only the first so many lines."""
+    batch_size: int = 8
+    """Images per forward."""
+    dtype: str = "auto"
+    """auto (as the model is stored), fp32, bf16 or fp16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    seed: int = 0
+    """Seed of the attack's random starts."""
+    save_png: bool = False
+    """Also write the adversarial images as PNGs (valid uint8 by the attack)."""
+    out: str | None = None
+    """Run folder; default runs/lvlm-DATE."""
+
+
 COMMANDS: dict[str, type] = {
     "demo": DemoArgs,
     "info": InfoArgs,
@@ -281,6 +320,7 @@ COMMANDS: dict[str, type] = {
     "train": TrainArgs,
     "profile": ProfileArgs,
     "bench": BenchArgs,
+    "lvlm": LvlmArgs,
 }
 
 

@@ -36,16 +36,11 @@ def save_pngs(folder: str | Path, evaluation: Evaluation, classifier: Callable[[
     Returns:
         {"written", "still_fool"}: equal for an evaluation with quantize=255; rounding afterwards undoes some.
     """
-    from PIL import Image
-
     rows = (evaluation.broken_by >= 0).nonzero().flatten()
     paths = []
     for row in rows.tolist():
-        pixels = (evaluation.x_adv[row] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="png")
         name = f"{int(evaluation.index[row]):06d}_label{int(evaluation.y[row])}.png"
-        paths.append(write_bytes(Path(folder) / name, buffer.getvalue()))
+        paths.append(write_png(Path(folder) / name, evaluation.x_adv[row]))
     device = next(iter(getattr(classifier, "parameters", list)()), evaluation.x_adv).device
     still = 0
     with scoring(classifier):
@@ -54,6 +49,15 @@ def save_pngs(folder: str | Path, evaluation: Evaluation, classifier: Callable[[
             pixels = torch.stack([read_png(path) for path in paths[chunk]])
             still += int((classifier(pixels.to(device)).argmax(1).cpu() != evaluation.y[rows[chunk]]).sum())
     return {"written": len(paths), "still_fool": still}
+
+
+def write_png(path: str | Path, pixels: Tensor) -> Path:
+    """Pixels [3, H, W] in [0, 1], rounded to uint8."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(buffer, format="png")
+    return write_bytes(path, buffer.getvalue())
 
 
 def read_png(path: str | Path) -> Tensor:

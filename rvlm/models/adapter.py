@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from rvlm import ops
 from rvlm.files import write_bytes
-from rvlm.models.towers import SITES, Block, Tower, text_tower, tower_of
+from rvlm.models.towers import SITES, Block, Tower, by_image, text_tower, tower_of
 from rvlm.models.weights import weights_sha
 from rvlm.ops.attention import MIXES
 
@@ -146,6 +146,8 @@ class Adapter(nn.Module):
         tower = self._tower(clip)
         if self.prompts is not None:
             self._check_prompts(tower)
+            if not clip.pools_tokens:
+                raise ValueError(f"{clip.name} reads all of its tower's tokens, where prompts would be extra ones")
         if self.context is not None:
             text = text_tower(clip)
             width = text.positional_embedding.shape[1]
@@ -242,7 +244,7 @@ class Adapter(nn.Module):
             return
         rows, tokens = have[-2], need[-2]
         sides = [math.isqrt(max(0, n - lead)) for n in (rows, tokens)]
-        resized = have[:-2] == need[:-2] and have[-1] == need[-1] and self.config.site != "map"
+        resized = tower.grid and have[:-2] == need[:-2] and have[-1] == need[-1] and self.config.site != "map"
         if not resized or [s * s + lead for s in sides] != [rows, tokens]:
             raise ValueError(
                 f"the adapter's anchor is {list(have)}, made for {self.config.base}, but {tower.name} has {tokens} "
@@ -319,6 +321,13 @@ class _Plan:
         rows = self.adapter.prompts[self.number]
         return self.ln_pre(rows) if self.number == 0 else rows
 
+    def by_image(self, x: Tensor) -> Tensor:
+        return by_image(x, self.adapter.anchor.shape[-2])
+
+    def mixed(self, o: Tensor) -> Tensor:
+        """The attention's output with the anchor, in its own shape."""
+        return self.adapter.mixed(self.by_image(o)).view(o.shape)
+
 
 def _adapted_forward(plan: _Plan, x: Tensor, *given, **named) -> Tensor:
     """The forward of a block with prompts and an anchor; given and named go on to its attention."""
@@ -335,18 +344,19 @@ def _adapted_forward(plan: _Plan, x: Tensor, *given, **named) -> Tensor:
     else:
         o = block.attend(h, *given, **named)
     o = block.scale(o)
-    if not plan.anchored or config.site != "out":
-        x = x + o
-        return x + block.feed(block.ln_2(x))
-    norm, anchor = block.ln_2, plan.adapter.padded(x.shape[1])
+    norm, outside = block.ln_2, plan.anchored and config.site == "out"
+    if not outside or not isinstance(norm, nn.LayerNorm):
+        x = x + (plan.mixed(o) if outside else o)
+        return x + block.feed(norm(x))
+    shape, x, o = x.shape, plan.by_image(x), plan.by_image(o)
     x, normed = ops.anchored_residual(
-        x, o.to(x.dtype), anchor, config.alpha, config.mix, norm.weight, norm.bias, norm.eps
+        x, o.to(x.dtype), plan.adapter.padded(x.shape[1]), config.alpha, config.mix, norm.weight, norm.bias, norm.eps
     )
-    return x + block.feed(normed)
+    return x.view(shape) + block.feed(normed.view(shape))
 
 
 def _mix_hook(plan: _Plan, module: nn.Module, given: tuple, o: Tensor | tuple) -> Tensor | tuple:
-    return plan.adapter.mixed(o) if isinstance(o, Tensor) else (plan.adapter.mixed(o[0]), *o[1:])
+    return plan.mixed(o) if isinstance(o, Tensor) else (plan.mixed(o[0]), *o[1:])
 
 
 def _inside_hook(plan: _Plan, module: nn.Module, given: tuple, named: dict, o: Tensor | tuple) -> Tensor | tuple:

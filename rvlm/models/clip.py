@@ -34,6 +34,8 @@ class Clip(nn.Module):
         adapter: what `rvlm.models.apply_adapter` put around the tower, or None.
     """
 
+    pools_tokens = True  # of its tower, so that an adapter may add some
+
     def __init__(self, model: nn.Module, tokenizer, *, name: str, config: dict | None = None) -> None:
         super().__init__()
         self.model, self.tokenizer, self.name, self.config = model, tokenizer, name, config

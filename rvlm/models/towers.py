@@ -9,10 +9,14 @@
 | open_clip's VisionTransformer                  | yes    | out, heads, map  | yes     |
 | timm's VisionTransformer in open_clip          | yes    | out, heads, map  | yes     |
 | CLIPVisionModel of transformers                | yes    | out, heads, map  | yes     |
+| the same in LLaVA                              | yes    | out, heads, map  | no      |
+| Qwen2.5-VL's and Qwen3-VL's of transformers    | yes    | out              | no      |
 | any other tower of open_clip                   | yes    | no               | no      |
 
 Heads, map and prompts need to see queries, keys and values; attentions that do more to them than project and split them
-(norms, scales of heads, rotations) give `out` alone. Blocks are told apart by their parts' names, not by versions.
+(norms, scales of heads, rotations) give `out` alone. An LVLM reads all of a tower's tokens, where prompts would be
+extra ones. Qwen's towers hold the tokens of all images in one row [B N, D], in the order of their windows. Blocks are
+told apart by their parts' names, not by versions.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ from rvlm import ops
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = ["SITES", "Block", "OpenClipBlock", "Tower", "attention_output", "text_tower", "tower_of"]
+__all__ = ["SITES", "Block", "OpenClipBlock", "Tower", "attention_output", "by_image", "text_tower", "tower_of"]
 
 SITES = ("out", "heads", "map")
 
@@ -151,6 +155,14 @@ class _TransformersBlock(Block):
         return self.attn.q_proj(h), self.attn.k_proj(h), self.attn.v_proj(h)
 
 
+class _QwenBlock(Block):
+    names = ("norm1", "attn", "attn", "norm2")
+    weights = frozenset()  # it turns queries and keys
+
+    def attend(self, h, *given, **named):
+        return self.attn(h, *given, **named)
+
+
 @dataclasses.dataclass
 class Tower:
     """A vision tower.
@@ -162,6 +174,7 @@ class Tower:
         tokens: N, of one image.
         lead: how many of them come before the grid.
         width: D.
+        grid: whether the others are in the order of their rows.
     """
 
     name: str
@@ -170,6 +183,7 @@ class Tower:
     tokens: int
     lead: int
     width: int
+    grid: bool = True
 
     def block(self, number: int) -> Block:
         """A block, from 0; negative numbers count from the end."""
@@ -201,12 +215,13 @@ def tower_of(clip: "Clip") -> Tower:
     Raises:
         ValueError: a tower whose blocks cannot be adapted.
     """
-    for family in (_open_clip, _timm, _transformers):
-        if (tower := family(clip.name, clip.visual)) is not None:
+    for family in (_open_clip, _timm, _transformers, _qwen):
+        if (tower := family(clip)) is not None:
             return tower
     raise ValueError(
         f"{clip.name} ({type(clip.visual).__name__}) has no blocks that can be adapted: expected a VisionTransformer "
-        "of open_clip or timm (such as ViT-B-32, ViT-L-14, ViT-B-16-SigLIP) or a CLIPVisionModel of transformers"
+        "of open_clip or timm (such as ViT-B-32, ViT-L-14, ViT-B-16-SigLIP), a CLIPVisionModel of transformers or the "
+        "tower of Qwen2.5-VL or Qwen3-VL"
     )
 
 
@@ -246,7 +261,8 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0, site: str = "out")
             clip.encode_pixels(x)
     finally:
         handle.remove()
-    found = (seen[0] if isinstance(seen[0], Tensor) else seen[0][0])[:, : tower.tokens]
+    found = seen[0] if isinstance(seen[0], Tensor) else seen[0][0]
+    found = by_image(found, tower.tokens)[:, : tower.tokens]
     if site == "out":
         return found
     with torch.no_grad():
@@ -255,30 +271,45 @@ def attention_output(clip: "Clip", x: Tensor, block: int = 0, site: str = "out")
         return weights if site == "map" else weights @ v
 
 
-def _open_clip(name: str, visual: nn.Module) -> Tower | None:
+def by_image(x: Tensor, tokens: int) -> Tensor:
+    """Tokens [B, N, D], of towers that hold those of all images in one row [B N, D] too."""
+    return x if x.dim() == 3 else x.unflatten(0, (-1, tokens))
+
+
+def _open_clip(clip: "Clip") -> Tower | None:
+    visual = clip.visual
     blocks = _blocks(getattr(getattr(visual, "transformer", None), "resblocks", None), OpenClipBlock)
     if blocks is None:
         return None
     tokens, width = visual.positional_embedding.shape
-    return Tower(name, blocks, visual.ln_pre, tokens, 1, width)
+    return Tower(clip.name, blocks, visual.ln_pre, tokens, 1, width)
 
 
-def _timm(name: str, visual: nn.Module) -> Tower | None:
-    trunk = getattr(visual, "trunk", None)
+def _timm(clip: "Clip") -> Tower | None:
+    trunk = getattr(clip.visual, "trunk", None)
     blocks = _blocks(getattr(trunk, "blocks", None), _TimmBlock)
     if blocks is None:
         return None
     lead = trunk.num_prefix_tokens
-    return Tower(name, blocks, trunk.norm_pre, trunk.patch_embed.num_patches + lead, lead, trunk.embed_dim)
+    return Tower(clip.name, blocks, trunk.norm_pre, trunk.patch_embed.num_patches + lead, lead, trunk.embed_dim)
 
 
-def _transformers(name: str, visual: nn.Module) -> Tower | None:
-    visual = getattr(visual, "vision_model", visual)
+def _transformers(clip: "Clip") -> Tower | None:
+    visual = getattr(clip.visual, "vision_model", clip.visual)
     blocks = _blocks(getattr(getattr(visual, "encoder", None), "layers", None), _TransformersBlock)
     if blocks is None or not hasattr(visual, "pre_layrnorm"):
         return None
     tokens, width = visual.embeddings.position_embedding.weight.shape
-    return Tower(name, blocks, visual.pre_layrnorm, tokens, 1, width)
+    return Tower(clip.name, blocks, visual.pre_layrnorm, tokens, 1, width)
+
+
+def _qwen(clip: "Clip") -> Tower | None:
+    visual = clip.visual
+    blocks = _blocks(getattr(visual, "blocks", None), _QwenBlock)
+    if blocks is None or not hasattr(visual, "merger"):
+        return None
+    tokens, width = (clip.size // visual.patch_size) ** 2, visual.config.hidden_size
+    return Tower(clip.name, blocks, nn.Identity(), tokens, 0, width, grid=False)
 
 
 def _blocks(modules: nn.ModuleList | None, kind: type[Block]) -> list[Block] | None:

@@ -1,0 +1,194 @@
+"""What an attack does to an LVLM's answers, before and after an adapter.
+
+    relative score = 100 * mean score of the answers / mean score of the undefended model's answers to clean images
+
+The attack raises the loss of the first correct answer (or lowers that of a target) through the whole model. An adapter
+is attacked white-box, through filter and anchor, and by transfer, with images that were made on the model without it.
+"""
+
+import dataclasses
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rvlm.attacks import apgd, pgd
+from rvlm.attacks.contract import scoring
+from rvlm.attacks.losses import given
+from rvlm.lvlm.model import AnswerLoss, Lvlm
+from rvlm.lvlm.questions import Questions
+from rvlm.methods.r_adapt import STRENGTH, RAdaptConfig
+from rvlm.models import Adapter
+from rvlm.models.adapter import AdapterConfig
+from rvlm.models.towers import attention_output
+
+__all__ = ["SCORES", "AnswerScores", "evaluate_answers", "token_f1", "vqa_accuracy", "white_adapter"]
+
+ATTACKS = {"pgd": pgd, "apgd": apgd}
+
+
+def token_f1(answer: str, references: list[str]) -> float:
+    """Harmonic mean of precision and recall of an answer's words, of the reference that fits best; in [0, 1]."""
+
+    def f1(reference: str) -> float:
+        ours, theirs = _words(answer), _words(reference)
+        common = sum((Counter(ours) & Counter(theirs)).values())
+        return 2 * common / (len(ours) + len(theirs)) if ours or theirs else 1.0
+
+    return max(map(f1, references))
+
+
+def vqa_accuracy(answer: str, references: list[str]) -> float:
+    """min(1, others who said the same / 3), the mean over leaving out each of the annotators (Antol et al. 2015).
+
+    With fewer than four references: whether one of them is the answer. Words are compared in lower case, without
+    punctuation and articles; contractions and number words stay as they are, which the original maps.
+    """
+    same = [_words(reference) == _words(answer) for reference in references]
+    if len(same) < 4:
+        return float(any(same))
+    return sum(min(1.0, (sum(same) - one) / 3) for one in same) / len(same)
+
+
+SCORES: dict[str, Callable[[str, list[str]], float]] = {"f1": token_f1, "vqa": vqa_accuracy}
+
+
+@dataclasses.dataclass
+class AnswerScores:
+    """One model under one attack.
+
+    Attributes:
+        name: "before", without the adapter, or "after".
+        target: "white-box" or "transfer".
+        rows: for each sample its image, question, references, answers (clean, adv), their scores (score_clean,
+            score_adv) and the attacked loss of both images (loss_clean, loss_adv).
+        x_adv: [N, 3, S, S], on the CPU.
+        undefended: mean score of the undefended model on clean images, which relative scores are a share of.
+    """
+
+    name: str
+    target: str
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    x_adv: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
+    undefended: float = 0.0
+
+    def mean(self, key: str) -> float:
+        return sum(row[key] for row in self.rows) / len(self.rows)
+
+    def relative(self, key: str) -> float | None:
+        """100 * mean / undefended; None if that is 0."""
+        return 100 * self.mean(key) / self.undefended if self.undefended else None
+
+
+def evaluate_answers(
+    lvlm: Lvlm, data: Questions, *, attack: str = "pgd-10", eps: float = 4 / 255, adapter: Adapter | None = None,
+    score: str = "f1", aim: str | None = None, max_tokens: int = 20, batch_size: int = 8, seed: int = 0,
+    quantize: int | None = None, progress: bool = True,
+) -> list[AnswerScores]:  # fmt: skip
+    """Attacks a model's answers and scores them before and after; with an adapter, those of the adapted model too.
+
+    Args:
+        lvlm: without an adapter; it is as it was afterwards.
+        attack: pgd-STEPS or apgd-STEPS, Linf.
+        eps: radius in pixel units.
+        score: name in SCORES.
+        aim: an answer that the attack makes likelier, instead of making the first correct one less likely.
+        max_tokens: of an answer.
+        seed: of the random starts, which are keyed by the data's index.
+        quantize: 255 for images that survive being saved as PNG.
+
+    Returns:
+        before; with an adapter also after (white-box) and after (transfer).
+
+    Raises:
+        ValueError: an unknown attack or score, or a model with an adapter.
+    """
+    found = re.fullmatch(r"(pgd|apgd)-([1-9]\d*)", attack)
+    if found is None or score not in SCORES:
+        known = " or ".join(SCORES)
+        raise ValueError(f"expected attack pgd-STEPS or apgd-STEPS and score {known}, got {attack!r} and {score!r}")
+    if lvlm.adapter is not None:
+        raise ValueError(f"{lvlm.name} has an adapter: pass it as adapter= to compare the model with it and without")
+    before, after, transfer = (
+        AnswerScores(*names) for names in (("before", "white-box"), ("after", "white-box"), ("after", "transfer"))
+    )
+    settings = {
+        "eps": eps, "steps": int(found[2]), "targeted": aim is not None, "loss": given, "best": "loss",
+        "quantize": quantize,
+    }  # fmt: skip
+    from tqdm import tqdm
+
+    for rows in tqdm(torch.arange(len(data)).split(batch_size), disable=None if progress else True, unit="batch"):
+        batch = _Batch(lvlm, data, rows, SCORES[score], aim, max_tokens)
+        x_adv = batch.attacked(ATTACKS[found[1]], settings, seed)
+        batch.look(before, x_adv)
+        if adapter is None:
+            continue
+        adapter.attach(lvlm)
+        try:
+            batch.look(after, batch.attacked(ATTACKS[found[1]], settings, seed))
+            batch.look(transfer, x_adv)
+        finally:
+            adapter.detach(lvlm)
+    results = [before] if adapter is None else [before, after, transfer]
+    for result in results:
+        result.undefended = before.mean("score_clean")
+    return results
+
+
+class _Batch:
+    """Some of the questions, and the answers that are attacked: where there are none, what the model says at first."""
+
+    def __init__(
+        self, lvlm: Lvlm, data: Questions, rows: Tensor, score: Callable, aim: str | None, max_tokens: int
+    ) -> None:
+        self.lvlm, self.score, self.max_tokens = lvlm, score, max_tokens
+        self.x, self.index = data.pixels(rows).to(lvlm.device), data.index[rows]
+        self.images, self.questions, answers = (
+            [column[i] for i in rows.tolist()] for column in (data.images, data.questions, data.answers)
+        )
+        own = [""] * len(rows) if all(answers) else self._answers(self.x)
+        self.references = [correct or [said] for correct, said in zip(answers, own, strict=True)]
+        self.loss = AnswerLoss(lvlm, self.questions, [r[0] if aim is None else aim for r in self.references])
+
+    def attacked(self, attack: Callable, settings: dict[str, Any], seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)  # for every batch: noise is keyed by the index too
+        return attack(self.loss, self.x, sample_ids=self.index, generator=generator, **settings)
+
+    def look(self, result: AnswerScores, x_adv: Tensor) -> None:
+        """Adds what the model, as it is now, says of the clean images and of these."""
+        columns: dict[str, list] = {
+            "index": self.index.tolist(), "image": self.images, "question": self.questions,
+            "references": self.references,
+        }  # fmt: skip
+        for name, images in (("clean", self.x), ("adv", x_adv)):
+            columns[name] = self._answers(images)
+            columns[f"score_{name}"] = [self.score(*pair) for pair in zip(columns[name], self.references, strict=True)]
+            with scoring(self.lvlm):
+                columns[f"loss_{name}"] = self.loss(images).tolist()
+        result.rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        result.x_adv = torch.cat([result.x_adv, x_adv.cpu()]) if len(result.x_adv) else x_adv.cpu()
+
+    def _answers(self, images: Tensor) -> list[str]:
+        with scoring(self.lvlm):
+            return self.lvlm.answer(images, self.questions, self.max_tokens)
+
+
+def white_adapter(lvlm: Lvlm) -> Adapter:
+    """R-Adapt without training: its filter, and the response of the first block's attention to a white image."""
+    settings = RAdaptConfig(anchor="white")
+    cutoff = settings.cutoff * lvlm.size / settings.cutoff_at
+    white = torch.ones(1, 3, lvlm.size, lvlm.size, device=lvlm.device)
+    config = AdapterConfig(
+        base=lvlm.name, size=lvlm.size, cutoff=cutoff, alpha=STRENGTH["white"], mix=settings.mix, source="white"
+    )
+    return Adapter(config, attention_output(lvlm, white)[0])
+
+
+def _words(text: str) -> list[str]:
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in plain.split() if word not in ("a", "an", "the")]

@@ -1,0 +1,379 @@
+"""Small LVLMs with random weights, of the real classes: what they see, what they say, what attacks and adapters do."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import transformers
+from PIL import Image
+
+from rvlm import cli
+from rvlm.attacks import apgd, pgd
+from rvlm.attacks.losses import given
+from rvlm.lvlm import (
+    AnswerLoss,
+    evaluate_answers,
+    load_lvlm,
+    load_questions,
+    token_f1,
+    vqa_accuracy,
+    white_adapter,
+)  # fmt: skip
+from rvlm.lvlm.pixels import Pixels, QwenPixels
+from rvlm.models import Adapter, apply_adapter
+from rvlm.models.adapter import AdapterConfig
+from rvlm.models.towers import attention_output, tower_of
+
+KINDS = ("llava", "qwen2_5_vl", "qwen3_vl")
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
+           "<|im_start|>", "<|im_end|>", "<|video_pad|>"]  # fmt: skip
+WORDS = SPECIAL + [f"w{k}" for k in range(40)]
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+        "initializer_range": 0.3}  # fmt: skip
+QWEN = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "depth": 3, "patch_size": 4,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "initializer_range": 0.3}  # fmt: skip
+TOKENS = {"image_token_id": 5, "video_token_id": 10, "vision_start_token_id": 6, "vision_end_token_id": 7}
+
+
+def tokenizer(kind):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "llava":  # which begins texts, as Llama's does
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=SPECIAL[4:],
+    )  # fmt: skip
+
+
+def model_and_processor(kind):
+    torch.manual_seed(0)
+    if kind == "llava":
+        vision = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 3,
+                  "image_size": 32, "patch_size": 8, "initializer_factor": 3.0}  # fmt: skip
+        config = transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**TEXT),
+            image_token_id=4,
+        )  # fmt: skip
+        sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        return transformers.LlavaForConditionalGeneration(config), transformers.CLIPImageProcessor(**sizes)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = TEXT | {"rope_parameters": rope, "head_dim": 16}
+    sizes = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 65536}}
+    if kind == "qwen2_5_vl":
+        vision = QWEN | {"window_size": 16, "fullatt_block_indexes": [1]}
+        config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **TOKENS)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        vision = QWEN | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+        config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **TOKENS)
+        model = transformers.Qwen3VLForConditionalGeneration(config)
+        sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return model, transformers.Qwen2VLImageProcessor(**sizes)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each kind, as a user has it."""
+    made = {}
+    for kind in KINDS:
+        made[kind] = tmp_path_factory.mktemp(kind)
+        for part in (*model_and_processor(kind), tokenizer(kind)):
+            part.save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def lvlm(request, folders):
+    return load_lvlm(str(folders[request.param]), size=32)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+QUESTIONS, ANSWERS = ["w1 w2", "w3", "w4 w5 w6 w7"], ["w8 w9", "w10", "w11 w12 w13"]
+
+
+def anchored(lvlm, seed=0, **settings):
+    anchor = torch.randn(tower_of(lvlm).shape("out"), generator=torch.Generator().manual_seed(seed)) / 2
+    return Adapter(AdapterConfig(base="", size=32, **settings), anchor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_sees_is_what_its_processor_makes(kind):
+    _, processor = model_and_processor(kind)
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = (Pixels if kind == "llava" else QwenPixels)(processor, 32)
+    ours, theirs = pixels(images / 255), processor(images=list(images), return_tensors="pt")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours), "to the bit"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [20, 45, 100])
+def test_resized_images_differ_by_a_level_at_most(kind, side):
+    _, processor = model_and_processor(kind)
+    images = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    theirs = processor(images=list(images), return_tensors="pt")
+    size = 32 if kind == "llava" else int(theirs["image_grid_thw"][0, 1]) * processor.patch_size
+    ours = (Pixels if kind == "llava" else QwenPixels)(processor, size)(images / 255)
+    level = 1 / (255 * min(processor.image_std))
+    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() <= 1.25 * level
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "pixel_values")
+
+
+def test_pixels_are_in_the_graph(lvlm, x):
+    leaf = x.double().requires_grad_()
+    (grad,) = torch.autograd.grad(lvlm.see(leaf)["pixel_values"].sum(), leaf)
+    copies = 1 if lvlm.family.tower.endswith("vision_tower") else 2  # every frame twice
+    expected = copies / lvlm.pixels.std.double() * lvlm.pixels.levels
+    torch.testing.assert_close(grad, expected.expand_as(grad), rtol=1e-5, atol=0)
+
+
+def test_questions_are_read_as_the_models_processor_reads_them(lvlm, folders):
+    """With the prompt without a template, and with a chat template like the models' own."""
+    image, kind = Image.new("RGB", (32, 32)), lvlm.model.config.model_type
+    _, images = model_and_processor(kind)
+    if kind == "llava":
+        processor = transformers.LlavaProcessor(
+            images, lvlm.tokenizer, patch_size=8, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )  # fmt: skip
+        token = "<image>"
+    else:
+        name = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[kind]
+        videos = transformers.Qwen2VLVideoProcessor if kind == "qwen2_5_vl" else transformers.Qwen3VLVideoProcessor
+        processor = getattr(transformers, name)(images, lvlm.tokenizer, videos())
+        token = "<|vision_start|><|image_pad|><|vision_end|>"
+    theirs = processor(text=lvlm.family.prompt.format("w1 w2"), images=image, return_tensors="pt")
+    ids = lvlm.asked("w1 w2")
+    assert ids == theirs["input_ids"][0].tolist() and ids.count(lvlm.model.config.image_token_id) == lvlm.image_tokens
+    if kind != "llava":
+        assert torch.equal(lvlm.read([ids])["mm_token_type_ids"], theirs["mm_token_type_ids"].int())
+    lvlm.tokenizer.chat_template = (
+        "{% for m in messages %}w7 {% for c in m['content'] %}{% if c['type'] == 'image' %}" + token + " {% else %}"
+        "{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}w8{% endif %}"
+    )
+    assert lvlm.asked("w1 w2") == lvlm.read([lvlm.asked("w1 w2")])["input_ids"][0].tolist()
+    words = lvlm.tokenizer.decode([i for i in lvlm.asked("w1 w2") if i >= len(SPECIAL)])
+    assert words.split() == ["w7", "w1", "w2", "w8"]
+    assert lvlm.asked("w1 w2").count(2) == (kind == "llava"), "texts of Llama begin with a token of their own"
+
+
+def test_in_bf16(folders, lvlm, x):
+    low = load_lvlm(lvlm.name, dtype="bf16", size=32)
+    apply_adapter(low, anchored(low, alpha=0.5, cutoff=8.0))
+    loss, reference = AnswerLoss(low, QUESTIONS, ANSWERS), AnswerLoss(lvlm, QUESTIONS, ANSWERS)
+    apply_adapter(lvlm, anchored(lvlm, alpha=0.5, cutoff=8.0))
+    assert loss(x).dtype == torch.float32 and next(low.model.parameters()).dtype == torch.bfloat16
+    torch.testing.assert_close(loss(x), reference(x), rtol=0.1, atol=0.1)
+    found = pgd(loss, x, eps=8 / 255, steps=10, loss=given, best="loss", return_info=True)
+    assert found.x_adv.dtype == torch.float32 and found.loss.mean() > loss(x).mean()
+
+
+def test_the_loss_is_the_models_own(lvlm, x):
+    """One sample at a time, without padding, through the labels of transformers."""
+    losses = AnswerLoss(lvlm, QUESTIONS, ANSWERS)(x)
+    for k in range(3):
+        asked, said = lvlm.asked(QUESTIONS[k]), lvlm.said(ANSWERS[k])
+        inputs = lvlm.read([asked + said])
+        labels = torch.tensor([[-100] * len(asked) + said])
+        expected = lvlm.model(**lvlm.see(x[k : k + 1]), **inputs, labels=labels).loss
+        torch.testing.assert_close(losses[k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_begins_with_the_likeliest_word(lvlm, x):
+    answers = lvlm.answer(x, QUESTIONS, max_tokens=1)
+    for k in range(3):
+        logits = lvlm.model(**lvlm.see(x[k : k + 1]), **lvlm.read([lvlm.asked(QUESTIONS[k])])).logits
+        assert answers[k] == lvlm.tokenizer.decode(logits[0, -1:].argmax(1), skip_special_tokens=True)
+    again = lvlm.answer(x[1:2], QUESTIONS[1:2], max_tokens=4)
+    assert again == lvlm.answer(x, QUESTIONS, max_tokens=4)[1:2], "alone as in a batch"
+
+
+def test_attacks_raise_a_loss_and_lower_a_targets(lvlm, x):
+    loss = AnswerLoss(lvlm, QUESTIONS, ANSWERS)
+    clean = loss(x)
+    found = pgd(loss, x, eps=8 / 255, steps=5, loss=given, best="loss", return_info=True)
+    assert (found.loss > clean).all() and (found.x_adv - x).abs().max() <= 8 / 255 + 1e-6
+    aimed = apgd(loss, x, eps=8 / 255, steps=10, loss=given, targeted=True, best="loss", return_info=True)
+    assert (aimed.loss < clean).all()
+    torch.testing.assert_close(loss(aimed.x_adv), aimed.loss, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_its_batch(lvlm, x):
+    settings = dict(eps=4 / 255, steps=2, loss=given)
+    together = pgd(AnswerLoss(lvlm, QUESTIONS, ANSWERS), x, generator=torch.Generator().manual_seed(0), **settings)
+    alone = pgd(
+        AnswerLoss(lvlm, QUESTIONS[1:2], ANSWERS[1:2]), x[1:2], generator=torch.Generator().manual_seed(0),
+        sample_ids=torch.tensor([1]), **settings,
+    )  # fmt: skip
+    assert (alone - together[1:2]).abs().gt(1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("mix", ["add", "lerp", "normadd"])
+def test_the_fused_block_is_the_hooked_one(lvlm, x, mix):
+    before = lvlm.encode_pixels(x)
+    results = []
+    for fused in (True, False):
+        one = anchored(lvlm, alpha=0.7, mix=mix, block=1, cutoff=8.0)
+        one.anchor.requires_grad_(True)
+        one.attach(lvlm, fused)
+        leaf = x.clone().requires_grad_()
+        out = lvlm.encode_pixels(leaf)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append((out, *torch.autograd.grad((out * weight).sum(), [leaf, one.anchor])))
+        one.detach(lvlm)
+    for fused, hooked in zip(*results, strict=True):
+        torch.testing.assert_close(fused, hooked, rtol=1e-4, atol=2e-5 * hooked.abs().max().item())
+    assert (results[0][0] - before).norm() > 1e-3 * before.norm()
+    assert torch.equal(lvlm.encode_pixels(x), before), "without a trace"
+
+
+def test_a_white_image_and_its_own_anchor(lvlm):
+    white = torch.ones(2, 3, 32, 32)
+    own, plain = attention_output(lvlm, white[:1])[0], lvlm.encode_pixels(white)
+    apply_adapter(lvlm, Adapter(AdapterConfig(base="", size=32, alpha=1.7, mix="lerp"), own))
+    torch.testing.assert_close(lvlm.encode_pixels(white), plain, rtol=1e-4, atol=1e-4)
+    one = white_adapter(load_lvlm(lvlm.name, size=32))
+    assert torch.equal(one.anchor, own)
+    assert (one.config.alpha, one.config.cutoff) == (1.6, pytest.approx(40 * 32 / 224))
+
+
+def test_adapters_of_a_clip_fit_a_llava_of_the_same_tower(folders, x, tmp_path):
+    lvlm = load_lvlm(str(folders["llava"]))
+    one = anchored(lvlm, alpha=0.5, cutoff=8.0)
+    one.save(tmp_path)
+    loaded = load_lvlm(str(folders["llava"]), adapter=str(tmp_path))
+    apply_adapter(lvlm, one)
+    assert torch.equal(lvlm.encode_pixels(x), loaded.encode_pixels(x))
+    inside = torch.randn(tower_of(lvlm).shape("map")) / 5
+    apply_adapter(lvlm, Adapter(AdapterConfig(base="", size=32, alpha=0.5, site="map"), inside))
+    assert not torch.allclose(lvlm.encode_pixels(x), loaded.encode_pixels(x), atol=1e-3)
+
+
+def test_what_adapters_cannot_do(lvlm):
+    width = tower_of(lvlm).width
+    prompts = Adapter(AdapterConfig(base="", size=32), None, torch.zeros(1, 2, width))
+    with pytest.raises(ValueError, match="tower's tokens, where prompts|prompts must see queries"):
+        apply_adapter(lvlm, prompts)
+    if not lvlm.family.tower.endswith("vision_tower"):
+        with pytest.raises(ValueError, match="site 'heads' must see queries, keys and values, and Qwen"):
+            site = AdapterConfig(base="", size=32, site="heads", alpha=1.0)
+            apply_adapter(lvlm, Adapter(site, torch.zeros(tower_of(lvlm).shape("heads"))))
+        with pytest.raises(ValueError, match=r"anchor is \[16, 32\]"):  # its tokens have no rows to resize
+            apply_adapter(lvlm, Adapter(AdapterConfig(base="", size=16, alpha=1.0), torch.zeros(16, width)))
+    assert lvlm.adapter is None
+
+
+def write_questions(folder, lines=None):
+    for k in range(3):
+        noise = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(k), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{k}.png")
+    lines = lines or [
+        {"image": "0.png", "question": "w1 w2", "answers": ["w3", "w4"]},
+        {"image": "1.png", "question": "w5"},
+        {"image": "2.png"},
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return folder / "questions.jsonl"
+
+
+def test_answers_before_and_after(lvlm, tmp_path):
+    data = load_questions(write_questions(tmp_path), 32)
+    results = evaluate_answers(
+        lvlm, data, attack="pgd-10", eps=16 / 255, adapter=anchored(lvlm, alpha=0.5, cutoff=8.0), max_tokens=4,
+        batch_size=2, progress=False,
+    )  # fmt: skip
+    assert [(r.name, r.target) for r in results] == [
+        ("before", "white-box"), ("after", "white-box"), ("after", "transfer"),
+    ]  # fmt: skip
+    before, after, transfer = results
+    assert all(len(r.rows) == 3 and [row["index"] for row in r.rows] == [0, 1, 2] for r in results)
+    assert all(row["loss_adv"] > row["loss_clean"] for row in before.rows)
+    assert [row["score_clean"] for row in before.rows[1:]] == [1.0, 1.0], "its own answer is the reference"
+    assert [row["references"] for row in after.rows] == [row["references"] for row in before.rows]
+    assert [row["clean"] for row in after.rows] == [row["clean"] for row in transfer.rows]
+    assert after.mean("loss_adv") > transfer.mean("loss_adv") > after.mean("loss_clean")
+    assert before.relative("score_clean") == pytest.approx(100) and lvlm.adapter is None
+    x = data.pixels(torch.arange(3))
+    assert all((r.x_adv - x).abs().max() <= 16 / 255 + 1e-6 for r in results) and after.x_adv.shape == x.shape
+    assert torch.equal(transfer.x_adv, before.x_adv) and not torch.equal(after.x_adv, before.x_adv)
+    (aimed,) = evaluate_answers(lvlm, data, attack="apgd-10", eps=16 / 255, aim="w9", max_tokens=2, progress=False)
+    assert all(row["loss_adv"] < row["loss_clean"] for row in aimed.rows)
+
+
+def test_scores():
+    assert token_f1("A cat on the mat.", ["cat on mat"]) == 1.0
+    assert token_f1("a cat", ["dog", "black cat"]) == pytest.approx(2 / 3)
+    assert token_f1("", ["cat"]) == 0.0 and token_f1("", [""]) == 1.0
+    assert vqa_accuracy("The Cat!", ["cat"]) == 1.0 and vqa_accuracy("cat", ["dog", "bird"]) == 0.0
+    ten = ["cat"] * 2 + ["dog"] * 8
+    assert vqa_accuracy("cat", ten) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert vqa_accuracy("dog", ten) == 1.0
+
+
+def test_bad_input(folders, tmp_path, x, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match=r'LVLMs need transformers: pip install "rvlm\[lvlm\]"'):
+            load_lvlm(str(folders["llava"]))
+    lvlm = load_lvlm(str(folders["llava"]))
+    with pytest.raises(ValueError, match="takes images of 32 pixels, got size=48"):
+        load_lvlm(str(folders["llava"]), size=48)
+    with pytest.raises(ValueError, match="size must be a multiple of 8 for this model, got 36"):
+        load_lvlm(str(folders["qwen3_vl"]), size=36)
+    with pytest.raises(ValueError, match="dtype must be one of auto, fp32, bf16, fp16"):
+        load_lvlm(str(folders["llava"]), dtype="int8")
+    with pytest.raises(FileNotFoundError, match="no LVLM with tokenizer and image processor"):
+        load_lvlm(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match="is a clip: expected one of llava, qwen2_5_vl, qwen3_vl"):
+        load_lvlm(str(tmp_path))
+    with pytest.raises(ValueError, match=r"square images that are cropped first, got \[3, 3, 32, 16\]"):
+        lvlm.see(x[..., :16])
+    with pytest.raises(ValueError, match="an answer for each question, got 1 and 0"):
+        AnswerLoss(lvlm, ["w1"], [])
+    with pytest.raises(ValueError, match="expected 1 images, one for each question, got 3"):
+        AnswerLoss(lvlm, ["w1"], ["w2"])(x)
+    with pytest.raises(ValueError, match="must hold its image's token once, got 2 times"):
+        lvlm.asked("w1 <image>")
+    data = load_questions(write_questions(tmp_path), 32)
+    with pytest.raises(ValueError, match="attack pgd-STEPS or apgd-STEPS and score f1 or vqa, got 'square-9' and 'f1'"):
+        evaluate_answers(lvlm, data, attack="square-9")
+    for lines, error, message in (
+        ([{"image": "9.png"}], FileNotFoundError, "names 1 images that are not there"),
+        ([{"question": "w1"}], ValueError, "line 1: expected"),
+        ([{"image": "0.png", "answers": "w1"}], ValueError, "line 1: expected"),
+        ([{"image": "0.png", "answer": ["w1"]}], ValueError, "line 1: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            load_questions(write_questions(tmp_path, lines), 32)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_questions(tmp_path / "none.jsonl", 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_the_command_line(kind, folders, tmp_path, capsys):
+    questions = write_questions(tmp_path)
+    flags = f"lvlm --model {folders[kind]} --size 32 --data {questions} --adapter white --attack pgd-2 --eps 8/255"
+    assert cli.main([*flags.split(), "--max-tokens", "3", "--save-png", "--out", str(tmp_path / "run")]) == 0
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [(row["name"], row["target"]) for row in rows] == [
+        ("before", "white-box"), ("after", "white-box"), ("after", "transfer"),
+    ]  # fmt: skip
+    for row in rows:
+        record = json.loads((tmp_path / "run" / row["record"]).read_text())
+        assert record["samples"] == 3 and record["clean"] == row["clean"] and record["eps"] == "8/255"
+        assert len((tmp_path / "run" / record["rows"]).read_text().splitlines()) == 3
+    assert len(list((tmp_path / "run" / "png").rglob("*.png"))) == 6  # made on the model and on the adapted one
+    assert cli.main(["lvlm", "--model", str(folders[kind]), "--data", str(questions), "--score", "bleu"]) == 2
+    assert "score" in capsys.readouterr().err
