@@ -607,8 +607,8 @@ def _show_profile(args: ProfileArgs, found: dict[str, Any], images: int) -> int:
     if "model_share" in found:
         model, step = found["model_share"], found["step_share"]
         print(
-            f"The model's passes are {model:.1%} of the time, the attack's own arithmetic {step:.1%}. Without any cost, "
-            f"that would make it {1 / (1 - step):.2f}x as fast, and all that is not the model {1 / model:.2f}x."
+            f"The model's passes are {model:.1%} of the time, the attack's own arithmetic {step:.1%}. Without any "
+            f"cost, that would make it {1 / (1 - step):.2f}x as fast, and all that is not the model {1 / model:.2f}x."
         )
     if twin := found.get("twin"):
         print(
