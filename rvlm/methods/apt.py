@@ -21,14 +21,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rvlm import ops
-from rvlm.attacks import pgd, scoring
+from rvlm.attacks import scoring
 from rvlm.data import Data
 from rvlm.methods.base import Batch, register
+from rvlm.methods.offline import OfflineImages
 from rvlm.methods.prompts import LAB, PromptConfig, PromptMethod
 from rvlm.models import Clip, ZeroShotClassifier
+from rvlm.ranks import Ranks
 
 __all__ = ["APT", "AdvPT"]
 
@@ -108,18 +109,20 @@ class AdvPT(PromptMethod):
         super().setup(student, data)
         config, templates = self.config, self.training_templates(data)
         model = ZeroShotClassifier(self.undefended, data.class_names, templates).eval()
-        generator, seed, embeddings = torch.Generator(), torch.initial_seed(), []  # the run's seed
-        for rows in tqdm(torch.arange(len(data)).split(256), desc="adversarial images", disable=None, unit="batch"):
-            x, y, index = (t.to(student.device) for t in data.batch(rows))
-            x_adv = pgd(
-                model, x, y, eps=config.eps, alpha=config.alpha, steps=config.steps, random_start=config.random_start,
-                sample_ids=index, generator=generator.manual_seed(seed),
-            )  # fmt: skip
-            with scoring(model):
-                embeddings.append(model.embed(x_adv))
-        self.embeddings = torch.cat(embeddings)
-        self.place = torch.full((int(data.index.max()) + 1,), -1, device=student.device)
-        self.place[data.index.to(student.device)] = torch.arange(len(data), device=student.device)
+        self.images = OfflineImages(
+            model, data, chunk=config.batch_size, seed=torch.initial_seed(),  # the run's
+            precision="bf16" if config.precision == "bf16" else "fp32", eps=float(config.eps), alpha=config.alpha,
+            steps=config.steps, random_start=config.random_start,
+        )  # fmt: skip
+
+    def prepare(self, ranks: Ranks) -> None:
+        self.images.make(ranks)
+        device, index = self.student.device, self.images.data.index
+        with scoring(self.undefended):
+            parts = [self.undefended(self.images.at(part).to(device)) for part in index.split(self.config.batch_size)]
+        self.embeddings = torch.cat(parts)
+        self.place = torch.full((int(index.max()) + 1,), -1, device=device)
+        self.place[index.to(device)] = torch.arange(len(index), device=device)
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         embeddings = self.embeddings[self.place[batch.index]]

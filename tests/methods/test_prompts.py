@@ -146,6 +146,7 @@ def test_advpt_looks_at_images_that_were_made_before(data, monkeypatch):
         clean, kept = (F.cross_entropy(e @ plain.head(), data.y) for e in (plain.embed(data.batch(slice(None))[0]),
                                                                            method.embeddings))  # fmt: skip
     assert kept > clean + 0.01
+    torch.testing.assert_close(method.embeddings[:2], plain.embed(method.images.at(data.index[:2])))
     expected = F.cross_entropy(logits(method, method.embeddings[[5, 2]]), batch.y)
     torch.testing.assert_close(method.loss(None, None, batch)["total"], expected, rtol=1e-4, atol=1e-5)
 
