@@ -61,9 +61,39 @@ ROWS = {
     "r_adapt, learned, 13 images": ("r_adapt", {"epochs": 210}, 13),
     "fare, 130 images": ("fare", {"epochs": 140}, 130),
     "fare, 13 images": ("fare", {"epochs": 420}, 13),
+    "ivlp, clean": ("ivlp", {}),
+    "advvlp": ("advvlp", {}),
+    "advmaple": ("advmaple", {}),
+    "apt": ("apt", {}),
+    "apt, constant": ("apt", {"adversary": "constant"}),
+    "apt, perturbed": ("apt", {"adversary": "perturbed"}),
+    "advpt": ("advpt", {}),
+    "fap": ("fap", {}),
+    "apd": ("apd", {}),
+    "apd, no feedback": ("apd", {"beta": 0.0}),
+    "apd, zero-shot teacher": ("apd", {"teacher": "zero_shot"}),
+    "apd, fine-tuned teacher": ("apd", {"teacher": "fine_tuned"}),
+    "apd, robust teacher": ("apd", {"teacher": "digits-vit-tecoa"}),
+    "apd, visual only": ("apd", {"text_tokens": 0}),
+    "apd, text only": ("apd", {"visual_tokens": 0}),
+    "apd, beta 0.1": ("apd", {"beta": 0.1}),
+    "apd, beta 0.5": ("apd", {"beta": 0.5}),
+    "apd, beta 2": ("apd", {"beta": 2.0}),
+    "apd, beta 6": ("apd", {"beta": 6.0}),
+    "apd, beta 0.5 convex": ("apd", {"beta": 0.5, "beta_mode": "convex"}),
+    "apd, inner KL to the teacher": ("apd", {"inner_loss": "kl_teacher"}),
+    "apd, 1 step": ("apd", {"steps": 1}),
+    "apd, 5 steps": ("apd", {"steps": 5}),
+    "apd, 10 steps": ("apd", {"steps": 10}),
+    "apd, 1 block": ("apd", {"visual_depth": 1, "text_depth": 1}),
+    "apd, 2 blocks": ("apd", {"visual_depth": 2}),
+    "apd, 2 visual tokens": ("apd", {"visual_tokens": 2}),
+    "apd, 32 visual tokens": ("apd", {"visual_tokens": 32}),
 }  # method, settings and, if not all, training images
+PROMPTS = ("ivlp", "advvp", "advvlp", "advmaple", "apt", "advpt", "fap", "apd")
 WORSE = 0.10  # by which AutoAttack may lie below PGD-20
 JOINT_STEPS = 20
+TRANSFER = f"pgd-{JOINT_STEPS}"
 LOW = 40 / 224  # cutoff of the low-frequency attack in DFT bins per pixel of an image's side: R-Adapt's filter
 
 
@@ -77,6 +107,7 @@ class Task:
     proxy: Callable[[], Clip]
     robust: Callable[[], Clip]
     settings: dict[str, dict]  # of a method, on top of its preset
+    shots: int | None = None  # training samples of a class, drawn by the seed; None takes all
 
 
 def digits(root: str | None, images: int | None) -> Task:
@@ -107,7 +138,13 @@ def cifar10(root: str | None, images: int | None) -> Task:
     return Task(everything.limited(images or 5000), test, vit, rn, robust, settings)
 
 
-TASKS = {"digits": digits, "cifar10": cifar10}
+def few_digits(root: str | None, images: int | None) -> Task:
+    """16 scans of each class for the prompt methods, at 4/255: as many epochs as are published, the recipes' rates."""
+    few = {"epochs": 50, "batch_size": 32, "eps": "4/255"}
+    return dataclasses.replace(digits(root, images), settings=dict.fromkeys(PROMPTS, few), shots=16)
+
+
+TASKS = {"digits": digits, "digits-16-shots": few_digits, "cifar10": cifar10}
 
 
 def _made(folder: Path, start: str | Callable[[], Clip], data: Data, method: str, settings: dict) -> Clip:
@@ -133,10 +170,12 @@ def _mirrored(data: Data) -> Data:
 def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
     """One row: accuracies on the test split, and the proxy's on the images that were made for the student."""
     student, proxy, robust = (make().to(args.device) for make in (task.student, task.proxy, task.robust))
+    partner = None
     row = {"name": name, "seed": seed, "train_seconds": 0.0, "train_images": 0, "setup_seconds": 0.0, "images": 0}
     if ROWS[name] is not None:
         method, settings, *images = ROWS[name]
-        learn = task.train.limited(*images, seed=seed) if images else task.train
+        learn = task.train if task.shots is None else task.train.few_shot(task.shots, seed)
+        learn = learn.limited(*images, seed=seed) if images else learn
         teachers = {"hpt_gpd": {"proxy": proxy}, "ard": {"teacher": robust},
                     "mmt_ard": {"robust_teacher": robust, "clean_teacher": proxy},
                     "r_adapt": {"guide": robust}}.get(method, {})  # fmt: skip
@@ -145,13 +184,16 @@ def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
         row |= {
             "train_seconds": round(result.seconds, 1), "train_images": result.images,
             "setup_seconds": round(result.setup_seconds, 1), "images": len(learn) if result.images else 0,
+            "trained": 0 if student.adapter is None else sum(p.numel() for p in student.adapter.parameters()),
         }  # fmt: skip
+        partner = built.others.get("teacher")
     test, subset = task.test, task.test.limited(args.few)
     clips = (student, proxy, task.student().to(args.device))
     model, other, plain = (ZeroShotClassifier(clip, test.class_names, test.template).eval() for clip in clips)
     row |= {"samples": len(test), "few": len(subset)}
     if name == "ensemble with the proxy":
         model = Ensemble([model, other])
+    partner = other if partner is None else ZeroShotClassifier(partner, test.class_names).eval()
     low_attack = f"pgd-{JOINT_STEPS}@lowfreq={LOW * test.batch(slice(0, 1))[0].shape[-1]:.1f}"
     place = {int(i): k for k, i in enumerate(test.index)}
     rows = [place[int(i)] for i in subset.index]
@@ -159,23 +201,25 @@ def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
         given = {"eps": eps, "seed": seed, "progress": args.progress, "device": args.device}
         weak = evaluate(model, test, attack=args.attack, **given)
         strong = evaluate(model, subset, attack=args.strong, **given)
-        fooled = evaluate(other, test, source=model, attack=args.attack, **given)
-        moved = evaluate(model, test, source=plain, attack=args.attack, **given)
+        fooled = evaluate(other, test, source=model, attack=TRANSFER, **given)
+        moved = evaluate(model, test, source=plain, attack=TRANSFER, **given)
         low = evaluate(model, test, attack=low_attack, **given)
+        blind = evaluate(model, test, source=plain, attack="tifgsm-10", **given)
         row |= {
             "clean": weak.clean, f"pgd {eps}": weak.robust, f"autoattack {eps}": strong.robust,
             f"pgd {eps}, same samples": (weak.broken_by[rows] == -1).double().mean().item(),
             f"proxy on its images {eps}": fooled.robust, "proxy clean": fooled.clean, f"transfer {eps}": moved.robust,
-            f"lowfreq {eps}": low.robust,
-            f"joint {eps}": against_both(model, other, test, eps, seed, args.device),
+            f"lowfreq {eps}": low.robust, f"tifgsm {eps}": blind.robust,
+            f"joint {eps}": against_both(model, partner, test, eps, seed, args.device),
             f"failed checks {eps}": [c["id"] for c in [*weak.checks, *strong.checks] if not c["ok"]],
         }  # fmt: skip
     return row
 
 
 def against_both(model, proxy, data: Data, eps: str, seed: int, device: str) -> float:
-    """Accuracy under PGD that raises the student's and the proxy's cross-entropy together, as an attacker who knows how
-    the student was trained might: losses added up, and gradients of equal length added up; the worse of the two."""
+    """Accuracy under PGD that raises the student's and the proxy's (APD: the teacher's) cross-entropy together, as an
+    attacker who knows how the student was trained might: losses added up, and gradients of equal length added up; the
+    worse of the two."""
     right = 0
     for rows in torch.arange(len(data)).split(250):
         x, y, index = (t.to(device) for t in data.batch(rows))
@@ -197,11 +241,17 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
     columns = {"clean": "clean"}
     for eps in args.radii:
         columns |= {f"pgd {eps}": f"{args.attack} {eps}", f"autoattack {eps}": f"{args.strong} {eps}"}
-        columns |= {f"{name} {eps}": f"{name} {eps}" for name in ("transfer", "lowfreq", "joint")}
+        columns |= {f"{name} {eps}": f"{name} {eps}" for name in ("transfer", "tifgsm", "lowfreq", "joint")}
         columns |= {f"proxy on its images {eps}": f"proxy {eps}"}
     # Some columns came later than some runs.
     columns = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
-    counts = {"train_seconds": "train s", "setup_seconds": "setup s", "images": "images", "train_images": "seen"}
+    counts = {
+        "train_seconds": "train s",
+        "setup_seconds": "setup s",
+        "images": "images",
+        "train_images": "seen",
+        "trained": "numbers kept",
+    }
     counts = {key: heading for key, heading in counts.items() if any(key in row for row in rows)}
     head = ["method", "seeds", *counts.values(), *columns.values()]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -292,10 +342,11 @@ def main(argv: list[str] | None = None) -> int:
     text = f"""# {title} on {args.data}
 
 Tiny ViT CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
-{measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {args.attack} on the
-undefended model, scored on the row's; "joint", PGD-{JOINT_STEPS} on student and proxy together, scored on the student;
-"proxy", a vanilla ResNet CLIP ({proxy} clean) on the images that {args.attack} made for the student. "lowfreq" is
-PGD-{JOINT_STEPS} whose change passed R-Adapt's filter. "images" are different training images, "seen" counts epochs.
+{measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {TRANSFER} on the
+undefended model, scored on the row's, and "tifgsm", tifgsm-10 there; "joint", {TRANSFER} on student and proxy together
+(for APD, its teacher), scored on the student; "proxy", a vanilla ResNet CLIP ({proxy} clean) on the images that
+{TRANSFER} made for the student. "lowfreq" is {TRANSFER} whose change passed R-Adapt's filter. "images" are different
+training images, "seen" counts epochs, "numbers kept" are those of an adapter.
 
 {table(measured, args)}
 
