@@ -25,7 +25,7 @@ __all__ = ["STEPS", "epoch"]
 
 
 def logits(clip: Clip, x: Tensor, texts: list[str]) -> Tensor:
-    text = clip.encode_text(texts)
+    text = F.normalize(clip.model.encode_text(clip.tokenizer(texts).to(x.device)), dim=-1)
     return clip.logit_scale * clip.encode_pixels(x) @ text.T
 
 
@@ -108,7 +108,9 @@ class Prompted(nn.Module):
 
     def logits(self, x: Tensor, sentences: list[str]) -> Tensor:
         words = "x " * self.context.shape[1]
-        text = self.clip.model.encode_text(self.clip.tokenizer([words + sentence for sentence in sentences]))
+        text = self.clip.model.encode_text(
+            self.clip.tokenizer([words + sentence for sentence in sentences]).to(x.device)
+        )
         return self.clip.logit_scale * self.clip.encode_pixels(x) @ F.normalize(text, dim=-1).T
 
 

@@ -3,6 +3,7 @@
 Normalisation outside the model is the commonest way to attack with the wrong eps; here the attack cannot see it.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from rvlm.files import write_bytes
 from rvlm.models import text
 from rvlm.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rvlm.models.towers import causal_text_tower
 
 __all__ = ["CONFIG", "WEIGHTS", "Clip"]
 
@@ -46,6 +48,13 @@ class Clip(nn.Module):
             self.register_buffer(key, values, persistent=False)
         size = model.visual.image_size
         self.size = size if isinstance(size, int) else size[0]
+
+    def __deepcopy__(self, memo: dict) -> "Clip":
+        """A copy of everything but the tokenizer, which never changes and has a large vocabulary."""
+        memo[id(self.tokenizer)] = self.tokenizer
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     @classmethod
     def wrap(cls, model: nn.Module, tokenizer, name: str = "custom") -> "Clip":
@@ -87,9 +96,13 @@ class Clip(nn.Module):
     forward = encode_pixels
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """Texts -> unit-norm embeddings [C, D]; behind the adapter's context, if it has one."""
-        if self.adapter is not None and self.adapter.context is not None:
-            return text.encode(self, text.tokenized(self, texts), self.adapter.context)
+        """Texts -> unit-norm embeddings [C, D]; behind the adapter's context, if it has one.
+
+        Towers that `rvlm.models.text` knows run what the texts begin with once and nothing behind their ends.
+        """
+        context = None if self.adapter is None else self.adapter.context
+        if context is not None or causal_text_tower(self) is not None:
+            return text.encode(self, text.tokenized(self, texts), context)
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1)
 
     def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:

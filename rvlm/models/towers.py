@@ -31,7 +31,10 @@ from rvlm import ops
 if TYPE_CHECKING:
     from rvlm.models.clip import Clip
 
-__all__ = ["SITES", "Block", "OpenClipBlock", "Tower", "attention_output", "by_image", "text_tower", "tower_of"]
+__all__ = [
+    "SITES", "Block", "OpenClipBlock", "Tower", "attention_output", "by_image", "causal_text_tower",
+    "text_tower", "tower_of",
+]  # fmt: skip
 
 SITES = ("out", "heads", "map")
 
@@ -227,21 +230,27 @@ def tower_of(clip: "Clip") -> Tower:
 
 def text_tower(clip: "Clip") -> nn.Module:
     """The module that has a text tower's parts; ValueError where texts cannot be given a context."""
-    tower = getattr(clip.model, "text", clip.model)
-    blocks = _blocks(getattr(getattr(tower, "transformer", None), "resblocks", None), OpenClipBlock)
-    pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
-    if (
-        blocks is None
-        or not all(block.plain for block in blocks)
-        or getattr(tower, "attn_mask", None) is None
-        or getattr(tower, "cls_emb", None) is not None
-        or pool != "argmax"
-    ):
+    if (tower := causal_text_tower(clip)) is None:
         raise ValueError(
             f"{clip.name} has no text tower whose texts can begin with a context: expected a causal transformer of "
             "open_clip that is read at the end-of-text token, as CLIP's own"
         )
     return tower
+
+
+def causal_text_tower(clip: "Clip") -> nn.Module | None:
+    """The module that has the parts of a causal text tower which is read at the end-of-text token, if it is one."""
+    tower = getattr(clip.model, "text", clip.model)
+    blocks = _blocks(getattr(getattr(tower, "transformer", None), "resblocks", None), OpenClipBlock)
+    pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    known = (
+        blocks is not None
+        and all(block.plain for block in blocks)
+        and getattr(tower, "attn_mask", None) is not None
+        and getattr(tower, "cls_emb", None) is None
+        and pool == "argmax"
+    )
+    return tower if known else None
 
 
 def attention_output(clip: "Clip", x: Tensor, block: int = 0, site: str = "out") -> Tensor:

@@ -390,7 +390,7 @@ def test_methods_that_freeze_the_backbone_take_clips_of_transformers(transformer
     train(student, data, build_method("r_adapt", anchor="white", site="map", **quick), out=tmp_path, progress=False)
     assert torch.equal(load_clip(str(tmp_path))(x), student(x)) and student.adapter.config.site == "map"
     student.adapter.detach(student)
-    train(student, data, build_method("advvp", depth=2, tokens=2, **quick), progress=False)
+    train(student, data, build_method("advvp", visual_depth=2, visual_tokens=2, **quick), progress=False)
     assert student.adapter.prompts.shape == (2, 2, 96)
     student.adapter.detach(student)
     with pytest.raises(ValueError, match="has no open_clip config, so it could not be saved"):
