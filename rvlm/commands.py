@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -468,11 +469,14 @@ def lvlm(args: LvlmArgs) -> int:
             "eps": str(args.eps), "attack": args.attack, "target": result.target, "samples": len(result.rows),
             "seconds": seconds, "record": f"result/{stem}.json",
         }  # fmt: skip
+        if args.aim is not None:
+            row["aimed"] = result.mean("aim_adv")
         record = {
             "schema": "rvlm.answers/1", **row, "norm": "linf", "aim": args.aim, "seed": args.seed, "model": args.model,
             "adapter": None if result.name == "before" else dataclasses.asdict(adapter.config),
             "data": {"name": args.data, "size": model.size, "partial": args.limit is not None},
-            "rows": f"samples/{stem}.jsonl", "env": environment(),
+            "rows": f"samples/{stem}.jsonl",
+            "env": environment() | {"transformers": importlib.metadata.version("transformers")},
         }  # fmt: skip
         run.write_json(run.out / row["record"], record)
         lines = "".join(json.dumps(answers, ensure_ascii=False) + "\n" for answers in result.rows)
@@ -485,7 +489,7 @@ def lvlm(args: LvlmArgs) -> int:
         "name": "model", "target": "target", "clean": f"clean {args.score} %", "robust": f"robust {args.score} %",
         "relative_clean": "relative clean", "relative_robust": "relative robust", "loss_clean": "clean loss",
         "loss_robust": "robust loss", "samples": "samples",
-    }  # fmt: skip
+    } | ({} if args.aim is None else {"aimed": "share with the aim"})  # fmt: skip
     return run.finish(rows, markdown(rows, columns))
 
 

@@ -65,15 +65,16 @@ class AnswerScores:
         name: "before", without the adapter, or "after".
         target: "white-box" or "transfer".
         rows: for each sample its image, question, references, answers (clean, adv), their scores (score_clean,
-            score_adv) and the attacked loss of both images (loss_clean, loss_adv).
-        x_adv: [N, 3, S, S], on the CPU.
+            score_adv) and the attacked loss of both images (loss_clean, loss_adv); with an aim, whether they contain
+            its words (aim_clean, aim_adv).
+        x_adv: for each sample its image [3, S, S], on the CPU.
         undefended: mean score of the undefended model on clean images, which relative scores are a share of.
     """
 
     name: str
     target: str
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    x_adv: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
+    x_adv: list[Tensor] = dataclasses.field(default_factory=list)
     undefended: float = 0.0
 
     def mean(self, key: str) -> float:
@@ -125,13 +126,14 @@ def evaluate_answers(
     for rows in tqdm(torch.arange(len(data)).split(batch_size), disable=None if progress else True, unit="batch"):
         batch = _Batch(lvlm, data, rows, SCORES[score], aim, max_tokens)
         x_adv = batch.attacked(ATTACKS[found[1]], settings, seed)
-        batch.look(before, x_adv)
+        batch.keep(before, batch.clean, batch.look(x_adv), x_adv)
         if adapter is None:
             continue
         adapter.attach(lvlm)
         try:
-            batch.look(after, batch.attacked(ATTACKS[found[1]], settings, seed))
-            batch.look(transfer, x_adv)
+            clean, on_adapted = batch.look(batch.x), batch.attacked(ATTACKS[found[1]], settings, seed)
+            batch.keep(after, clean, batch.look(on_adapted), on_adapted)
+            batch.keep(transfer, clean, batch.look(x_adv), x_adv)
         finally:
             adapter.detach(lvlm)
     results = [before] if adapter is None else [before, after, transfer]
@@ -141,41 +143,55 @@ def evaluate_answers(
 
 
 class _Batch:
-    """Some of the questions, and the answers that are attacked: where there are none, what the model says at first."""
+    """Some of the questions, and the answers that are attacked: where there are none, what the model says at first.
+
+    Attributes:
+        clean: what the model without an adapter says of the clean images, as `look` gives it.
+    """
 
     def __init__(
         self, lvlm: Lvlm, data: Questions, rows: Tensor, score: Callable, aim: str | None, max_tokens: int
     ) -> None:
-        self.lvlm, self.score, self.max_tokens = lvlm, score, max_tokens
+        self.lvlm, self.score, self.aim, self.max_tokens = lvlm, score, aim, max_tokens
         self.x, self.index = data.pixels(rows).to(lvlm.device), data.index[rows]
         self.images, self.questions, answers = (
             [column[i] for i in rows.tolist()] for column in (data.images, data.questions, data.answers)
         )
-        own = [""] * len(rows) if all(answers) else self._answers(self.x)
+        own = self._answers(self.x)
         self.references = [correct or [said] for correct, said in zip(answers, own, strict=True)]
         self.loss = AnswerLoss(lvlm, self.questions, [r[0] if aim is None else aim for r in self.references])
+        self.clean = own, self._losses(self.x)
 
     def attacked(self, attack: Callable, settings: dict[str, Any], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)  # for every batch: noise is keyed by the index too
         return attack(self.loss, self.x, sample_ids=self.index, generator=generator, **settings)
 
-    def look(self, result: AnswerScores, x_adv: Tensor) -> None:
-        """Adds what the model, as it is now, says of the clean images and of these."""
+    def look(self, images: Tensor) -> tuple[list[str], list[float]]:
+        """What the model, as it is now, says of images, and the attacked loss."""
+        return self._answers(images), self._losses(images)
+
+    def keep(self, result: AnswerScores, clean: tuple, adv: tuple, x_adv: Tensor) -> None:
+        """Adds rows of what was said of the clean and of the adversarial images."""
         columns: dict[str, list] = {
             "index": self.index.tolist(), "image": self.images, "question": self.questions,
             "references": self.references,
         }  # fmt: skip
-        for name, images in (("clean", self.x), ("adv", x_adv)):
-            columns[name] = self._answers(images)
-            columns[f"score_{name}"] = [self.score(*pair) for pair in zip(columns[name], self.references, strict=True)]
-            with scoring(self.lvlm):
-                columns[f"loss_{name}"] = self.loss(images).tolist()
+        for name, (answers, losses) in (("clean", clean), ("adv", adv)):
+            columns[name] = answers
+            columns[f"score_{name}"] = [self.score(*pair) for pair in zip(answers, self.references, strict=True)]
+            columns[f"loss_{name}"] = losses
+            if self.aim is not None:
+                columns[f"aim_{name}"] = [_phrase(self.aim) in _phrase(answer) for answer in answers]
         result.rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        result.x_adv = torch.cat([result.x_adv, x_adv.cpu()]) if len(result.x_adv) else x_adv.cpu()
+        result.x_adv.extend(x_adv.cpu())
 
     def _answers(self, images: Tensor) -> list[str]:
         with scoring(self.lvlm):
             return self.lvlm.answer(images, self.questions, self.max_tokens)
+
+    def _losses(self, images: Tensor) -> list[float]:
+        with scoring(self.loss):
+            return self.loss(images).tolist()
 
 
 def white_adapter(lvlm: Lvlm) -> Adapter:
@@ -192,3 +208,7 @@ def white_adapter(lvlm: Lvlm) -> Adapter:
 def _words(text: str) -> list[str]:
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return [word for word in plain.split() if word not in ("a", "an", "the")]
+
+
+def _phrase(text: str) -> str:
+    return f" {' '.join(_words(text))} "
