@@ -297,7 +297,7 @@ class LvlmArgs(Arguments):
     batch_size: int = 8
     """Images per forward."""
     dtype: str = "auto"
-    """auto (as the model is stored), fp32, bf16 or fp16."""
+    """fp32, bf16, or auto: as the model is stored, and bf16 where that is fp16."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     seed: int = 0

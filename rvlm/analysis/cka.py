@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rvlm.data import Data
 from rvlm.models import Clip
+from rvlm.models.towers import tower_of
 
 __all__ = ["cka_matrix", "layers", "linear_cka"]
 
@@ -59,29 +60,22 @@ def cka_matrix(
 
 
 def layers(clip: Clip) -> dict[str, nn.Module]:
-    """The blocks of a ViT ("B1", ...), or the stages of a ResNet ("layer1", ...)."""
-    tower = clip.model.visual
-    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-    if blocks is not None:
-        return {f"B{k + 1}": block for k, block in enumerate(blocks)}
-    stages = {name: getattr(tower, name) for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(tower, name)}
-    if not stages:
-        raise ValueError(f"{clip.name} ({type(tower).__name__}): expected a VisionTransformer or a ResNet of open_clip")
-    return stages
+    """The stages of a ResNet ("layer1", ...), or the blocks of a ViT ("B1", ...) of `rvlm.models.towers`."""
+    names = ("layer1", "layer2", "layer3", "layer4")
+    stages = {name: getattr(clip.visual, name) for name in names if hasattr(clip.visual, name)}
+    return stages or {f"B{k + 1}": block.module for k, block in enumerate(tower_of(clip).blocks)}
 
 
 def _features(clip: Clip, data: Data, tokens: str, batch_size: int) -> dict[str, Tensor]:
     """What every layer says of the images, [n, p] (or [n * tokens, p])."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers(clip)}
+    tower = tower_of(clip) if "B1" in found else None
+    if tokens == "cls" and (tower is None or not tower.lead):
+        raise ValueError(f"{clip.name} has no class token: choose tokens='mean'")
 
     def keep(name: str):
         def hook(module: nn.Module, given: tuple, out: Tensor) -> None:
-            if out.dim() == 4:
-                if tokens == "cls":
-                    raise ValueError(f"{clip.name} is a ResNet without a class token: choose tokens='mean'")
-                out = out.flatten(2).transpose(1, 2)
-            else:
-                out = out[:, : len(clip.model.visual.positional_embedding)]  # without prompts
+            out = out.flatten(2).transpose(1, 2) if tower is None else out[:, : tower.tokens]  # without prompts
             chosen = {"cls": lambda: out[:, 0], "mean": lambda: out.mean(1), "all": lambda: out.flatten(0, 1)}[tokens]()
             found[name].append(chosen.float().cpu())
 

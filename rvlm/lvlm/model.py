@@ -18,7 +18,7 @@ from rvlm.models import Adapter
 
 __all__ = ["FAMILIES", "AnswerLoss", "Lvlm", "load_lvlm"]
 
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 gradients underflow
 QWEN_SIZE = 448  # pixels, a multiple of what both families ask for
 QWEN_PROMPT = (
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"  # no template
@@ -183,7 +183,7 @@ def load_lvlm(
     Args:
         source: a folder with model, tokenizer and image processor, or a name on the hub.
         device: where to put it.
-        dtype: auto (as it is stored), fp32, bf16 or fp16.
+        dtype: fp32, bf16, or auto: as it is stored, and bf16 where that is fp16, whose gradients underflow.
         size: see Lvlm.
         adapter: what to put around its tower, or a folder of one (also one that was made for the same CLIP tower).
 
@@ -202,10 +202,12 @@ def load_lvlm(
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(missing)
     try:
-        kind = transformers.AutoConfig.from_pretrained(source).model_type
-        if kind not in FAMILIES:
-            raise ValueError(f"{source} is a {kind}: expected one of {', '.join(FAMILIES)}")
-        model = getattr(transformers, FAMILIES[kind].model).from_pretrained(source, dtype=DTYPES[dtype])
+        config = transformers.AutoConfig.from_pretrained(source)
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"{source} is a {config.model_type}: expected one of {', '.join(FAMILIES)}")
+        stored = torch.bfloat16 if config.dtype == torch.float16 else "auto"
+        kind = getattr(transformers, FAMILIES[config.model_type].model)
+        model = kind.from_pretrained(source, dtype=DTYPES[dtype] or stored)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         processor = transformers.AutoImageProcessor.from_pretrained(source)
     except OSError as error:

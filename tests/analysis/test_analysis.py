@@ -78,7 +78,7 @@ def test_cka_of_layers(pair, data):
     resnet = load_clip("tiny-rn")
     values, ours, _ = cka_matrix(resnet, first, data, "mean")
     assert values.shape == (4, 3) and ours == ["layer1", "layer2", "layer3", "layer4"]
-    with pytest.raises(ValueError, match="ResNet without a class token: choose tokens='mean'"):
+    with pytest.raises(ValueError, match="tiny-rn has no class token: choose tokens='mean'"):
         cka_matrix(resnet, first, data)
     with pytest.raises(ValueError, match="tokens must be one of cls, mean, all"):
         cka_matrix(first, second, data, "patch")

@@ -179,6 +179,15 @@ def test_in_bf16(folders, lvlm, x):
     assert found.x_adv.dtype == torch.float32 and found.loss.mean() > loss(x).mean()
 
 
+def test_a_model_that_is_stored_in_fp16_runs_in_bf16(folders, tmp_path):
+    parts = model_and_processor("llava")
+    for part in (parts[0].half(), parts[1], tokenizer("llava")):
+        part.save_pretrained(tmp_path)
+    types = {dtype: load_lvlm(str(tmp_path), dtype=dtype).model.dtype for dtype in ("auto", "fp32")}
+    assert types == {"auto": torch.bfloat16, "fp32": torch.float32}
+    assert load_lvlm(str(folders["llava"])).model.dtype == torch.float32
+
+
 def test_the_loss_is_the_models_own(lvlm, x):
     """One sample at a time, without padding, through the labels of transformers."""
     losses = AnswerLoss(lvlm, QUESTIONS, ANSWERS)(x)
@@ -333,7 +342,7 @@ def test_bad_input(folders, tmp_path, x, monkeypatch):
         load_lvlm(str(folders["llava"]), size=48)
     with pytest.raises(ValueError, match="size must be a multiple of 8 for this model, got 36"):
         load_lvlm(str(folders["qwen3_vl"]), size=36)
-    with pytest.raises(ValueError, match="dtype must be one of auto, fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="dtype must be one of auto, fp32, bf16, got"):
         load_lvlm(str(folders["llava"]), dtype="int8")
     with pytest.raises(FileNotFoundError, match="no LVLM with tokenizer and image processor"):
         load_lvlm(str(tmp_path))

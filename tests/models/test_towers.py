@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rvlm.analysis import attention_map, cka_matrix
 from rvlm.attacks import pgd
 from rvlm.data import load_data
 from rvlm.methods import build_method
@@ -79,9 +80,9 @@ def transformers_folder(folder: Path, clip: Clip) -> Path:
     width, text_width = tower.conv1.out_channels, model.token_embedding.weight.shape[1]
 
     def about(width, blocks, **other):
-        heads = blocks[0].attn.num_heads
+        heads, quick = blocks[0].attn.num_heads, type(blocks[0].mlp.gelu).__name__ == "QuickGELU"
         return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads,
-                "num_hidden_layers": len(blocks), "hidden_act": "gelu", **other}  # fmt: skip
+                "num_hidden_layers": len(blocks), "hidden_act": "quick_gelu" if quick else "gelu", **other}  # fmt: skip
 
     config = transformers.CLIPConfig(
         projection_dim=model.text_projection.shape[1],
@@ -322,6 +323,20 @@ def test_towers_that_have_no_blocks_to_adapt():
         tower_of(other)
 
 
+def test_layers_of_every_tower_are_compared(tower_clip):
+    data = load_data("digits", "test", limit=8)
+    tokens = "cls" if tower_of(tower_clip).lead else "mean"
+    values, ours, theirs = cka_matrix(tower_clip, tower_clip, data, tokens)
+    assert ours == theirs == ["B1", "B2", "B3"]
+    torch.testing.assert_close(values.diagonal(), torch.ones(3))
+    if tokens == "mean":
+        with pytest.raises(ValueError, match="timm has no class token: choose tokens='mean'"):
+            cka_matrix(tower_clip, tower_clip, data, "cls")
+        with pytest.raises(ValueError, match="timm has no class token: choose reduce='received'"):
+            attention_map(tower_clip, torch.ones(1, 3, 32, 32))
+    assert attention_map(tower_clip, torch.ones(2, 3, 32, 32), 0, "received").shape == (2, 4, 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
 def test_compiles_into_one_graph(tower_clip, x, site):
@@ -347,6 +362,18 @@ def test_a_clip_of_transformers_says_what_open_clips_says(transformers_clip, x):
     y = torch.tensor([0, 1, 2])
     images = [pgd(classifier, x, y, eps=8 / 255, steps=3, random_start=False) for classifier in names]
     assert (images[0] - images[1]).abs().gt(1e-6).float().mean() < 1e-2
+
+
+@pytest.mark.slow
+@needs_transformers
+def test_a_vit_b_32_of_transformers_says_what_open_clips_says(tmp_path):
+    """At the size of OpenAI's, with its activation and its tokenizer's context."""
+    ours = load_clip("ViT-B-32-quickgelu")
+    theirs = load_clip(f"hf:{transformers_folder(tmp_path, ours)}")
+    x, texts = torch.rand(2, 3, 224, 224), ["a photo of a cat.", "two dogs on a beach"]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs.encode_text(texts), ours.encode_text(texts), rtol=0, atol=1e-5)
 
 
 @needs_transformers
