@@ -183,8 +183,9 @@ class Adapter(nn.Module):
 
     def _hook(self, tower: Tower, fused: bool) -> None:
         depth, last = 0 if self.prompts is None else len(self.prompts), len(tower.blocks) - 1
+        mixes = self.anchor is not None and self.config.alpha != 0  # else the block stays as it is, to the bit
         for number, block in enumerate(tower.blocks):
-            plan = _Plan(self, block, number, tower.ln_pre, self.anchor is not None and number == self._anchored(tower))
+            plan = _Plan(self, block, number, tower.ln_pre, mixes and number == self._anchored(tower))
             if number < depth:
                 # As tokens where they go on to blocks that have none of their own.
                 plan.prompts = "tokens" if number == depth - 1 < last else "prefix"

@@ -149,6 +149,8 @@ def test_a_step_runs_on_the_fused_block(data):
     ({"loss": "l1"}, "loss must be one of l2_feat, cos_feat, ce, kl_zs"),
     ({"adversary": "both"}, "adversary must be one of offline, online"),
     ({"clean_weight": -1.0}, "clean_weight must be at least 0"),
+    ({"alpha_anchor": 0.0}, "alpha_anchor must not be 0 for an anchor that is learned"),
+    ({"site": "heads", "mix": "normadd"}, "site must be one of out, heads, map, and out for normadd"),
     ({"momentum": 0.9}, "momentum is for adversary='online'"),
 ])  # fmt: skip
 def test_bad_settings(settings, message):
