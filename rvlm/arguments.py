@@ -36,7 +36,7 @@ class InfoArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class LsArgs(Arguments):
-    """List what can be named: models, methods, attacks, datasets, templates, recipes."""
+    """List what can be named: models, methods, attacks, datasets, templates, protocols, recipes."""
 
     what: str = "all"
     """One of those words, or all."""
@@ -132,6 +132,11 @@ class EvalArgs(ModelArgs):
     """linf, l2 or l1."""
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
+    protocol: str | None = None
+    """Measure on all data sets of a protocol (`rvlm ls protocols`, or a YAML file), which then says what is attacked
+    and how."""
+    root: str | None = None
+    """Where a protocol's data sets lie; default $RVLM_DATA, or ./data."""
     out: str | None = None
     """Run folder; default runs/eval-DATE. Give the folder of a run that was killed to go on with it."""
 
@@ -270,6 +275,18 @@ class BenchArgs(ModelArgs):
 
 
 @dataclasses.dataclass(kw_only=True)
+class CompareArgs(Arguments):
+    """Compare two records of the same samples and the same threat: differences, and whether chance explains them."""
+
+    a: str = ""
+    """A record: RUN/result/NAME.json."""
+    b: str = ""
+    """Another one."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class LvlmArgs(Arguments):
     """Attack what an LVLM says about images, and score its answers before and after; with an adapter, those too."""
 
@@ -316,6 +333,7 @@ COMMANDS: dict[str, type] = {
     "attack": AttackArgs,
     "eval": EvalArgs,
     "check": CheckArgs,
+    "compare": CompareArgs,
     "analyze": AnalyzeArgs,
     "train": TrainArgs,
     "profile": ProfileArgs,

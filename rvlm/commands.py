@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ from rvlm.arguments import (
     AttackArgs,
     BenchArgs,
     CheckArgs,
+    CompareArgs,
     DataArgs,
     DataToolArgs,
     DemoArgs,
@@ -42,7 +44,9 @@ from rvlm.arguments import (
 from rvlm.ranks import Ranks, joined
 from rvlm.units import Eps
 
-__all__ = ["analyze", "attack", "bench", "check", "data", "demo", "eval", "info", "ls", "lvlm", "profile", "train"]
+__all__ = [
+    "analyze", "attack", "bench", "check", "compare", "data", "demo", "eval", "info", "ls", "lvlm", "profile", "train",
+]  # fmt: skip
 
 
 def demo(args: DemoArgs) -> int:
@@ -65,6 +69,7 @@ def ls(args: LsArgs) -> int:
     from rvlm.data import TEMPLATES
     from rvlm.data.registry import entries
     from rvlm.data.torchvision_sets import SETS
+    from rvlm.evaluation import load_protocol, protocol_names
     from rvlm.methods import list_methods, method_class
     from rvlm.models import tiny, zoo
 
@@ -89,6 +94,7 @@ def ls(args: LsArgs) -> int:
             *(_line_of(entry) for entry in entries().values()),
         ],  # fmt: skip
         "templates": [*TEMPLATES, "openai", "simple", "file:PATH"],
+        "protocols": [f"{name:<18}{_sentence(load_protocol(name))}" for name in protocol_names()],
         "recipes": recipes(),
     }
     if args.what not in ("all", *lists):
@@ -97,6 +103,11 @@ def ls(args: LsArgs) -> int:
         if args.what in ("all", title):
             print(title, *(f"  {name}" for name in names), sep="\n")
     return 0
+
+
+def _sentence(protocol) -> str:
+    attacks = "; ".join(f"{attack} at {', '.join(radii)}" for attack, radii in protocol.attacks.items())
+    return f"{protocol.sha}: {len(protocol.parts)} sets, {protocol.n or 'all'} images; {attacks}"
 
 
 def _line_of(entry) -> str:
@@ -174,6 +185,8 @@ def eval(args: EvalArgs) -> int:
     from rvlm.evaluation import evaluate, parse_attack, write_evaluation
     from rvlm.report import accuracy_over_eps
 
+    if args.protocol is not None:
+        return _eval_protocol(args)
     radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
     if holds_captions(args.data):
         return _eval_retrieval(args, radii)
@@ -190,7 +203,9 @@ def eval(args: EvalArgs) -> int:
                 state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
             )  # fmt: skip
             if run is not None:
-                rows.append(write_evaluation(run.out, args.model, found, data, model, processes=ranks.size))
+                rows.append(
+                    write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
+                )
                 curve.append((str(eps), found.robust, *found.robust_ci))
                 _warn(found)
         if run is None:
@@ -223,10 +238,109 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
                 seed=args.seed, device=_device(args.device),
             )  # fmt: skip
             if run is not None:
-                rows.append(write_retrieval(run.out, args.model, found, data, clip, processes=ranks.size))
+                rows.append(
+                    write_retrieval(run.out, args.model, found, data, clip, processes=ranks.size, source=source)
+                )
                 tables.append(found.markdown(f"{args.model} on {data.name}, {len(data)} images"))
                 _warn(found)
         return 0 if run is None else run.finish(rows, "\n\n".join(tables))
+
+
+def _eval_protocol(args: EvalArgs) -> int:
+    """All data sets of a protocol that are there: a record for each, its attacks, radii and targets."""
+    from rvlm.data.registry import data_root
+    from rvlm.evaluation import load_protocol
+    from rvlm.models import load_clip
+    from rvlm.report import protocol_table
+
+    protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
+    told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed")
+    if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
+        raise ValueError(
+            f"protocol {protocol.name} says what --{changed[0]} is: leave it out, or write another protocol"
+        )
+    if ("transfer" in protocol.targets) != (args.source is not None):
+        raise ValueError(
+            f"protocol {protocol.name} measures {' and '.join(protocol.targets)}: "
+            + ("leave --source out" if args.source else "give the model that images are made on as --source")
+        )
+    with _together(args) as ranks:
+        with ranks.first_before_others():
+            models = [spec and load_clip(spec, _device(args.device)) for spec in (args.model, args.source)]
+        run = _Run("eval", args) if ranks.first else None
+        rows, missing, broken = [], [], []
+        for part in protocol.parts:
+            data, error = None, None
+            with ranks.first_before_others():
+                try:
+                    data = protocol.open(part, root, args.limit)
+                except (FileNotFoundError, ValueError) as found:
+                    error = found
+            if error := next((theirs for theirs in ranks.gather(error) if theirs is not None), None):
+                (missing if isinstance(error, FileNotFoundError) else broken).append(part.data)
+                if run is not None:
+                    print(f"NOT MEASURED {part.data}: {error}", file=sys.stderr)
+                continue
+            rows += _measured(args, protocol, part, data, models, ranks, run)
+        if run is None:
+            return 0
+        run.manifest |= {"protocol": {"name": protocol.name, "sha": protocol.sha}, "missing": missing, "broken": broken}
+        table = protocol_table(rows, f"{protocol.name} {protocol.sha}", len(protocol.parts))
+        run.finish(rows, table, status="incomplete" if missing or broken else "complete")
+        for title, names in (("missing", missing), ("not what they should be", broken)):
+            if names:
+                print(f"{title}: {', '.join(names)}. Rerun with --out {run.out} when they are there.", file=sys.stderr)
+        return DATA_MISSING if missing else CHECK_FAILED if broken else 0
+
+
+def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "_Run | None") -> list[dict[str, Any]]:
+    """Rows of one data set of a protocol; records that an earlier attempt wrote are taken as they are."""
+    from rvlm.data.captions import Captions
+    from rvlm.evaluation import evaluate, retrieve, write_evaluation, write_retrieval
+    from rvlm.evaluation.records import measured_before, record_stem
+    from rvlm.models import ZeroShotClassifier
+
+    mark, rows, checks = protocol.mark(part, data), [], []
+    settings = dict(norm=protocol.norm, batch_size=args.batch_size, seed=protocol.seed, device=_device(args.device))
+    if not isinstance(data, Captions):
+        prompts, check = protocol.prompts(part, data)
+        models, checks = (
+            [clip and ZeroShotClassifier(clip, data.class_names, prompts).eval() for clip in models],
+            [check],
+        )
+    for attack, radii in (part.attacks or protocol.attacks).items():
+        for eps, target in itertools.product(radii, protocol.targets):
+            stem = record_stem(args.model, data.name, target, attack, eps)
+            model, source = models[0], models[1] if target == "transfer" else None
+            row = run and measured_before(run.out, stem, data, model, source, mark)
+            if (row := ranks.share(row)) is not None:
+                rows.append(row)
+                continue
+            if isinstance(data, Captions):
+                found = retrieve(model, data, attack=attack, eps=eps, source=source, **settings)
+                write = write_retrieval
+            else:
+                state = run and run.out / "state" / f"{stem}.npz"
+                found = evaluate(model, data, attack=attack, eps=eps, source=source, state=state, **settings)
+                found.checks += checks
+                write = write_evaluation
+            if run is not None:
+                about = {"processes": ranks.size, "source": source, "protocol": mark}
+                rows.append(write(run.out, args.model, found, data, model, **about))
+                (run.out / "state" / f"{stem}.npz").unlink(missing_ok=True)
+                _warn(found)
+    return rows
+
+
+def compare(args: CompareArgs) -> int:
+    from rvlm.evaluation import compare as compare_records
+    from rvlm.report import comparison_table
+
+    if not (args.a and args.b):
+        raise ValueError("compare takes two records: rvlm compare A.json B.json")
+    found = compare_records(args.a, args.b)
+    print(json.dumps([dataclasses.asdict(one) for one in found], indent=1) if args.json else comparison_table(found))
+    return 0
 
 
 def attack(args: AttackArgs) -> int:
@@ -246,7 +360,7 @@ def attack(args: AttackArgs) -> int:
         )  # fmt: skip
         if run is None:
             return 0
-        row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size)
+        row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
         _warn(found)
         save_images(run.out / "adversarial.safetensors", found)
         if args.save_png:
@@ -695,14 +809,14 @@ class _Run:
         self.manifest = {"command": shlex.join(["rvlm", *sys.argv[1:]]), "env": environment(), "status": "running"}
         write_json(self.out / "manifest.json", self.manifest)
 
-    def finish(self, rows: list[dict[str, Any]], table: str | None = None) -> int:
+    def finish(self, rows: list[dict[str, Any]], table: str | None = None, status: str = "complete") -> int:
         """Writes the summary and prints it, or the table given instead."""
         from rich.console import Console
 
         from rvlm.report import rich_table
 
         self.write_json(self.out / "summary.json", {"schema": "rvlm.summary/1", "rows": rows})
-        self.manifest |= {"status": "complete", "seconds": round(time.time() - self.began, 1)}
+        self.manifest |= {"status": status, "seconds": round(time.time() - self.began, 1)}
         self.write_json(self.out / "manifest.json", self.manifest)
         if table is None:
             Console().print(rich_table(rows))

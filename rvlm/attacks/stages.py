@@ -1,7 +1,7 @@
 """Attacks by name, as a list of stages that each see what the ones before left.
 
 fgsm            one step of size eps
-pgd-N           PGD, N steps, cross-entropy
+pgd-N           PGD, N steps, cross-entropy; pgd-N-margin on the margin loss
 pgd-NxR         PGD, N steps, R random starts on cross-entropy and then R on the margin loss
 mifgsm-N, tifgsm-N    momentum; momentum, input diversity and translations, for images that are to transfer
 fmn-N, cw-N, deepfool-N    smallest changes in N steps (cw: a round), which count where they are within eps
@@ -10,6 +10,7 @@ apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square    each with the settings of AutoA
 autoattack      AutoAttack's standard version: apgd-ce, apgd-t, fab-t, square
 fgsm@lowfreq=D0, pgd-N@lowfreq=D0, pgd-NxR@lowfreq=D0    the change low-passed by a Gaussian of D0 DFT bins, as
                 attacks on defences that low-pass images should be: pgd-20@lowfreq=5.7
+pgd-N@alpha=STEP, pgd-NxR@alpha=STEP    with steps of that size: pgd-10@alpha=1/255
 autoattack-plus, autoattack-rand    its other versions: 5 restarts and apgd-dlr and fab as well; only apgd-ce and
                 apgd-dlr with gradients averaged over 20 draws, for models that draw random numbers
 a,b,c           one after the other
@@ -33,6 +34,7 @@ from rvlm.attacks.mifgsm import mifgsm
 from rvlm.attacks.objective import MOST_TARGETS, AttackResult
 from rvlm.attacks.pgd import pgd
 from rvlm.attacks.square import square
+from rvlm.units import Eps
 
 __all__ = ["PATTERNS", "Stage", "parse_attack", "usable"]
 
@@ -42,11 +44,11 @@ FUNCTIONS = {
     "cw": cw, "deepfool": deepfool,
 }  # fmt: skip
 PATTERNS = (
-    "fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS", "fmn-STEPS", "cw-STEPS",
-    "deepfool-STEPS",
+    "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",
+    "fmn-STEPS", "cw-STEPS", "deepfool-STEPS",
     *(f"{name}[-STEPS]" for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
     "autoattack", "autoattack-plus", "autoattack-rand",
-    *(f"{name}@lowfreq=BINS" for name in ("fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS")),
+    *(f"{name}@lowfreq=BINS" for name in ("fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS")), "pgd-STEPS@alpha=STEP",
 )  # fmt: skip
 COMMON = {
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
@@ -137,19 +139,25 @@ def usable(stages: list[Stage], classes: int) -> tuple[list[Stage], list[str]]:
 
 
 def _varied(name: str, norm: str) -> list[Stage]:
-    """Stages of NAME or NAME@lowfreq=BINS."""
+    """Stages of NAME, NAME@lowfreq=BINS or NAME@alpha=STEP."""
     plain, at, variant = name.partition("@")
     stages = _stages(plain, norm)
     if not at:
         return stages
-    match = re.fullmatch(r"lowfreq=(\d+(?:\.\d*)?|\.\d+)", variant)
-    if match is None or not float(match[1]) > 0:
-        raise ValueError(f"unknown variant @{variant} of {name!r}: expected @lowfreq=BINS, a number above 0")
+    kind, _, value = variant.partition("=")
+    if kind == "lowfreq" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) and float(value) > 0:
+        changed = {"low_frequency": float(value)}
+    elif kind == "alpha" and value and Eps(value) > 0:
+        changed = {"alpha": float(Eps(value))}
+    else:
+        raise ValueError(
+            f"unknown variant @{variant} of {name!r}: expected @lowfreq=BINS or @alpha=STEP, a number above 0"
+        )
     if any(stage.attack != "pgd" for stage in stages):
-        raise ValueError(f"{name!r}: @lowfreq is for fgsm and pgd-STEPS[xRESTARTS]")
-    low = {"low_frequency": float(match[1])}
+        raise ValueError(f"{name!r}: @{kind} is for fgsm and pgd-STEPS[xRESTARTS]")
     return [
-        dataclasses.replace(stage, name=f"{stage.name}@{variant}", settings=stage.settings | low) for stage in stages
+        dataclasses.replace(stage, name=f"{stage.name}@{variant}", settings=stage.settings | changed)
+        for stage in stages
     ]
 
 
@@ -168,10 +176,10 @@ def _stages(name: str, norm: str) -> list[Stage]:
         return [dataclasses.replace(stage, settings=stage.settings | {"eot": 20}) for stage in rand]
     if name == "fgsm":
         return [Stage("fgsm", "pgd", {"steps": 1, "random_start": False, "loss": "ce"})]
-    if match := re.fullmatch(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?", name):
+    if match := re.fullmatch(r"pgd-([1-9]\d*)(-margin)?", name):
+        return [Stage(name, "pgd", {"steps": int(match[1]), "loss": "margin" if match[2] else "ce"})]
+    if match := re.fullmatch(r"pgd-([1-9]\d*)x([1-9]\d*)", name):
         steps = int(match[1])
-        if match[2] is None:
-            return [Stage(name, "pgd", {"steps": steps, "loss": "ce"})]
         starts = [(loss, k) for loss in ("ce", "margin") for k in range(int(match[2]))]
         return [Stage(f"pgd-{steps}-{loss}-{k + 1}", "pgd", {"steps": steps, "loss": loss}, k) for loss, k in starts]
     if match := re.fullmatch(r"(fmn|cw|deepfool)-([1-9]\d*)", name):

@@ -55,7 +55,8 @@ class Data:
         if n < 1:
             raise ValueError(f"limit must be at least 1, got {n}")
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-        return self.subset(rows, f"perm(seed={seed})[:{n}]")
+        before = "" if self.index_rule == "all" else f"{self.index_rule}, then "
+        return self.subset(rows, f"{before}perm(seed={seed})[:{n}]")
 
     def held_out(self, n: int, seed: int = 0) -> tuple["Data", "Data"]:
         """Two parts: all but n samples, and those n, drawn without replacement; the same ones for the same seed."""

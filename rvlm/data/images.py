@@ -20,11 +20,13 @@ class Fit:
     bit what torchvision's Resize and CenterCrop make of a PIL image.
 
     size: what comes out. resize: None means size, which is CLIP's preprocessing. interpolation: bicubic or bilinear.
+    squash: both sides to `size` pixels instead, whatever the image's shape.
     """
 
     size: int
     resize: int | None = None
     interpolation: str = "bicubic"
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -38,6 +40,8 @@ class Fit:
 
         side, size, shorter = self.resize or self.size, self.size, min(image.size)
         width, height = (int(side * edge / shorter) for edge in image.size)  # cut off, not rounded, as torchvision does
+        if self.squash:
+            width = height = size
         left, top = (round((edge - size) / 2) for edge in (width, height))
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])

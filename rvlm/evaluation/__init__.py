@@ -1,13 +1,16 @@
 """Evaluation: clean and robust accuracy as records that can be compared and repeated, and checks of a user's model."""
 
 from rvlm.evaluation.check import Finding, check
+from rvlm.evaluation.compare import Comparison, compare
 from rvlm.evaluation.evaluate import Evaluation, evaluate, parse_attack
 from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.protocols import Protocol, load_protocol, protocol_names
 from rvlm.evaluation.records import summary_row, write_evaluation, write_json, write_retrieval, write_transfer
 from rvlm.evaluation.retrieval import Retrieval, retrieve
 from rvlm.evaluation.transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
-    "Evaluation", "Finding", "Retrieval", "TransferMatrix", "check", "evaluate", "parse_attack", "retrieve",
-    "summary_row", "transfer_matrix", "wilson", "write_evaluation", "write_json", "write_retrieval", "write_transfer",
+    "Comparison", "Evaluation", "Finding", "Protocol", "Retrieval", "TransferMatrix", "check", "compare", "evaluate",
+    "load_protocol", "parse_attack", "protocol_names", "retrieve", "summary_row", "transfer_matrix", "wilson",
+    "write_evaluation", "write_json", "write_retrieval", "write_transfer",
 ]  # fmt: skip

@@ -35,9 +35,12 @@ from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import weights_sha
 from rvlm.units import Eps
 
-__all__ = ["environment", "summary_row", "write_evaluation", "write_json", "write_retrieval", "write_transfer"]
+__all__ = [
+    "environment", "measured_before", "record_stem", "summary_row", "write_evaluation", "write_json",
+    "write_retrieval", "write_transfer",
+]  # fmt: skip
 
-SCHEMA = "rvlm.result/1"
+SCHEMA, RETRIEVAL = "rvlm.result/1", "rvlm.retrieval/1"
 SAMPLE_COLUMNS = ("index", "y", *COLUMNS)
 
 
@@ -50,6 +53,8 @@ def write_evaluation(
     *,
     method: str | None = None,
     processes: int = 1,
+    source: Callable[[Tensor], Tensor] | None = None,
+    protocol: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each whole or not at all.
 
@@ -61,22 +66,26 @@ def write_evaluation(
         classifier: what was evaluated.
         method: how it was trained, if that is known.
         processes: how many shared the work.
+        source: what the images were crafted on, for transfer.
+        protocol: {"name", "sha", "status"} if it is a part of one; then the file names hold the data's name, too.
 
     Returns:
-        The summary row: name, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
+        The summary row: name, data, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
     """
     folder = Path(folder)
-    stem = _stem(name, evaluation.target, evaluation.attack, str(evaluation.eps))
+    place = [name, data.name] if protocol else [name]
+    stem = record_stem(*place, evaluation.target, evaluation.attack, str(evaluation.eps))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{column: getattr(evaluation, column).numpy() for column in SAMPLE_COLUMNS})
     write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
     n, attacked = len(evaluation), max(evaluation.n_clean, 1)
     record = {
         "schema": SCHEMA,
-        "status": _status(data),
+        "status": _status(data, protocol),
         "name": name,
-        "protocol": None,
+        "protocol": _protocol(protocol),
         **_describe(classifier, data, evaluation.resolution, method),
+        "source": source and _describe(source, data, evaluation.resolution, None)["model"],
         "data": _describe_data(data),
         "threat": _threat(evaluation.norm, evaluation.eps, evaluation.target),
         "attack": {
@@ -177,25 +186,29 @@ def write_retrieval(
     *,
     method: str | None = None,
     processes: int = 1,
+    source: Clip | None = None,
+    protocol: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, as `write_evaluation` does.
 
     Returns:
-        A summary row, whose clean and robust are text recall@1, which its "metric" says.
+        The summary row.
     """
     folder = Path(folder)
-    stem = _stem(name, found.target, found.attack, str(found.eps))
+    place = [name, data.name] if protocol else [name]
+    stem = record_stem(*place, found.target, found.attack, str(found.eps))
     buffer = io.BytesIO()
     columns = ("text_clean", "text_adv", "image_clean", "image_adv", "linf", "distance")
     ranks = {column: getattr(found, column).numpy() for column in columns}
     np.savez_compressed(buffer, index=data.index.numpy(), owner=data.owner.numpy(), **ranks)
     write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
     record = {
-        "schema": "rvlm.retrieval/1",
-        "status": _status(data),
+        "schema": RETRIEVAL,
+        "status": _status(data, protocol),
         "name": name,
-        "protocol": None,
+        "protocol": _protocol(protocol),
         **_describe_clip(clip, found.resolution, method),
+        "source": source and _describe_clip(source, found.resolution, None)["model"],
         "data": _describe_data(data) | {"captions": len(data.texts)},
         "threat": _threat(found.norm, found.eps, found.target),
         "attack": {"name": found.attack, "seed": found.seed, "batch": found.batch_size, "precision": "fp32"},
@@ -206,30 +219,42 @@ def write_retrieval(
         "samples": f"samples/{stem}.npz",
     }
     write_json(folder / "result" / f"{stem}.json", record)
-    clean, robust = (found.metrics[which]["text_r@1"] for which in ("clean", "robust"))
-    return {
-        "name": name,
-        "metric": "text_r@1",
-        "clean": clean["v"],
-        "clean_ci": list(clean["ci95"]),
-        "robust": robust["v"],
-        "robust_ci": list(robust["ci95"]),
-        "eps": str(found.eps),
-        "norm": found.norm,
-        "attack": found.attack,
-        "target": found.target,
-        "samples": len(data),
-        "seconds": round(found.seconds, 2),
-        "record": f"result/{stem}.json",
-    }
+    return summary_row(record, f"result/{stem}.json")
 
 
-def _stem(*parts: str) -> str:
+def measured_before(
+    folder: Path,
+    stem: str,
+    data: Data,
+    model: Callable[[Tensor], Tensor],
+    source: Callable[[Tensor], Tensor] | None,
+    protocol: Mapping[str, str],
+) -> dict[str, Any] | None:
+    """The summary row of FOLDER/result/STEM.json, if it is of these samples, weights and protocol."""
+    path = Path(folder) / "result" / f"{stem}.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    there = [
+        record["status"], record["protocol"], record["data"]["fingerprint"], record["model"]["sha256"],
+        record["source"] and record["source"]["sha256"],
+    ]  # fmt: skip
+    shas = [clip and weights_sha(getattr(clip, "clip", clip)) for clip in (model, source)]
+    here = [protocol["status"], _protocol(protocol), data.fingerprint, *shas]
+    return summary_row(record, f"result/{stem}.json") if there == here else None
+
+
+def record_stem(*parts: str) -> str:
+    """What the files of a record are called: NAME[-DATA]-TARGET-ATTACK-EPS."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
 
 
-def _status(data: Data) -> str:
-    return "complete" if data.index_rule == "all" else "partial"
+def _status(data: Data, protocol: Mapping[str, str] | None = None) -> str:
+    return protocol["status"] if protocol else "complete" if data.index_rule == "all" else "partial"
+
+
+def _protocol(protocol: Mapping[str, str] | None) -> dict[str, str] | None:
+    return protocol and {"name": protocol["name"], "sha": protocol["sha"]}
 
 
 def _describe_data(data: Data) -> dict[str, Any]:
@@ -295,10 +320,18 @@ def _describe_clip(clip: Clip, resolution: list[int], method: str | None) -> dic
 
 
 def summary_row(record: dict[str, Any], path: str) -> dict[str, Any]:
-    """The row of a record in summary.json and in tables."""
-    clean, robust = record["metrics"]["clean_acc"], record["metrics"]["robust_acc"]
+    """The row of a record in summary.json and in tables. Of retrieval, clean and robust are text recall@1."""
+    retrieval = record["schema"] == RETRIEVAL
+    metrics = record["metrics"]
+    clean, robust = (
+        (metrics[which]["text_r@1"] for which in ("clean", "robust"))
+        if retrieval
+        else (metrics["clean_acc"], metrics["robust_acc"])
+    )
     return {
         "name": record["name"],
+        "data": record["data"]["name"],
+        "metric": "text_r@1" if retrieval else "accuracy",
         "clean": clean["v"],
         "clean_ci": list(clean["ci95"]),
         "robust": robust["v"],

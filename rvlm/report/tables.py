@@ -2,7 +2,9 @@
 
 from typing import Any
 
-__all__ = ["COLUMNS", "cell", "latency_table", "markdown", "phase_table", "rich_table"]
+__all__ = [
+    "COLUMNS", "cell", "comparison_table", "latency_table", "markdown", "phase_table", "protocol_table", "rich_table",
+]  # fmt: skip
 
 COLUMNS = {
     "name": "model",
@@ -47,6 +49,41 @@ def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, s
     for row in rows:
         table.add_row(*(Text(cell(row | {"clean_ci": None}, column)) for column in columns))
     return table
+
+
+def protocol_table(rows: list[dict[str, Any]], title: str, parts: int) -> str:
+    """The rows of a protocol, and their means over data sets for every attack, radius and target.
+
+    A mean names how many sets it is of, out of `parts`: two means of different sets are no comparison.
+    """
+    columns = {"data": "data"} | {
+        key: COLUMNS[key] for key in ("attack", "eps", "target", "clean", "robust", "samples")
+    }
+    lines = [title, "", markdown(rows, columns)]
+    cases: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["metric"], row["attack"], row["eps"], row["target"]), []).append(row)
+    for (metric, attack, eps, target), some in cases.items():
+        if len(some) > 1:
+            clean, robust = (100 * sum(row[key] for row in some) / len(some) for key in ("clean", "robust"))
+            of = f"mean {metric} of {len(some)} sets" + (f", of {parts} in the protocol" if len(some) < parts else "")
+            lines.append(f"{of}; {attack}, {eps}, {target}: clean {clean:.1f} %, robust {robust:.1f} %")
+    return "\n".join(lines)
+
+
+def comparison_table(found: list[Any]) -> str:
+    """A Markdown table of `rvlm.evaluation.Comparison`s."""
+    lines = ["| | n | A % | B % | A - B | only A right | only B right | McNemar p |", "| --- " * 8 + "|"]
+    for one in found:
+        a, b = (
+            f"{100 * share:.1f} ({100 * ci[0]:.1f}-{100 * ci[1]:.1f})"
+            for share, ci in ((one.a, one.a_ci), (one.b, one.b_ci))
+        )
+        lines.append(
+            f"| {one.what} | {one.n} | {a} | {b} | {100 * (one.a - one.b):+.1f} | {one.only_a} | {one.only_b} | "
+            f"{one.p:.2g} |"
+        )
+    return "\n".join(lines)
 
 
 def phase_table(phases: dict[str, tuple[float, int]], seconds: float, images: int) -> str:

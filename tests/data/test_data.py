@@ -201,6 +201,12 @@ def test_fit_is_what_torchvisions_transforms_do(width, height, resize, interpola
     assert torch.equal(Fit(32, resize, interpolation)(image), expected)
 
 
+def test_squashed_images_keep_all_that_is_in_them():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+    expected = torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert torch.equal(Fit(32, squash=True)(image), expected)
+
+
 def test_fit_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="cannot cut 32 pixels out of 31"):
         Fit(32, 31)

@@ -105,6 +105,8 @@ def test_attack_names():
     assert [(s.settings["loss"], s.settings["steps"], s.restart) for s in parse_attack("pgd-50x2")] == [
         ("ce", 50, 0), ("ce", 50, 1), ("margin", 50, 0), ("margin", 50, 1)]  # fmt: skip
     assert parse_attack("fgsm")[0].settings["random_start"] is False
+    assert parse_attack("pgd-10@alpha=1/255")[0].settings == {"steps": 10, "loss": "ce", "alpha": 1 / 255}
+    assert parse_attack("pgd-30-margin@alpha=0.01")[0].settings == {"steps": 30, "loss": "margin", "alpha": 0.01}
     assert [s.name for s in parse_attack("autoattack")] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     plus = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
     assert [s.name for s in parse_attack("autoattack-plus")] == plus
@@ -115,7 +117,12 @@ def test_attack_names():
     in_l1 = [s.settings for s in parse_attack("autoattack", "l1")]
     assert in_l1[0]["larger_eps"] and in_l1[0]["restarts"] == 5 and in_l1[1]["targets"] == 5
     assert [s.cost(10) for s in parse_attack("autoattack")] == [300, 2700, 3600, 5000]
-    for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattak", "", "pgd-3,", "square-0"):
+    for bad in ("pgd-3@alpha", "pgd-3@alpha=0"):
+        with pytest.raises(ValueError, match="expected @lowfreq=BINS or @alpha=STEP, a number above 0"):
+            parse_attack(bad)
+    with pytest.raises(ValueError, match="@alpha is for fgsm and pgd"):
+        parse_attack("square@alpha=1/255")
+    for bad in ("pgd", "pgd-0", "pgd-3x0", "autoattak", "", "pgd-3,", "square-0", "pgd-3x1-margin"):
         with pytest.raises(ValueError, match="expected fgsm, pgd-STEPS"):
             parse_attack(bad)
 

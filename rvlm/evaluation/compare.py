@@ -1,0 +1,113 @@
+"""Two records side by side: what differs on the same samples, and whether chance explains it.
+
+McNemar (1947), exact: of the d samples that one model gets right and the other wrong, b go one way. If both were
+equally good, b would be binomial(d, 1/2); p is the chance of a split at least as uneven, on either side.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.records import RETRIEVAL
+
+__all__ = ["Comparison", "compare", "mcnemar"]
+
+ALIKE = {
+    "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"), "norm": ("threat", "norm"),
+    "eps": ("threat", "eps"), "target": ("threat", "target"), "source": ("source", "sha256"),
+    "attack": ("attack", "name"), "stages": ("attack", "stages"), "seed": ("attack", "seed"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One measure of two records.
+
+    Attributes:
+        what: clean or robust, accuracy or recall.
+        n: samples.
+        a, b: shares, with their Wilson intervals.
+        only_a, only_b: samples that one gets right and the other does not.
+        p: of McNemar's exact test.
+    """
+
+    what: str
+    n: int
+    a: float
+    a_ci: tuple[float, float]
+    b: float
+    b_ci: tuple[float, float]
+    only_a: int
+    only_b: int
+    p: float
+
+
+def compare(a: str | Path, b: str | Path) -> list[Comparison]:
+    """Compares two records that `rvlm eval` wrote, by their per-sample files.
+
+    Raises:
+        FileNotFoundError: no such record, or no such per-sample file. ValueError: they differ in more than the model,
+        so that their numbers say nothing about it; all that differs is named.
+    """
+    records = [_record(Path(path)) for path in (a, b)]
+    differ = [
+        f"{name} is {_short(_at(records[0], keys))} and {_short(_at(records[1], keys))}"
+        for name, keys in ALIKE.items()
+        if _at(records[0], keys) != _at(records[1], keys)
+    ]
+    if differ:
+        raise ValueError(f"{a} and {b} cannot be compared: {'; '.join(differ)}. Only the model may differ.")
+    right = [_right(record, Path(path)) for record, path in zip(records, (a, b), strict=True)]
+    return [_compared(what, right[0][what], right[1][what]) for what in right[0]]
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p."""
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(fewer + 1)]
+    return min(1.0, 2 * math.fsum(math.exp(log - n * math.log(2)) for log in logs))
+
+
+def _compared(what: str, a: np.ndarray, b: np.ndarray) -> Comparison:
+    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    sides = [(float(side.mean()), wilson(int(side.sum()), n)) for side in (a, b)]
+    return Comparison(what, n, *sides[0], *sides[1], only_a, only_b, mcnemar(only_a, only_b))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no record {path}: expected a file RUN/result/NAME.json")
+    record = json.loads(path.read_text())
+    if not isinstance(record, dict) or "samples" not in record or "threat" not in record:
+        raise ValueError(f"{path} is no record of an evaluation: expected a file RUN/result/NAME.json")
+    return record
+
+
+def _right(record: dict[str, Any], path: Path) -> dict[str, np.ndarray]:
+    """By measure: which samples are right, bool [N]."""
+    file = path.parents[1] / record["samples"]
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}: the record's samples lie beside its result/ folder")
+    with np.load(file) as columns:
+        if record["schema"] == RETRIEVAL:
+            names = {"text_clean": "clean text_r@1", "text_adv": "robust text_r@1"}
+            names |= {"image_clean": "clean image_r@1", "image_adv": "robust image_r@1"}
+            return {what: columns[column] < 1 for column, what in names.items()}
+        broken = columns["broken_by"]
+    return {"clean": broken != -2, "robust": broken == -1}
+
+
+def _at(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        record = (record or {}).get(key)
+    return record
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,192 @@
+"""Protocols: frozen YAML that says on what and how models are measured, so that two numbers can be compared.
+
+    protocol = load_protocol("robustvlm-aa1000")
+    for part in protocol.parts:
+        data = protocol.open(part, root)
+
+A file holds data sets with their splits, prompts and drawn samples, how images are resized, and attacks with their
+radii. Its hash covers all of that; records carry it. A bundled file also holds its hash as `frozen`: what was edited
+needs another name. Samples are lists of row numbers that depend on the seed and the size of the set alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rvlm.attacks.stages import parse_attack
+from rvlm.data import Data, Fit, load_data
+from rvlm.data.captions import Captions, holds_captions, load_captions
+from rvlm.data.images import Reader
+from rvlm.data.prompts import fingerprint, templates
+from rvlm.evaluation.retrieval import parse_retrieval_attack
+from rvlm.units import Eps
+
+__all__ = ["Part", "Protocol", "load_protocol", "protocol_names"]
+
+FOLDER = Path(__file__).parents[1] / "protocols"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One data set of a protocol.
+
+    Attributes:
+        data: its spec, without a root.
+        split: of it.
+        templates: id of the prompts, a list of them, or None for the data's own.
+        prompts: hash of the prompts, where it is known.
+        index: hash of the drawn row numbers, where the size of the set is known.
+        n, attacks: of this set instead of the protocol's.
+    """
+
+    data: str
+    split: str = "test"
+    templates: str | list[str] | None = None
+    prompts: str | None = None
+    index: str | None = None
+    n: int | None = None
+    attacks: dict[str, list[str]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.data.partition("@")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What a file says.
+
+    Attributes:
+        name, sha: of the protocol.
+        about: what it follows; differs: where it does not, as far as we know.
+        parts: the data sets.
+        attacks: radii by the name of the attack.
+        norm, seed: as in `evaluate`.
+        targets: white-box, and transfer where images are made on the undefended model, too.
+        fit: how images are resized before they are attacked, None: not at all.
+        native: names of sets that are attacked at their own size, and enlarged inside the model.
+        n: images of each set, None: all; the first n of a permutation by the seed, in their old order.
+        ids: {"file", "sha256"}: the images that a file names instead; it lies in the root.
+    """
+
+    name: str
+    sha: str
+    about: str
+    parts: tuple[Part, ...]
+    attacks: dict[str, list[str]]
+    differs: str = ""
+    norm: str = "linf"
+    seed: int = 0
+    targets: tuple[str, ...] = ("white-box",)
+    fit: Fit | None = None
+    native: tuple[str, ...] = ()
+    n: int | None = None
+    ids: dict[str, str] | None = None
+
+    def open(self, part: Part, root: Path | None = None, limit: int | None = None) -> Data | Captions:
+        """The samples of one data set.
+
+        Args:
+            part: of this protocol.
+            root: where data sets lie.
+            limit: no more than this many; what comes of them is partial.
+
+        Raises:
+            FileNotFoundError: not there. ValueError: not what it should be, or other samples than the frozen ones.
+        """
+        spec = part.data if root is None or part.data == "digits" else f"{part.data}:{root}"
+        load = load_captions if holds_captions(spec) else load_data
+        data = load(spec, part.split, size=None if part.name in self.native else self.fit)
+        data = data.limited(part.n or self.n, self.seed) if self.ids is None else self._named(data, root)
+        if part.index is not None and (found := row_sha(data)) != part.index:
+            raise ValueError(f"{spec}: the draw of {self.name} has the hash {part.index}, here it is {found}")
+        return data.limited(limit, self.seed)
+
+    def prompts(self, part: Part, data: Data) -> tuple[list[str], dict[str, Any]]:
+        """The prompts of a data set, and a check for the record: whether they are the frozen ones."""
+        found = part.templates if isinstance(part.templates, list) else templates(part.templates or data.template)
+        sha = fingerprint(found)
+        detail = f"hash {sha}, expected {part.prompts or 'unknown'}"
+        return found, {"id": "prompts_as_frozen", "ok": part.prompts in (None, sha), "detail": detail}
+
+    def mark(self, part: Part, data: Data) -> dict[str, str]:
+        """What a record says of its protocol, and whether the data is all of the part."""
+        n = part.n or self.n
+        whole = "all" if n is None or n >= data.n_total else f"perm(seed={self.seed})[:{n}]"
+        whole = self.ids["file"] if self.ids is not None else whole
+        return {"name": self.name, "sha": self.sha, "status": "complete" if data.index_rule == whole else "partial"}
+
+    def _named(self, data: Data, root: Path | None) -> Data:
+        file = (root or Path()) / self.ids["file"]
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}, which names the images of {self.name}; {self.ids['from']}")
+        content = file.read_bytes()
+        if (sha := hashlib.sha256(content).hexdigest()) != self.ids["sha256"]:
+            raise ValueError(f"{file} has the sha256 {sha}, expected {self.ids['sha256']}: it is another list")
+        if not isinstance(data.read, Reader) or not data.read.names:
+            raise ValueError(f"{data.name} has no file names, by which {self.name} picks images: use class folders")
+        place = {"/".join(name.split("/")[-2:]): row for row, name in enumerate(data.read.names)}
+        wanted = content.decode().split()
+        if absent := [name for name in wanted if name not in place]:
+            raise ValueError(f"{data.name} lacks {len(absent)} images of {file}, the first is {absent[0]}")
+        rows = torch.tensor([place[name] for name in wanted]).sort().values
+        return data.subset(rows, self.ids["file"])
+
+
+def row_sha(data: Data) -> str:
+    """Hash of the numbers of the samples."""
+    return hashlib.sha256(json.dumps(data.index.tolist()).encode()).hexdigest()[:16]
+
+
+def protocol_names() -> list[str]:
+    """The bundled protocols."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load_protocol(name: str | Path) -> Protocol:
+    """A bundled protocol, or one from a YAML file.
+
+    Raises:
+        FileNotFoundError: neither. ValueError: unknown keys, attacks, radii or norms; an edited frozen file.
+    """
+    import yaml
+
+    file = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"no protocol {name}: expected one of {', '.join(protocol_names())}, or a YAML file")
+    told = yaml.safe_load(file.read_text())
+    fields = {field.name for field in dataclasses.fields(Protocol)} - {"sha"} | {"frozen"}
+    if not isinstance(told, dict) or not {"name", "about", "parts", "attacks"} <= set(told) <= fields:
+        raise ValueError(f"{file}: expected name, about, parts, attacks and of {', '.join(sorted(fields))}")
+    frozen = told.pop("frozen", None)
+    sha = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    if frozen not in (None, sha):
+        raise ValueError(
+            f"{file} was edited: its hash is {sha}, frozen is {frozen}. Give what you changed another name."
+        )
+    return _checked(file, sha, told)
+
+
+def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
+    known = {field.name for field in dataclasses.fields(Part)}
+    parts = [{"data": part} if isinstance(part, str) else part for part in told.pop("parts")]
+    for part in parts:
+        if not {"data"} <= set(part) <= known:
+            raise ValueError(f"{file}: part {part} must have data, and of {', '.join(sorted(known))}")
+    norm = told.get("norm", "linf")
+    for attacks, parse in [(told["attacks"], parse_attack)] + [
+        (part["attacks"], lambda attack, norm: parse_retrieval_attack(attack)) for part in parts if "attacks" in part
+    ]:
+        for attack, radii in attacks.items():
+            parse(attack, norm)
+            for eps in radii:
+                Eps(eps).check(norm)
+    if unknown := set(told.get("targets", ())) - {"white-box", "transfer"}:
+        raise ValueError(f"{file}: unknown target {', '.join(unknown)}, expected white-box or transfer")
+    told |= {key: tuple(told[key]) for key in ("targets", "native") if key in told}
+    fit = Fit(**told.pop("fit")) if told.get("fit") else told.pop("fit", None)
+    return Protocol(sha=sha, parts=tuple(Part(**part) for part in parts), fit=fit, **told)
