@@ -1,9 +1,12 @@
 """Looking through data sets on disk: what is there, how much of it, and which images cannot be read."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from rvlm.data.base import Data
+from rvlm.data.captions import holds_captions, load_captions
 from rvlm.data.images import Reader
 from rvlm.data.load import load_data
 from rvlm.data.registry import complaints, data_root, entries, find
@@ -46,18 +49,24 @@ def audit(spec: str, split: str = "test", images: bool = True) -> list[Audit]:
     root = Path(place) if place else data_root()
     entry = entries(root).get(name)
     if entry is None:
-        return [_looked_through(spec, "", None, lambda: load_data(spec, split), lambda data: [], images)]
-    audits = [
-        _looked_through(
-            f"{name}@{found.layout.kind}", str(found.path), found.layout.counts.get(split),
-            lambda found=found: found.open(split, None), lambda data, found=found: complaints(found, data), images,
-        )
-        for found in find(entry, root, kind or None)
-    ]  # fmt: skip
+        load = load_captions if holds_captions(spec) else load_data
+        return [_looked_through(spec, "", None, lambda: load(spec, split), lambda data: [], images)]
+    audits = []
+    for found in find(entry, root, kind or None):
+        if entry.captions:
+            load, complain = (lambda: load_captions(spec, split)), (lambda data: [])
+        else:
+            load, complain = functools.partial(found.open, split, None), functools.partial(complaints, found)
+        expected = found.layout.counts.get(split)
+        line = f"{name}@{found.layout.kind}"
+        audits.append(_looked_through(line, str(found.path), expected, load, complain, images))
     return audits or [Audit(head, "missing", str(root))]
 
 
-def _looked_through(name: str, path: str, expected: int | None, load, complain, images: bool) -> Audit:
+def _looked_through(
+    name: str, path: str, expected: int | None, load: Callable[[], Data], complain: Callable[[Data], list[str]],
+    images: bool,
+) -> Audit:  # fmt: skip
     try:
         data = load()
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """Data sets on disk: npz arrays, and trees of class folders or zip archives of them. Nothing is downloaded."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
@@ -55,7 +56,7 @@ def load_folder(path: str, split: str, size: int | Fit | None = None) -> Data:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         open_bytes: Callable[[str], bytes] = archive.read
     elif root.is_dir():
-        names = [str(PurePosixPath(p.relative_to(root))) for p in root.rglob("*") if p.is_file()]
+        names = _files_below(root)
         open_bytes = lambda name: (root / name).read_bytes()  # noqa: E731
     else:
         raise FileNotFoundError(
@@ -80,6 +81,15 @@ def load_folder(path: str, split: str, size: int | Fit | None = None) -> Data:
     reader = Reader(lambda i: open_bytes(files[i]), root, files, size)
     class_names = _names_beside(root, classes) or [name.replace("_", " ") for name in classes]
     return Data(f"folder:{root.name}", split, class_names, y, torch.arange(len(y)), reader, "plain", len(y))
+
+
+def _files_below(root: Path) -> list[str]:
+    """Paths relative to root, with slashes; behind links, too, as people lay out large sets."""
+    names = []
+    for folder, _, found in os.walk(root, followlinks=True):
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        names += [f"{prefix}{name}".removeprefix("./") for name in found]
+    return names
 
 
 def _to_image(pixels: Tensor):

@@ -131,6 +131,13 @@ def test_broken_folders_are_named(tree, tmp_path):
         load_data(f"folder:{tree}")
 
 
+def test_folders_may_be_links(tree, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "test").symlink_to(tree, target_is_directory=True)
+    linked, plain = load_data(f"folder:{tmp_path / 'linked'}"), load_data(f"folder:{tree}")
+    assert linked.class_names == plain.class_names and torch.equal(linked.read(linked.index), plain.read(plain.index))
+
+
 def test_unknown_specs():
     for spec in ("cifar", "npz:", "wds:", "torchvision:DTD", "torchvision:DTD:", "torchvision::x", "zip:x"):
         with pytest.raises(ValueError, match="expected digits, npz:PATH, folder:PATH, wds:PATH, parquet:PATH"):

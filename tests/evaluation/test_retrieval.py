@@ -173,6 +173,18 @@ def test_broken_files_are_named(tmp_path, change, message):
         load_captions(f"captions:{tmp_path / 'captions.json'}")
 
 
+def test_check_of_captions(tmp_path, capsys):
+    write_karpathy(tmp_path, folder=".")
+    argv = ["data", "check", f"captions:{tmp_path}/captions.json"]
+    assert main(argv) == 0 and "6 samples" in capsys.readouterr().out
+    (tmp_path / "3.jpg").write_bytes(b"no image")
+    assert main(argv) == 4 and "1 images cannot be decoded: 3.jpg" in capsys.readouterr().out
+    layout = {"at": ".", "list": "captions.json", "images": ["."], "counts": {"test": 7}}
+    (tmp_path / "datasets.yaml").write_text(json.dumps({"words": {"title": "w", "layouts": {"karpathy": layout}}}))
+    assert main(["data", "check", "words", "--root", str(tmp_path)]) == 4
+    assert "has 6 images for test, expected 7" in capsys.readouterr().out
+
+
 def test_eval_of_captions_from_the_command_line(tmp_path, capsys):
     write_karpathy(tmp_path, folder=".")
     out = tmp_path / "run"
