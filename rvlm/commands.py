@@ -112,7 +112,11 @@ def _sentence(protocol) -> str:
 
 def _line_of(entry) -> str:
     """A data set in one line: how many test samples each of its layouts must hold."""
-    counts = [f"{layout.kind} {layout.counts.get('test') or 'unknown'}" for layout in entry.layouts[:-1]]
+    counts = [
+        f"{layout.kind} {layout.counts.get('test') or 'unknown'}"
+        for layout in entry.layouts
+        if layout.kind != "parquet"
+    ]
     return f"{entry.name:<16}{entry.title}: {entry.classes or 'unknown'} classes; test: {', '.join(counts)}"
 
 

@@ -54,7 +54,10 @@ def audit(spec: str, split: str = "test", images: bool = True) -> list[Audit]:
     audits = []
     for found in find(entry, root, kind or None):
         if entry.captions:
-            load, complain = (lambda: load_captions(spec, split)), (lambda data: [])
+            load, complain = (
+                functools.partial(load_captions, f"{name}@{found.layout.kind}:{root}", split),
+                (lambda data: []),
+            )
         else:
             load, complain = functools.partial(found.open, split, None), functools.partial(complaints, found)
         expected = found.layout.counts.get(split)

@@ -1,4 +1,7 @@
-"""Images with captions, for retrieval, as Karpathy's JSON files split Flickr30k and COCO. Nothing is downloaded."""
+"""Images with captions, for retrieval: Flickr30k and COCO, split by Karpathy's JSON files or as CLIP_benchmark's tars.
+
+Nothing is downloaded.
+"""
 
 import dataclasses
 import hashlib
@@ -13,6 +16,7 @@ from rvlm.data.base import Data
 from rvlm.data.images import Fit, Reader
 from rvlm.data.listed import Files, read_json
 from rvlm.data.registry import data_root, entries, located
+from rvlm.data.wds import indexed
 
 __all__ = ["Captions", "holds_captions", "load_captions"]
 
@@ -76,8 +80,12 @@ def load_captions(
         return _read(file, [file.parent], f"captions:{file.name}", split, size).limited(limit)
     found = located(spec)
     settings, expected = found.layout.settings, found.layout.counts.get(split)
-    folders = [found.path / folder for folder in settings["images"]]
-    data = _read(found.path / settings["list"], folders, f"{found.entry.name}@{found.layout.kind}", split, size)
+    name = f"{found.entry.name}@{found.layout.kind}"
+    if found.layout.kind == "wds":
+        data = _read_wds(found.path, name, split, size)
+    else:
+        folders = [found.path / folder for folder in settings["images"]]
+        data = _read(found.path / settings["list"], folders, name, split, size)
     if expected is not None and len(data) != expected:
         raise ValueError(f"{spec} ({found.path}) has {len(data)} images for {split}, expected {expected}")
     return data.limited(limit)
@@ -100,14 +108,25 @@ def _read(file: Path, folders: list[Path], name: str, split: str, size: int | Fi
         raise ValueError(f"{file} has no images for {split!r}: it has {splits or 'none at all'}")
     if twice := [path for path, times in Counter(paths).items() if times > 1]:
         raise ValueError(f"{file} lists {len(twice)} images twice for {split}: {', '.join(twice[:5])}")
-    if mute := [path for path, texts in zip(paths, sentences, strict=True) if not any(texts)]:
-        raise ValueError(f"{file}: {len(mute)} images have no caption, the first is {mute[0]}")
     folder = next((folder for folder in folders if (folder / paths[0]).is_file()), folders[0])
     if absent := [path for path in paths if not (folder / path).is_file()]:
         raise FileNotFoundError(f"{len(absent)} of {len(paths)} images are not in {folder}, the first is {absent[0]}")
+    return _captions(file, name, split, sentences, Reader(Files(folder, paths), folder, paths, size))
+
+
+def _read_wds(root: Path, name: str, split: str, size: int | Fit | None) -> Captions:
+    """CLIP_benchmark's tars: KEY.txt holds a caption on each line."""
+    _, names, told, get = indexed(root, split, "txt")
+    sentences = [[line.strip() for line in content.decode().splitlines()] for content in told]
+    return _captions(root, name, split, sentences, Reader(get, root, names, size))
+
+
+def _captions(where: Path, name: str, split: str, sentences: list[list[str]], reader: Reader) -> Captions:
+    if mute := [reader.name(i) for i, texts in enumerate(sentences) if not any(texts)]:
+        raise ValueError(f"{where}: {len(mute)} images have no caption, the first is {mute[0]}")
     texts = [(i, text) for i, own in enumerate(sentences) for text in own if text]
-    index = torch.arange(len(paths))
+    index = torch.arange(len(sentences))
     return Captions(
-        name, split, [], torch.zeros_like(index), index, Reader(Files(folder, paths), folder, paths, size),
-        n_total=len(paths), texts=[text for _, text in texts], owner=torch.tensor([i for i, _ in texts]),
+        name, split, [], torch.zeros_like(index), index, reader, n_total=len(index),
+        texts=[text for _, text in texts], owner=torch.tensor([i for i, _ in texts]),
     )  # fmt: skip

@@ -76,6 +76,7 @@ class Entry:
 
     @property
     def captions(self) -> bool:
+        """Whether it has captions and no classes."""
         return any(layout.kind == "karpathy" for layout in self.layouts)
 
 
@@ -91,6 +92,8 @@ class Found:
     def open(self, split: str, size: int | Fit | None) -> Data:
         """The data as it is, whether or not it is what it should be."""
         kind, settings = self.layout.kind, self.layout.settings
+        if self.entry.captions:
+            raise ValueError(f"{self.entry.name} holds images with captions, no classes: it goes with rvlm eval alone")
         if kind == "wds":
             data = load_wds(str(self.path), split, size)
         elif kind == "folder":
@@ -103,11 +106,9 @@ class Found:
             data = load_torchvision(settings["name"], str(self.root), split, size)
         elif kind == "parquet":
             data = load_parquet(str(self.path), split, size)
-        elif kind in LISTED:
+        else:
             images = {"images": settings["images"]} if "images" in settings else {}
             data = LISTED[kind](self.path, split, size, settings["list"], **images)
-        else:
-            raise ValueError(f"{self.entry.name} holds images with captions, no classes: it goes with rvlm eval alone")
         template = data.template if data.template != "plain" else self.entry.prompt or "plain"
         return dataclasses.replace(data, name=f"{self.entry.name}@{kind}", template=template)
 
@@ -227,7 +228,8 @@ def _read(file: Path) -> dict[str, Entry]:
 
 
 def _entry(file: Path, name: str, known: dict[str, Any]) -> Entry:
-    layouts = known.pop("layouts", {}) | {"parquet": {"at": [f"parquet/{name}"]}}
+    layouts = known.pop("layouts", {})
+    layouts |= {} if "karpathy" in layouts else {"parquet": {"at": [f"parquet/{name}"]}}
     fields = {field.name for field in dataclasses.fields(Entry)}
     if unknown := set(known) - fields:
         raise ValueError(f"{file}: {name} has {', '.join(sorted(unknown))}, expected {', '.join(sorted(fields))}")

@@ -1,4 +1,5 @@
-"""WebDataset shards on disk, in the layout of CLIP_benchmark: tars that hold KEY.webp and KEY.cls, side by side.
+"""WebDataset shards on disk, in the layout of CLIP_benchmark: tars that hold KEY.webp and KEY.cls (or, for captions,
+KEY.txt), side by side.
 
 Shards are made to be streamed. Here every tar is indexed once, so that samples can be read in any order, as from any
 other data set. Nothing is downloaded.
@@ -15,10 +16,11 @@ from rvlm.data.base import Data
 from rvlm.data.files import SPLITS, split_folder
 from rvlm.data.images import Fit, Reader
 
-__all__ = ["load_wds"]
+__all__ = ["NAMES", "TEMPLATES", "indexed", "load_wds"]
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+KINDS = {"cls": ("label", "the number of its class"), "txt": ("caption", "a caption on each line")}
 CLASS = re.compile(rb"\s*\d{1,7}\s*")
 
 
@@ -33,23 +35,29 @@ def load_wds(path: str, split: str, size: int | Fit | None = None) -> Data:
     Raises:
         FileNotFoundError: no tars there. ValueError: a split, a tar, a sample or a label that is not as expected.
     """
-    from tqdm import tqdm
-
     root = Path(path)
-    folder, tars = _tars(root, split)
-    names, labels, places = [], [], []
-    for number, tar in enumerate(tqdm(tars, desc=f"indexing {root.name}", disable=None, leave=False, unit="tar")):
-        for name, label, offset, length in _index(tar):
-            names.append(f"{tar.name}/{name}")
-            labels.append(label)
-            places.append((number, offset, length))
-    if not labels:
-        raise ValueError(f"{root} holds no samples: expected KEY.{', .'.join(IMAGES)} and KEY.cls in the tars")
-    y = torch.tensor(labels)
+    folder, names, labels, get = indexed(root, split, "cls")
+    y = torch.tensor([int(label) for label in labels])
     class_names = _class_names(folder) or [str(c) for c in range(int(y.max()) + 1)]
-    reader = Reader(_Members(tars, np.array(places)), root, names, size)
+    reader = Reader(get, root, names, size)
     template = f"file:{told}" if (told := _beside(folder, TEMPLATES)) else "plain"
     return Data(f"wds:{root.name}", split, class_names, y, torch.arange(len(y)), reader, template, len(y))
+
+
+def indexed(root: Path, split: str, beside: str) -> tuple[Path, list[str], list[bytes], "_Members"]:
+    """The folder with the tars of a split; of its samples the names, what KEY.`beside` holds, and how to get them."""
+    from tqdm import tqdm
+
+    folder, tars = _tars(root, split)
+    names, told, places = [], [], []
+    for number, tar in enumerate(tqdm(tars, desc=f"indexing {root.name}", disable=None, leave=False, unit="tar")):
+        for name, content, offset, length in _index(tar, beside):
+            names.append(f"{tar.name}/{name}")
+            told.append(content)
+            places.append((number, offset, length))
+    if not names:
+        raise ValueError(f"{root} holds no samples: expected KEY.{', .'.join(IMAGES)} and KEY.{beside} in the tars")
+    return folder, names, told, _Members(tars, np.array(places))
 
 
 class _Members:
@@ -100,22 +108,23 @@ def _check_count(count: Path, there: list[str]) -> None:
         )
 
 
-def _index(tar: Path) -> list[tuple[str, int, int, int]]:
-    """File name, label, offset and length of every image of a tar, in its order."""
-    images, labels = _parts(tar)
-    for key in (*images, *labels):
-        if key not in labels:
-            raise ValueError(f"{tar}: {images[key][0]} has no label; expected {key}.cls with the number of its class")
+def _index(tar: Path, beside: str) -> list[tuple[str, bytes, int, int]]:
+    """File name, what stands beside it, offset and length of every image of a tar, in its order."""
+    images, told = _parts(tar, beside)
+    what, expected = KINDS[beside]
+    for key in (*images, *told):
+        if key not in told:
+            raise ValueError(f"{tar}: {images[key][0]} has no {what}; expected {key}.{beside} with {expected}")
         if key not in images:
-            raise ValueError(f"{tar}: {key}.cls has no image; expected {key}.{', .'.join(IMAGES)} in the same tar")
-        if not CLASS.fullmatch(labels[key]):
-            raise ValueError(f"{tar}: {key}.cls holds {labels[key][:40]!r}; expected the number of a class: 0, 1, ...")
-    return [(name, int(labels[key]), offset, length) for key, (name, offset, length) in images.items()]
+            raise ValueError(f"{tar}: {key}.{beside} has no image; expected {key}.{', .'.join(IMAGES)} in the same tar")
+        if beside == "cls" and not CLASS.fullmatch(told[key]):
+            raise ValueError(f"{tar}: {key}.cls holds {told[key][:40]!r}; expected the number of a class: 0, 1, ...")
+    return [(name, told[key], offset, length) for key, (name, offset, length) in images.items()]
 
 
-def _parts(tar: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, bytes]]:
-    """By key: file name, offset and length of the images, and what the labels' files hold."""
-    images, labels = {}, {}
+def _parts(tar: Path, beside: str) -> tuple[dict[str, tuple[str, int, int]], dict[str, bytes]]:
+    """By key: file name, offset and length of the images, and what the files beside them hold."""
+    images, told = {}, {}
     try:
         with tarfile.open(tar, "r:") as archive:
             while (member := archive.next()) is not None:
@@ -123,13 +132,13 @@ def _parts(tar: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, bytes]
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 key, suffix = folder + slash + stem, suffix.lower()
-                if not member.isfile() or not stem or suffix not in (*IMAGES, "cls"):
+                if not member.isfile() or not stem or suffix not in (*IMAGES, beside):
                     continue
-                if key in (labels if suffix == "cls" else images):
-                    what = "labels" if suffix == "cls" else "images"
+                if key in (told if suffix == beside else images):
+                    what = f"{KINDS[beside][0]}s" if suffix == beside else "images"
                     raise ValueError(f"{tar}: {key} has two {what} ({member.name}). Keys must be unique; rename one.")
-                if suffix == "cls":
-                    labels[key] = archive.extractfile(member).read()
+                if suffix == beside:
+                    told[key] = archive.extractfile(member).read()
                 else:
                     images[key] = member.name, member.offset_data, member.size
             # tarfile takes garbage, and a file that was cut off between two members, for the end.
@@ -138,7 +147,7 @@ def _parts(tar: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, bytes]
                 raise tarfile.ReadError("no end-of-archive mark")
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{tar} is not a whole, uncompressed tar ({error}). Fetch or write it again.") from error
-    return images, labels
+    return images, told
 
 
 def _class_names(folder: Path) -> list[str] | None:

@@ -82,7 +82,7 @@ def test_the_registry_holds_both_lists_and_the_shifts():
     shifts = "imagenet-v2 imagenet-a imagenet-r imagenet-sketch imagenet-o objectnet"
     assert set(f"{tecoa} {coop} {shifts} flickr30k coco".split()) == set(known)
     for entry in known.values():
-        assert entry.layouts and entry.layouts[-1].kind == "parquet" and entry.title
+        assert entry.title and entry.layouts[-1].kind == ("karpathy" if entry.captions else "parquet")
         assert {layout.kind for layout in entry.layouts} <= set(KINDS)
         assert entry.prompt is None or templates(entry.prompt)
         for layout in entry.layouts:

@@ -1,6 +1,8 @@
 """Retrieval: recall against a plain count, captions as Karpathy's files hold them, and runs from the command line."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rvlm.cli import main
+from rvlm.data import load_data
 from rvlm.data.captions import Captions, holds_captions, load_captions
 from rvlm.evaluation import retrieval, retrieve
 from rvlm.ranks import Ranks
@@ -151,8 +154,43 @@ def test_karpathys_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has 6 images for test, expected 5000"):
         load_captions(f"coco:{root.parent}")
     monkeypatch.setenv("RVLM_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="flickr30k/dataset_flickr30k.json"):
+    with pytest.raises(FileNotFoundError, match="wds_flickr30k.*flickr30k/dataset_flickr30k.json"):
         load_captions("flickr30k")
+
+
+def test_captions_in_tars(tmp_path):
+    layouts = {"wds": {"name": "words", "counts": {"test": 3}}, "karpathy": {"at": "x", "list": "y", "images": ["."]}}
+    (tmp_path / "datasets.yaml").write_text(json.dumps({"words": {"title": "w", "layouts": layouts}}))
+    shard = tmp_path / "wds_words" / "test" / "0.tar"
+    shard.parent.mkdir(parents=True)
+
+    def write(captions):
+        with tarfile.open(shard, "w") as archive:
+            for i, text in enumerate(captions):
+                image = io.BytesIO()
+                Image.fromarray(PIXELS[i].permute(1, 2, 0).numpy()).save(image, "png")
+                for name, content in ((f"{i}.png", image.getvalue()), (f"{i}.txt", text.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+
+    write(["a cat\none more", "a dog", "a bird\n\n"])
+    data = load_captions(f"words:{tmp_path}")
+    assert data.name == "words@wds" and data.texts == ["a cat", "one more", "a dog", "a bird"]
+    assert data.owner.tolist() == [0, 0, 1, 2] and torch.equal(data.read(data.index), PIXELS[:3])
+    assert main(["data", "check", "words", "--root", str(tmp_path)]) == 0
+    with pytest.raises(ValueError, match="words holds images with captions"):
+        load_data(f"words:{tmp_path}")
+    write(["a cat", "a dog"])
+    with pytest.raises(ValueError, match="has 2 images for test, expected 3"):
+        load_captions(f"words:{tmp_path}")
+    write(["a cat", " ", "a bird"])
+    with pytest.raises(ValueError, match="1 images have no caption, the first is 0.tar/1.png"):
+        load_captions(f"words:{tmp_path}")
+    with tarfile.open(shard, "w") as archive:
+        archive.addfile(tarfile.TarInfo("7.png"), io.BytesIO())
+    with pytest.raises(ValueError, match="7.png has no caption; expected 7.txt with a caption on each line"):
+        load_captions(f"words:{tmp_path}")
 
 
 def drop(key):
