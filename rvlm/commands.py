@@ -291,6 +291,7 @@ def _eval_protocol(args: EvalArgs) -> int:
         run.manifest |= {"protocol": {"name": protocol.name, "sha": protocol.sha}, "missing": missing, "broken": broken}
         table = protocol_table(rows, f"{protocol.name} {protocol.sha}", len(protocol.parts))
         run.finish(rows, table, status="incomplete" if missing or broken else "complete")
+        shutil.rmtree(run.out / "state", ignore_errors=True)
         for title, names in (("missing", missing), ("not what they should be", broken)):
             if names:
                 print(f"{title}: {', '.join(names)}. Rerun with --out {run.out} when they are there.", file=sys.stderr)

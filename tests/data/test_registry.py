@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,3 +412,14 @@ def test_a_tar_is_closed_when_it_is_full(tmp_path):
     data = load_data("digits", limit=30)
     tars = make_wds(data, tmp_path, megabytes=0)
     assert len(tars) == 30 and load_data(f"wds:{tmp_path}").y.tolist() == data.y.tolist()
+
+
+def test_a_set_of_ones_own_as_the_docs_describe_it(tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (tmp_path / "datasets.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    for c in range(12):
+        for split, n in (("train", 100), ("test", 25)):
+            for k in range(n):
+                write(tmp_path / "birds" / split / f"bird {c:02d}" / f"{k}.png", encoded(PIXELS[0, :, :4, :4], "png"))
+    assert run("check", "birds", "--root", tmp_path) == 0, capsys.readouterr().out
+    assert templates(load_data(f"birds:{tmp_path}", "train").template) == ["a photo of a {}."]

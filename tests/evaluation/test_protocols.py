@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,11 @@ def test_the_bundled_ones_are_frozen():
             assert set_ == "digits" or kind in {layout.kind for layout in known[set_].layouts}, part
             assert set(protocol.native) <= {each.name for each in protocol.parts}
             assert part.name not in protocol.native or known[set_].pixels
+
+
+def test_the_docs_name_every_protocol():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert all(f"| `{name}` |" in page for name in protocol_names())
 
 
 def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
@@ -201,6 +207,7 @@ def test_a_run_measures_what_is_there_names_what_is_not_and_goes_on(root, model,
         assert (tmp_path / "run" / record["samples"]).is_file()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "incomplete" and manifest["missing"] == ["gone@wds"]
+    assert not (tmp_path / "run" / "state").exists()
     # What is there now is measured, the rest is taken as it was.
     make_wds(load_data("digits", limit=9), own / "wds_gone")  # lacks some classes, as a split may
     assert run(*argv) == 0
