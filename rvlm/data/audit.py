@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rvlm.data.base import Data
-from rvlm.data.captions import holds_captions, load_captions
+from rvlm.data.captions import load_captions
 from rvlm.data.images import Reader
-from rvlm.data.load import load_data
+from rvlm.data.load import is_plain, load_data
 from rvlm.data.registry import complaints, data_root, entries, find
 
 __all__ = ["Audit", "audit"]
@@ -47,10 +47,11 @@ def audit(spec: str, split: str = "test", images: bool = True) -> list[Audit]:
     head, _, place = spec.partition(":")
     name, _, kind = head.partition("@")
     root = Path(place) if place else data_root()
-    entry = entries(root).get(name)
-    if entry is None:
-        load = load_captions if holds_captions(spec) else load_data
-        return [_looked_through(spec, "", None, lambda: load(spec, split), lambda data: [], images)]
+    if is_plain(spec) or head == "captions":
+        load = load_captions if head == "captions" else load_data
+        return [_looked_through(spec, "", None, functools.partial(load, spec, split), lambda data: [], images)]
+    if (entry := entries(root).get(name)) is None:
+        load_data(spec)  # says what is wrong with the name
     audits = []
     for found in find(entry, root, kind or None):
         if entry.captions:
@@ -75,8 +76,6 @@ def _looked_through(
     except FileNotFoundError as error:
         return Audit(name, "partly" if path else "missing", path, None, expected, (str(error),))
     except ValueError as error:
-        if not path and str(error).startswith("unknown data"):
-            raise
         return Audit(name, "partly", path, None, expected, (str(error),))
     problems = complain(data) + (_broken(data, name) if images else [])
     return Audit(name, "partly" if problems else "ok", path, len(data), expected, tuple(problems))

@@ -15,6 +15,7 @@ from torch import Tensor
 from rvlm.data.base import Data
 from rvlm.data.images import Fit, Reader
 from rvlm.data.listed import Files, read_json
+from rvlm.data.load import is_plain
 from rvlm.data.registry import data_root, entries, located
 from rvlm.data.wds import indexed
 
@@ -53,8 +54,10 @@ class Captions(Data):
 def holds_captions(spec: str) -> bool:
     """Whether a data spec names images with captions."""
     kind, _, place = spec.partition(":")
+    if kind == "captions" or is_plain(spec):
+        return kind == "captions"
     entry = entries(Path(place) if place else data_root()).get(kind.partition("@")[0])
-    return kind == "captions" or (entry is not None and entry.captions)
+    return entry is not None and entry.captions
 
 
 def load_captions(

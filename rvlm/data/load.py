@@ -12,7 +12,14 @@ from rvlm.data.registry import entries, load_registered
 from rvlm.data.torchvision_sets import load_torchvision
 from rvlm.data.wds import load_wds
 
-__all__ = ["load_data"]
+__all__ = ["is_plain", "load_data"]
+
+LOADERS = {"npz": load_npz, "folder": load_folder, "wds": load_wds, "parquet": load_parquet}
+
+
+def is_plain(spec: str) -> bool:
+    """Whether a spec says itself how the data is to be read, instead of naming a set of the registry."""
+    return spec == "digits" or spec.partition(":")[0] in (*LOADERS, "torchvision")
 
 
 def load_data(spec: str, split: str = "test", *, size: int | Fit | None = None, limit: int | None = None) -> Data:
@@ -36,14 +43,8 @@ def load_data(spec: str, split: str = "test", *, size: int | Fit | None = None, 
     kind, _, path = spec.partition(":")
     if spec == "digits":
         data = load_digits(split, size.size if isinstance(size, Fit) else size or 32)
-    elif kind == "npz" and path:
-        data = load_npz(path, split, size)
-    elif kind == "folder" and path:
-        data = load_folder(path, split, size)
-    elif kind == "wds" and path:
-        data = load_wds(path, split, size)
-    elif kind == "parquet" and path:
-        data = load_parquet(path, split, size)
+    elif kind in LOADERS and path:
+        data = LOADERS[kind](path, split, size)
     elif kind == "torchvision" and all(path.partition(":")):
         name, _, root = path.partition(":")
         data = load_torchvision(name, root, split, size)

@@ -38,7 +38,12 @@ __all__ = [
 ]
 
 LISTED = {"coop": listed.load_coop, "aircraft": listed.load_aircraft, "tiny": listed.load_tiny}
-KINDS = ("wds", "folder", "torchvision", "parquet", "karpathy", *LISTED)
+# By layout: the settings that it must have, and those that it may have.
+SETTINGS: dict[str, tuple[set[str], set[str]]] = {
+    "wds": ({"name"}, {"templates"}), "folder": ({"at"}, {"names"}), "torchvision": ({"name", "at"}, set()),
+    "parquet": ({"at"}, set()), "karpathy": ({"at", "list", "images"}, set()),
+    "coop": ({"at", "list", "images"}, set()), "aircraft": ({"at", "list"}, set()), "tiny": ({"at", "list"}, set()),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,22 +233,28 @@ def _read(file: Path) -> dict[str, Entry]:
 
 
 def _entry(file: Path, name: str, known: dict[str, Any]) -> Entry:
-    layouts = known.pop("layouts", {})
+    layouts = dict(known.pop("layouts", {}))
     layouts |= {} if "karpathy" in layouts else {"parquet": {"at": [f"parquet/{name}"]}}
-    fields = {field.name for field in dataclasses.fields(Entry)}
+    fields = {field.name for field in dataclasses.fields(Entry)} - {"name"}
     if unknown := set(known) - fields:
         raise ValueError(f"{file}: {name} has {', '.join(sorted(unknown))}, expected {', '.join(sorted(fields))}")
-    if unknown := set(layouts) - set(KINDS):
-        raise ValueError(f"{file}: {name} has the layout {', '.join(sorted(unknown))}, expected {', '.join(KINDS)}")
-    dead = tuple(known.pop("dead", ()))
+    for kind, settings in layouts.items():
+        if kind not in SETTINGS:
+            raise ValueError(f"{file}: {name} has the layout {kind!r}, expected {', '.join(SETTINGS)}")
+        must, may = SETTINGS[kind]
+        if not must <= set(settings) <= must | may | {"classes", "counts"}:
+            raise ValueError(f"{file}: {name}, {kind} has {sorted(settings)}: expected {sorted(must)} and of counts, "
+                             f"classes, {sorted(may)}")  # fmt: skip
+    known["dead"] = tuple(known.get("dead", ()))
     kinds = tuple(_layout(kind, dict(settings), known.get("classes")) for kind, settings in layouts.items())
-    return Entry(name=name, layouts=kinds, dead=dead, **known)
+    return Entry(name=name, layouts=kinds, **{"title": name} | known)
 
 
 def _layout(kind: str, settings: dict[str, Any], classes: int | None) -> Layout:
-    at = settings.pop("at", None)
     if kind == "wds":
         at = [f"wds_{settings['name'].replace('/', '-')}", f"wds/{settings['name']}"]
+    else:
+        at = settings.pop("at")
     at = (at,) if isinstance(at, str) else tuple(at)
     return Layout(kind, at, settings.pop("classes", classes), settings.pop("counts", {}), settings)
 

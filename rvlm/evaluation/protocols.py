@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from rvlm.attacks.ball import ORDER
 from rvlm.attacks.stages import parse_attack
 from rvlm.data import Data, Fit, load_data
 from rvlm.data.captions import Captions, holds_captions, load_captions
@@ -178,11 +179,11 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
         if not {"data"} <= set(part) <= known:
             raise ValueError(f"{file}: part {part} must have data, and of {', '.join(sorted(known))}")
     norm = told.get("norm", "linf")
-    for attacks, parse in [(told["attacks"], parse_attack)] + [
-        (part["attacks"], lambda attack, norm: parse_retrieval_attack(attack)) for part in parts if "attacks" in part
-    ]:
+    if norm not in ORDER:
+        raise ValueError(f"{file}: unknown norm {norm!r}, expected {', '.join(ORDER)}")
+    for attacks in [told["attacks"], *(part["attacks"] for part in parts if part.get("attacks"))]:
         for attack, radii in attacks.items():
-            parse(attack, norm)
+            _check_attack(attack, norm)
             for eps in radii:
                 Eps(eps).check(norm)
     if unknown := set(told.get("targets", ())) - {"white-box", "transfer"}:
@@ -190,3 +191,11 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
     told |= {key: tuple(told[key]) for key in ("targets", "native") if key in told}
     fit = Fit(**told.pop("fit")) if told.get("fit") else told.pop("fit", None)
     return Protocol(sha=sha, parts=tuple(Part(**part) for part in parts), fit=fit, **told)
+
+
+def _check_attack(name: str, norm: str) -> None:
+    """Raises ValueError for what is an attack neither on retrieval nor on classification."""
+    try:
+        parse_retrieval_attack(name)
+    except ValueError:
+        parse_attack(name, norm)

@@ -15,7 +15,7 @@ from rvlm.cli import main
 from rvlm.data import load_data, templates
 from rvlm.data.make_wds import make_wds
 from rvlm.data.prompts import fingerprint
-from rvlm.data.registry import KINDS, entries, find, where
+from rvlm.data.registry import SETTINGS, entries, find, where
 
 DIGITS = load_data("digits", "test", size=16)
 PIXELS = DIGITS.read(DIGITS.index[:6])
@@ -84,7 +84,7 @@ def test_the_registry_holds_both_lists_and_the_shifts():
     assert set(f"{tecoa} {coop} {shifts} flickr30k coco".split()) == set(known)
     for entry in known.values():
         assert entry.title and entry.layouts[-1].kind == ("karpathy" if entry.captions else "parquet")
-        assert {layout.kind for layout in entry.layouts} <= set(KINDS)
+        assert {layout.kind for layout in entry.layouts} <= set(SETTINGS)
         assert entry.prompt is None or templates(entry.prompt)
         for layout in entry.layouts:
             assert all(n is None or n > 0 for n in layout.counts.values())
@@ -134,9 +134,15 @@ def test_what_is_missing_says_where_it_may_lie(tmp_path):
     describe(tmp_path, "cifar10", layouts={})
     with pytest.raises(ValueError, match="describes cifar10, which rvlm knows"):
         load_data(f"cifar10:{tmp_path}")
-    describe(tmp_path, layout={})
-    with pytest.raises(ValueError, match="zoo has layout, expected"):
-        load_data(f"zoo:{tmp_path}")
+    for wrong, message in (
+        ({"layout": {}}, "zoo has layout, expected"),
+        ({"layouts": {"wdz": {}}}, "zoo has the layout 'wdz', expected wds"),
+        ({"layouts": {"wds": {"counts": {}}}}, "zoo, wds has .'counts'.: expected .'name'."),
+        ({"layouts": {"coop": COOP | {"colour": "red"}}}, "expected .'at', 'images', 'list'. and of counts"),
+    ):
+        describe(tmp_path, **wrong)
+        with pytest.raises(ValueError, match=message):
+            load_data(f"zoo:{tmp_path}")
 
 
 def test_wrong_numbers_are_named(tmp_path):

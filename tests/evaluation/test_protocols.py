@@ -123,7 +123,8 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
     ({"parts": [{"data": "digits", "limit": 3}]}, "must have data"),
     ({"attacks": {"pgdd-2": ["1/255"]}}, "unknown attack 'pgdd-2'"),
     ({"attacks": {"pgd-2": ["4"]}}, "did you mean 4/255"),
-    ({"parts": [{"data": "coco", "attacks": {"autoattack": ["1/255"]}}]}, "on retrieval"),
+    ({"parts": [{"data": "coco", "attacks": {"sgaa-3": ["1/255"]}}]}, "unknown attack 'sgaa-3'"),
+    ({"norm": "l3"}, "unknown norm 'l3'"),
     ({"targets": ["grey-box"]}, "unknown target grey-box"),
     ({"fit": {"size": 300, "resize": 200}}, "cannot cut 300"),
 ])  # fmt: skip
