@@ -58,7 +58,7 @@ class DataToolArgs(Arguments):
     images: bool = True
     """For check: decode every image."""
     download: bool = True
-    """For get: let torchvision fetch what it can."""
+    """For get: let torchvision fetch what it can of the sets that are named (all fetches nothing)."""
     size: int | None = None
     """For make-wds: resize the shorter side to this and crop the centre; without, files go in as they are."""
     limit: int | None = None

@@ -66,7 +66,8 @@ def info(args: InfoArgs) -> int:
 
 def ls(args: LsArgs) -> int:
     from rvlm.attacks.stages import PATTERNS
-    from rvlm.data import TEMPLATES
+    from rvlm.data import TEMPLATES, templates
+    from rvlm.data.prompts import fingerprint
     from rvlm.data.registry import entries
     from rvlm.data.torchvision_sets import SETS
     from rvlm.evaluation import load_protocol, protocol_names
@@ -93,7 +94,13 @@ def ls(args: LsArgs) -> int:
             *(f"torchvision:{name}:ROOT" for name in SETS),
             *(_line_of(entry) for entry in entries().values()),
         ],  # fmt: skip
-        "templates": [*TEMPLATES, "openai", "simple", "file:PATH"],
+        "templates": [
+            *(
+                f"{name} ({len(templates(name))}, hash {fingerprint(templates(name))})"
+                for name in (*TEMPLATES, "openai", "simple")
+            ),
+            "file:PATH",
+        ],  # fmt: skip
         "protocols": [f"{name:<18}{_sentence(load_protocol(name))}" for name in protocol_names()],
         "recipes": recipes(),
     }
@@ -156,7 +163,7 @@ def _get_data(args: DataToolArgs) -> int:
         raise ValueError(f"unknown data set {unknown[0]!r}: expected one of {', '.join(known)}")
     for name in names:
         print(instructions(known[name], root))
-        if args.download and fetchable(known[name]):
+        if args.download and args.names != ["all"] and fetchable(known[name]):
             fetch(known[name], root)
             print(f"  torchvision has fetched it into {root}")
     return 0
@@ -278,7 +285,7 @@ def _eval_protocol(args: EvalArgs) -> int:
             with ranks.first_before_others():
                 try:
                     data = protocol.open(part, root, args.limit)
-                except (FileNotFoundError, ValueError) as found:
+                except (FileNotFoundError, ValueError, ImportError) as found:
                     error = found
             if error := next((theirs for theirs in ranks.gather(error) if theirs is not None), None):
                 (missing if isinstance(error, FileNotFoundError) else broken).append(part.data)
@@ -309,10 +316,8 @@ def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "
     settings = dict(norm=protocol.norm, batch_size=args.batch_size, seed=protocol.seed, device=_device(args.device))
     if not isinstance(data, Captions):
         prompts, check = protocol.prompts(part, data)
-        models, checks = (
-            [clip and ZeroShotClassifier(clip, data.class_names, prompts).eval() for clip in models],
-            [check],
-        )
+        checks = [check]
+        models = [clip and ZeroShotClassifier(clip, data.class_names, prompts).eval() for clip in models]
     for attack, radii in (part.attacks or protocol.attacks).items():
         for eps, target in itertools.product(radii, protocol.targets):
             stem = record_stem(args.model, data.name, target, attack, eps)

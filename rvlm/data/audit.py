@@ -54,15 +54,10 @@ def audit(spec: str, split: str = "test", images: bool = True) -> list[Audit]:
         load_data(spec)  # says what is wrong with the name
     audits = []
     for found in find(entry, root, kind or None):
-        if entry.captions:
-            load, complain = (
-                functools.partial(load_captions, f"{name}@{found.layout.kind}:{root}", split),
-                (lambda data: []),
-            )
-        else:
-            load, complain = functools.partial(found.open, split, None), functools.partial(complaints, found)
-        expected = found.layout.counts.get(split)
-        line = f"{name}@{found.layout.kind}"
+        line, expected = f"{name}@{found.layout.kind}", found.layout.counts.get(split)
+        load, complain = functools.partial(found.open, split, None), functools.partial(complaints, found)
+        if entry.captions:  # which check their number when they are loaded
+            load, complain = functools.partial(load_captions, f"{line}:{root}", split), lambda data: []
         audits.append(_looked_through(line, str(found.path), expected, load, complain, images))
     return audits or [Audit(head, "missing", str(root))]
 
@@ -75,7 +70,7 @@ def _looked_through(
         data = load()
     except FileNotFoundError as error:
         return Audit(name, "partly" if path else "missing", path, None, expected, (str(error),))
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return Audit(name, "partly", path, None, expected, (str(error),))
     problems = complain(data) + (_broken(data, name) if images else [])
     return Audit(name, "partly" if problems else "ok", path, len(data), expected, tuple(problems))

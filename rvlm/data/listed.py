@@ -24,14 +24,18 @@ def load_coop(root: Path, split: str, size: int | Fit | None, listing: str, imag
     if not isinstance(splits, dict) or split not in splits:
         has = ", ".join(splits) if isinstance(splits, dict) else type(splits).__name__
         raise ValueError(f"{file} has no split {split!r}: expected lists train, val and test, has {has}")
+    try:
+        parts = {part: [(str(path), int(c), str(name)) for path, c, name in of] for part, of in splits.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: expected samples [path, label, class name] ({error})") from None
     names: dict[int, str] = {}
-    for path, label, name in (sample for part in splits.values() for sample in part):
+    for path, label, name in (sample for part in parts.values() for sample in part):
         if names.setdefault(label, name) != name:
             raise ValueError(f"{file}: {path} calls class {label} {name!r}, others {names[label]!r}")
     if sorted(names) != [*range(len(names))]:
         raise ValueError(f"{file}: labels must count from 0 without a gap, got {sorted(names)[:5]} ...")
     class_names = [names[c].replace("_", " ") for c in range(len(names))]
-    samples = [(path, label) for path, label, _ in splits[split]]
+    samples = [(path, label) for path, label, _ in parts[split]]
     return _listed(file, root / images, samples, class_names, split, size)
 
 
@@ -62,6 +66,8 @@ def load_tiny(root: Path, split: str, size: int | Fit | None, listing: str) -> D
         data.class_names[:] = [words.get(name, name).split(",")[0] for name in data.class_names]
         return data
     lines = [line.split("\t") for line in (root / listing).read_text().splitlines() if line.strip()]
+    if short := [line[0] for line in lines if len(line) < 2]:
+        raise ValueError(f"{root / listing}: {short[0]!r} has no synset; expected FILE, tab, SYNSET on each line")
     synsets = sorted({line[1] for line in lines})
     number = {synset: c for c, synset in enumerate(synsets)}
     samples = [(line[0], number[line[1]]) for line in lines]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rvlm.data.base import Data
+from rvlm.data.files import SPLITS
 from rvlm.data.images import Reader, as_png
 from rvlm.data.prompts import templates
 from rvlm.data.wds import NAMES, TEMPLATES
@@ -29,21 +30,22 @@ def make_wds(data: Data, folder: str | Path, *, count: int = 10_000, megabytes: 
 
     Raises:
         ValueError: no samples, an image that cannot be read, a class name that is no single line, or a split that is
-        there already.
+        there already, or that tars do not have.
     """
     from tqdm import tqdm
 
     folder, into = Path(folder), Path(folder) / data.split
     if not len(data):
         raise ValueError(f"{data.name} has no samples to write")
+    if data.split not in SPLITS:
+        raise ValueError(f"tars are of the splits {', '.join(SPLITS)}, {data.name} is of {data.split!r}")
     if bad := [name for name in data.class_names if not name.strip() or "\n" in name]:
         raise ValueError(f"{data.name}: class name {bad[0]!r} does not fit on a line of {NAMES}")
     if into.is_dir() and any(into.iterdir()):
         raise ValueError(f"{into} is not empty: give another folder, or remove it")
     into.mkdir(parents=True, exist_ok=True)
     tars: list[Path] = []
-    shown = tqdm(_encoded(data), desc="writing", total=len(data), disable=None, leave=False, unit="image")
-    samples = enumerate(shown)
+    samples = enumerate(tqdm(_encoded(data), desc="writing", total=len(data), disable=None, leave=False, unit="image"))
     while chunk := next(samples, None):
         tars.append(into / f"{len(tars)}.tar")
         with tarfile.open(tars[-1], "w") as archive:

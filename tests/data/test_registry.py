@@ -1,5 +1,6 @@
 """The registry and `rvlm data`: what is found on disk, that what is not as it should be is named and counted."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -160,6 +161,8 @@ def test_wrong_numbers_are_named(tmp_path):
     ({"test": [["a.jpg", 0, "cat"], ["a.jpg", 0, "cat"]]}, "lists 1 images twice for test: a.jpg"),
     ({"test": [["a.jpg", 0, "cat"], ["b.jpg", 0, "dog"]]}, "calls class 0 'dog', others 'cat'"),
     ({"test": [["a.jpg", 1, "cat"]]}, "labels must count from 0"),
+    ({"test": [["a.jpg", 0]]}, "expected samples .path, label, class name."),
+    ({"test": [["a.jpg", "x", "cat"]]}, "expected samples .path, label, class name."),
 ])  # fmt: skip
 def test_broken_lists_are_named(tmp_path, content, message):
     describe(tmp_path, layouts={"coop": COOP})
@@ -202,6 +205,9 @@ def test_tiny_imagenet_as_it_is_distributed(tmp_path):
     assert test.class_names == train.class_names == ["sea lion", "cat", "ice cream"], "in the order of their synsets"
     assert test.y.tolist() == [1, 0, 2, 1, 0, 2] and torch.equal(test.read(test.index), ALL)
     assert len(train) == 3
+    write(root / "val" / "val_annotations.txt", "val_0.JPEG")
+    with pytest.raises(ValueError, match="'val_0.JPEG' has no synset"):
+        load_data(f"zoo:{tmp_path}")
 
 
 def test_folders_of_imagenet_get_the_names_that_clip_uses(tmp_path):
@@ -372,6 +378,7 @@ def test_get_says_where_it_comes_from(tmp_path, capsys, monkeypatch):
     assert "could not fetch CIFAR10 (train): no route to host" in capsys.readouterr().err
     assert run("get", "cars", "sun397", "--root", tmp_path) == 0, "whose addresses are dead: nothing is tried"
     assert "dead      http://ai.stanford.edu" in capsys.readouterr().out
+    assert run("get", "--root", tmp_path) == 0 and len(calls) == 3, "all are shown, none is fetched"
     assert run("get", "nothing", "--root", tmp_path) == 2
 
 
@@ -401,6 +408,8 @@ def test_shards_are_read_back_bit_for_bit(tmp_path, source):
         assert [again.read.get(i) for i in range(6)] == [path.read_bytes() for path in paths], "files as they were"
     with pytest.raises(ValueError, match="is not empty"):
         make_wds(data, tmp_path / "out")
+    with pytest.raises(ValueError, match="tars are of the splits train, test, val"):
+        make_wds(dataclasses.replace(data, split="extra"), tmp_path / "out")
 
 
 def test_make_wds_from_the_command_line(tmp_path, capsys):

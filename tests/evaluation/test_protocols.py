@@ -268,12 +268,16 @@ def test_two_processes_measure_what_one_measures(root, model, tmp_path):
     assert len(rows[0]) == 3 and rows[0] == rows[1]
 
 
-def test_broken_data_is_named_and_does_not_stop_the_rest(root, model, tmp_path, capsys):
+def test_broken_data_is_named_and_does_not_stop_the_rest(root, model, tmp_path, capsys, monkeypatch):
     own = shutil.copytree(root, tmp_path / "root")
     (own / "wds_a" / "test" / "nshards.txt").write_text("2")
-    file = write_protocol(tmp_path, parts=["a@wds", "b@wds"])
+    (own / "parquet" / "b").mkdir(parents=True)
+    (own / "parquet" / "b" / "test-0.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # not installed
+    file = write_protocol(tmp_path, parts=["a@wds", "b@parquet", "b@wds"])
     assert run("eval", "--protocol", file, "--model", model, "--root", own, "--out", tmp_path / "run") == 4
-    assert "not what they should be: a@wds" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not what they should be: a@wds, b@parquet" in error and "needs pyarrow" in error
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]) == 2
 
 
