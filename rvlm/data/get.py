@@ -16,6 +16,7 @@ def instructions(entry: Entry, root: Path) -> str:
     lines = [
         f"{entry.name}: {entry.title}",
         f"  classes   {entry.classes or 'unknown'}",
+        *([f"  pixels    {entry.pixels} x {entry.pixels}"] if entry.pixels else []),
         f"  licence   {entry.licence or 'unknown'}",
         f"  source    {entry.page or 'unknown'}",
         *(f"  dead      {address}" for address in entry.dead),

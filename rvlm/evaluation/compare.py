@@ -18,7 +18,8 @@ from rvlm.evaluation.records import RETRIEVAL
 __all__ = ["Comparison", "compare", "mcnemar"]
 
 ALIKE = {
-    "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"), "norm": ("threat", "norm"),
+    "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"),
+    "resizing": ("data", "resized"), "size": ("input", "attack_res"), "norm": ("threat", "norm"),
     "eps": ("threat", "eps"), "target": ("threat", "target"), "source": ("source", "sha256"),
     "attack": ("attack", "name"), "stages": ("attack", "stages"), "seed": ("attack", "seed"),
 }  # fmt: skip

@@ -4,6 +4,7 @@ A record says everything that its numbers depend on, so that two of them can be 
 which weights, which class names and prompts, which samples, which threat, which attack, and where it ran.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import rvlm
-from rvlm.data import Data
+from rvlm.data import Data, Fit
 from rvlm.data.captions import Captions
+from rvlm.data.images import Reader
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.resume import COLUMNS
@@ -237,7 +239,7 @@ def measured_before(
     record = json.loads(path.read_text())
     there = [
         record["status"], record["protocol"], record["data"]["fingerprint"], record["model"]["sha256"],
-        record["source"] and record["source"]["sha256"],
+        (record.get("source") or {}).get("sha256"),
     ]  # fmt: skip
     shas = [clip and weights_sha(getattr(clip, "clip", clip)) for clip in (model, source)]
     here = [protocol["status"], _protocol(protocol), data.fingerprint, *shas]
@@ -266,7 +268,14 @@ def _describe_data(data: Data) -> dict[str, Any]:
         "index_rule": data.index_rule,
         "index_sha": _sha(data.index.tolist()),
         "fingerprint": data.fingerprint,
+        "resized": _resized(data),
     }
+
+
+def _resized(data: Data) -> dict[str, Any] | None:
+    """How images are brought to one size before anything else; None where they are left as they are."""
+    fit = data.read.size if isinstance(data.read, Reader) else None
+    return fit and dataclasses.asdict(fit if isinstance(fit, Fit) else Fit(fit))
 
 
 def _threat(norm: str, eps: Eps, target: str) -> dict[str, Any]:

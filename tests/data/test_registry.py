@@ -371,7 +371,12 @@ def test_get_says_where_it_comes_from(tmp_path, capsys, monkeypatch):
     assert run("get", "cifar10", "--root", tmp_path) == 0
     assert calls == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
     text = capsys.readouterr().out
-    assert "licence   unknown" in text and "clip-benchmark/wds_vtab-cifar10" in text and "(samples: test 10000)" in text
+    assert (
+        "licence   unknown" in text
+        and "pixels    32 x 32" in text
+        and "clip-benchmark/wds_vtab-cifar10" in text
+        and "(samples: test 10000)" in text
+    )
     assert "templates of CLIP_benchmark: 18, hash 20da23be985f68bb" in text and "found     nothing yet" in text
     assert run("get", "cifar10", "--root", tmp_path, "--no-download") == 0 and len(calls) == 2
     assert run("get", "cifar10", "--root", tmp_path / "offline") == 3

@@ -342,9 +342,14 @@ def test_compare(root, model, tmp_path, capsys):
         assert run("compare", records[0][0], other) == 2
         assert "cannot be compared" in (error := capsys.readouterr().err) and why in error
     changed = json.loads(records[1][0].read_text())
-    for key, value in (("protocol", None), ("attack", changed["attack"] | {"seed": 7})):
-        records[1][1].write_text(json.dumps(changed | {key: value}))
+    assert changed["data"]["resized"] is None
+    for name, change in (
+        ("protocol", {"protocol": None}),
+        ("seed", {"attack": changed["attack"] | {"seed": 7}}),
+        ("resizing", {"data": changed["data"] | {"resized": {"size": 224}}}),
+    ):
+        records[1][1].write_text(json.dumps(changed | change))
         assert run("compare", records[0][0], records[1][1]) == 2
-        assert f"{key if key == 'protocol' else 'seed'} is" in capsys.readouterr().err
+        assert f"compared: {name} is" in capsys.readouterr().err
     assert run("compare", records[0][0]) == 2 and run("compare", records[0][0], "nowhere.json") == 3
     assert run("compare", records[0][0], file) in (2, 3)

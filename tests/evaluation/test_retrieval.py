@@ -234,6 +234,7 @@ def test_eval_of_captions_from_the_command_line(tmp_path, capsys):
     assert [row["eps"] for row in rows] == ["2/255", "8/255"] and {row["metric"] for row in rows} == {"text_r@1"}
     record = json.loads((out / rows[1]["record"]).read_text())
     assert record["schema"] == "rvlm.retrieval/1" and record["status"] == "complete"
+    assert record["data"]["resized"] == {"size": 32, "resize": None, "interpolation": "bicubic", "squash": False}
     assert record["data"]["captions"] == 12 and record["metrics"]["robust"]["image_r@10"]["n"] == 12
     columns = np.load(out / record["samples"])
     assert columns["text_adv"].shape == (6,) and columns["image_adv"].shape == (12,)
