@@ -217,6 +217,10 @@ def test_folders_of_imagenet_get_the_names_that_clip_uses(tmp_path):
         write(tmp_path / "b" / synset / "0.jpg", encoded(PIXELS[i]))
     data = load_data(f"zoo:{tmp_path}")
     assert data.class_names == ["tench", "goldfish", "stingray"] and data.y.tolist() == [0, 1, 2]
+    describe(tmp_path, layouts=layouts, classes=1000)
+    with pytest.raises(ValueError, match="3 classes, expected 1000 .without great white shark, tiger shark, "):
+        load_data(f"zoo:{tmp_path}")
+    describe(tmp_path, layouts=layouts)
     for i, number in enumerate(["10", "2", "1"]):  # ImageNetV2 calls its folders by number
         write(tmp_path / "a" / number / "0.jpg", encoded(PIXELS[i]))
     data = load_data(f"zoo:{tmp_path}")
