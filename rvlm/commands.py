@@ -193,7 +193,7 @@ def _make_wds(args: DataToolArgs) -> int:
 
 def eval(args: EvalArgs) -> int:
     from rvlm.data.captions import holds_captions
-    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+    from rvlm.evaluation import evaluate, over_radii, parse_attack, write_evaluation
     from rvlm.report import accuracy_over_eps
 
     if args.protocol is not None:
@@ -205,7 +205,7 @@ def eval(args: EvalArgs) -> int:
     with _together(args) as ranks:
         data, model, source = _load(args, ranks)
         run = _Run("eval", args) if ranks.first else None
-        rows, curve = [], []
+        rows, seen, curve = [], [], []
         for eps in radii:
             found = evaluate(
                 model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
@@ -213,12 +213,14 @@ def eval(args: EvalArgs) -> int:
                 # A run that was killed goes on with the same command.
                 state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
             )  # fmt: skip
+            seen.append(found)
+            found.checks += over_radii(seen)
             if run is not None:
                 rows.append(
                     write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
                 )
                 curve.append((str(eps), found.robust, *found.robust_ci))
-                _warn(found)
+                _warn(found.checks)
         if run is None:
             return 0
         if len(radii) > 1:
@@ -253,7 +255,7 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
                     write_retrieval(run.out, args.model, found, data, clip, processes=ranks.size, source=source)
                 )
                 tables.append(found.markdown(f"{args.model} on {data.name}, {len(data)} images"))
-                _warn(found)
+                _warn(found.checks)
         return 0 if run is None else run.finish(rows, "\n\n".join(tables))
 
 
@@ -338,7 +340,7 @@ def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "
                 about = {"processes": ranks.size, "source": source, "protocol": mark}
                 rows.append(write(run.out, args.model, found, data, model, **about))
                 (run.out / "state" / f"{stem}.npz").unlink(missing_ok=True)
-                _warn(found)
+                _warn(found.checks)
     return rows
 
 
@@ -371,7 +373,7 @@ def attack(args: AttackArgs) -> int:
         if run is None:
             return 0
         row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
-        _warn(found)
+        _warn(found.checks)
         save_images(run.out / "adversarial.safetensors", found)
         if args.save_png:
             pngs = save_pngs(run.out / "png", found, model)
@@ -494,14 +496,14 @@ def _analyze_transfer(args: AnalyzeArgs) -> int:
         if run is None:
             return 0
         rows = write_transfer(run.out, found, data, models)
-        _warn(found)
+        _warn(found.checks)
         transfer_heat_map(run.out / "transfer.png", found)
         return run.finish(rows, found.markdown())
 
 
 def train(args: tuple[TrainArgs, Any]) -> int:
     from rvlm.data import load_data
-    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+    from rvlm.evaluation import Evaluation, both_targets, evaluate, parse_attack, write_evaluation
     from rvlm.methods import method_class
     from rvlm.models import Clip, ZeroShotClassifier, load_clip
     from rvlm.training import check_training
@@ -524,7 +526,9 @@ def train(args: tuple[TrainArgs, Any]) -> int:
         out = ranks.share(None if run is None else str(run.out))  # its default name holds the time
         rows = []
 
-        def measure(name: str, source: Clip | None = None) -> None:
+        def measure(
+            name: str, source: Clip | None = None, checks: Callable[[Evaluation], list[dict]] = lambda found: []
+        ) -> Evaluation:
             classifier, made_on = (
                 clip and ZeroShotClassifier(clip, test.class_names, method.training_templates(test))
                 for clip in (student, source)
@@ -533,12 +537,14 @@ def train(args: tuple[TrainArgs, Any]) -> int:
                 classifier, test, attack=args.eval_attack, eps=settings.eps, source=made_on, seed=args.seed,
                 device=student.device,
             )  # fmt: skip
+            found.checks += checks(found)
             if run is not None:
                 trained_by = None if name == "before" else args.method
                 rows.append(
                     write_evaluation(run.out, name, found, test, classifier, method=trained_by, processes=ranks.size)
                 )
-                _warn(found)
+                _warn(found.checks)
+            return found
 
         measure("before")
         result = run_training(
@@ -551,9 +557,9 @@ def train(args: tuple[TrainArgs, Any]) -> int:
                 f"trained on {result.images} images in {result.seconds:.1f} s ({speed:.0f} images/s), after "
                 f"{result.setup_seconds:.1f} s for teachers and class embeddings"
             )
-        measure("after")
+        white_box = measure("after", checks=lambda found: result.checks)
         if method.undefended is not None:
-            measure("after", method.undefended)
+            measure("after", method.undefended, lambda found: both_targets(white_box, found))
         return 0 if run is None else run.finish(rows)
 
 
@@ -800,8 +806,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _warn(found) -> None:
-    for item in found.checks:
+def _warn(checks: list[dict[str, Any]]) -> None:
+    for item in checks:
         if not item["ok"]:
             print(f"WARNING {item['id']}: {item['detail']}", file=sys.stderr)
 

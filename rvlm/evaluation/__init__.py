@@ -1,5 +1,6 @@
 """Evaluation: clean and robust accuracy as records that can be compared and repeated, and checks of a user's model."""
 
+from rvlm.evaluation.across import both_targets, over_radii
 from rvlm.evaluation.check import Finding, check
 from rvlm.evaluation.compare import Comparison, compare
 from rvlm.evaluation.evaluate import Evaluation, evaluate, parse_attack
@@ -10,7 +11,8 @@ from rvlm.evaluation.retrieval import Retrieval, retrieve
 from rvlm.evaluation.transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
-    "Comparison", "Evaluation", "Finding", "Protocol", "Retrieval", "TransferMatrix", "check", "compare", "evaluate",
-    "load_protocol", "parse_attack", "protocol_names", "retrieve", "summary_row", "transfer_matrix", "wilson",
-    "write_evaluation", "write_json", "write_retrieval", "write_transfer",
+    "Comparison", "Evaluation", "Finding", "Protocol", "Retrieval", "TransferMatrix", "both_targets", "check",
+    "compare", "evaluate", "load_protocol", "over_radii", "parse_attack", "protocol_names", "retrieve",
+    "summary_row", "transfer_matrix", "wilson", "write_evaluation", "write_json", "write_retrieval",
+    "write_transfer",
 ]  # fmt: skip

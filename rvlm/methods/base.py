@@ -192,6 +192,11 @@ class Method:
     def finish(self) -> None:
         """Called once after the last step: makes the student's weights what is to be saved."""
 
+    def checks(self, data: Data, history: list[dict[str, float]]) -> list[dict[str, Any]]:
+        """Signs that the method has failed in a way that its accuracy alone may not show, looked for after the last
+        step: {"id", "ok", "detail"} as an evaluation's. data: what was trained on; history: a log row per epoch."""
+        return []
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the student's weights; tensors, numbers and dicts of them."""
         return {}

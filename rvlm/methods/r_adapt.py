@@ -20,12 +20,14 @@ reports both, white-box through filter and anchor, and transfer. Strengths are r
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rvlm import ops
+from rvlm.attacks import scoring
 from rvlm.attacks.losses import cosine, squared_l2
 from rvlm.data import Data
 from rvlm.methods.base import Batch, Method, MethodConfig, Stage, accuracy, register, warmup_cosine
@@ -40,6 +42,9 @@ __all__ = ["RAdapt"]
 
 STRENGTH = {"white": 1.6, "model": 1.2, "learned": 0.8}
 LOSSES = ("l2_feat", "cos_feat", "ce", "kl_zs")
+SWEPT = (10, 60)  # cutoffs at 224 px that the paper's figures show
+COST, LOOKED_AT = 0.10, 256  # clean accuracy that may be lost, and training images that it is measured on
+FALLS = 0.01  # share that a learned anchor must take off the loss between its first epoch and its last
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -123,11 +128,10 @@ class RAdapt(Method):
             self._anchor(source, student),
         )  # fmt: skip
         apply_adapter(student, adapter)
-        if not learned:
-            return
-        adapter.anchor.requires_grad_(True)
         self.student = student
-        self._prepare(data)
+        if learned:
+            adapter.anchor.requires_grad_(True)
+            self._prepare(data)
 
     def _anchor(self, source: str, student: Clip) -> Tensor:
         """A of a source, at the site."""
@@ -171,6 +175,52 @@ class RAdapt(Method):
     def prepare(self, ranks: Ranks) -> None:
         if self.images is not None:
             self.images.make(ranks)
+
+    def checks(self, data: Data, history: list[dict[str, float]]) -> list[dict[str, Any]]:
+        """Filters that blur all or nothing, a mix that deletes the live attention, an anchor that has not learned, and
+        clean accuracy that filter or anchor cost."""
+        about, lines = self.student.adapter.config, []
+        if about.cutoff is not None:
+            at_224 = about.cutoff * 224 / about.size
+            fits = SWEPT[0] <= round(at_224, 3) <= SWEPT[1]
+            lines.append((
+                "filter_scale", fits, f"cutoff {about.cutoff:.3g} at {about.size} px is {at_224:.3g} at 224 px",
+                f"below {SWEPT[0]} clean accuracy is lost, above {SWEPT[1]} little is filtered; cutoff belongs to "
+                "cutoff_at pixels",
+            ))  # fmt: skip
+        if about.mix == "lerp":
+            kept = f"lerp with alpha {about.alpha:.3g} leaves {1 - about.alpha:.0%} of the live attention"
+            lines.append(("live_attention", about.alpha < 1, kept, "use add, or an alpha below 1"))
+        if len(history) > 1:
+            first, last = history[0]["adv"], history[-1]["adv"]
+            moved = f"the loss on adversarial images went from {first:.3g} to {last:.3g}"
+            lines.append(("anchor_learned", last < (1 - FALLS) * first, moved, "lower lr, or train longer"))
+        plain, filtered, adapted = self._clean_accuracies(data)
+        said = f"accuracy on clean training images: {plain:.1%} as it was, {filtered:.1%} filtered, {adapted:.1%} now"
+        remedy = "raise cutoff" if plain - filtered > (plain - adapted) / 2 else "lower alpha_anchor"
+        if self.config.anchor == "learned":
+            remedy += ", or raise clean_weight"
+        lines.append(("clean_kept", plain - adapted <= COST, said, remedy))
+        return [{"id": id, "ok": ok, "detail": said if ok else f"{said}: {remedy}"} for id, ok, said, remedy in lines]
+
+    def _clean_accuracies(self, data: Data) -> list[float]:
+        """Of the model as it was, with the filter alone, and with filter and anchor."""
+        plain, few = self.undefended, data.limited(LOOKED_AT)
+        head = ZeroShotClassifier(plain, data.class_names, self.training_templates(data)).head()
+
+        def share(clip: Clip) -> float:
+            right = 0
+            with scoring(clip):
+                for rows in torch.arange(len(few)).split(self.config.batch_size):
+                    x, y, _ = few.batch(rows)
+                    right += int(((clip(x.to(clip.device)) @ head).argmax(1).cpu() == y).sum())
+            return right / len(few)
+
+        shares = [share(plain)]
+        apply_adapter(plain, Adapter(self.student.adapter.config))
+        shares.append(share(plain))
+        plain.adapter.detach(plain)
+        return [*shares, share(self.student)]
 
     def stages(self) -> list[Stage]:
         if self.config.anchor != "learned":

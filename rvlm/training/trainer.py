@@ -52,6 +52,7 @@ SAVE_SECONDS = 60.0
 class TrainResult:
     """What a run leaves: the student (eval mode, trained in place), a log row per epoch, seconds, images seen.
 
+    `checks` is what the method says of itself (see `Method.checks`).
     `setup_seconds` is what this call spent before the first step: loading teachers (a model of the zoo is trained at
     first use), their rows of clean images where no cache has them, class embeddings. `seconds` holds none of it.
     """
@@ -61,6 +62,7 @@ class TrainResult:
     seconds: float
     images: int
     setup_seconds: float = 0.0
+    checks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -155,12 +157,13 @@ def train(
         finally:
             method.finish()
     student.eval().requires_grad_(False)
+    seconds, history = run.seconds(), run.at.history
     if out is not None and ranks.first:
         student.save(out / "checkpoint")
         for name, other in method.others.items():
             other.save(out / name)
         (out / STATE).unlink(missing_ok=True)
-    return TrainResult(student, run.at.history, run.seconds(), run.at.images, setup_seconds)
+    return TrainResult(student, history, seconds, run.at.images, setup_seconds, method.checks(data, history))
 
 
 class _Run:

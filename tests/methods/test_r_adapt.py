@@ -1,6 +1,7 @@
 """R-Adapt: where anchors come from, what learns, the losses against their formulas, which images are learned from."""
 
 import copy
+import dataclasses
 import json
 
 import open_clip
@@ -135,6 +136,54 @@ def test_offline_images_are_made_once_on_the_model_as_it_was(data):
     assert online.adversary(again) is None
 
 
+def own_labels(data, clip):
+    """The data with the model's own answers as labels, so that it is right everywhere."""
+    model = ZeroShotClassifier(clip, data.class_names, "digits")
+    with torch.no_grad():
+        return dataclasses.replace(data, y=model(data.batch(slice(None))[0]).argmax(1))
+
+
+@pytest.mark.parametrize("settings, failed, detail", [
+    ({}, None, "cutoff 5.71 at 32 px is 40 at 224 px"),
+    ({"cutoff": 60.0}, None, "is 60 at 224 px"),
+    ({"cutoff": None}, None, ""),
+    ({"cutoff_at": None}, "filter_scale", "is 280 at 224 px: below 10 clean accuracy is lost, above 60"),
+    ({"cutoff": 5.0}, "filter_scale", "is 5 at 224 px"),
+    ({"mix": "lerp", "alpha_anchor": 0.9}, None, "leaves 10% of the live attention"),
+    ({"mix": "lerp", "alpha_anchor": 1.0}, "live_attention", "leaves 0% of the live attention: use add"),
+    ({"mix": "lerp"}, "live_attention", "lerp with alpha 1.6 leaves -60%"),
+])  # fmt: skip
+def test_signs_of_bad_settings(data, settings, failed, detail):
+    checks = train(load_clip("tiny-vit", seed=1), data, build(anchor="white", **settings), progress=False).checks
+    assert [check["id"] for check in checks if not check["ok"]] == ([failed] if failed else [])
+    assert any(detail in check["detail"] for check in checks)
+
+
+@pytest.mark.parametrize("lr, learned", [(1e-2, True), (0.0, False)])
+def test_a_sign_of_an_anchor_that_has_not_learned(data, lr, learned):
+    checks = train(load_clip("tiny-vit", seed=1), data, build(lr=lr, epochs=3), progress=False).checks
+    (found,) = (check for check in checks if check["id"] == "anchor_learned")
+    assert found["ok"] == learned and found["detail"].endswith("lower lr, or train longer") != learned
+    white = train(load_clip("tiny-vit", seed=1), data, build(anchor="white"), progress=False).checks
+    assert "anchor_learned" not in [check["id"] for check in white]
+
+
+@pytest.mark.parametrize("settings, remedy", [
+    ({"cutoff": None, "alpha_anchor": 0.0}, None),
+    ({"cutoff": None, "alpha_anchor": 300.0}, "lower alpha_anchor"),
+    ({"cutoff": 0.5, "alpha_anchor": 0.0}, "raise cutoff"),
+    ({"anchor": "learned", "cutoff": None, "alpha_anchor": 300.0}, "lower alpha_anchor, or raise clean_weight"),
+])  # fmt: skip
+def test_a_sign_of_lost_clean_accuracy(data, settings, remedy):
+    student = load_clip("tiny-vit", seed=2)  # which tells the digits apart, if wrongly
+    data = own_labels(data, student)
+    method = build(**({"anchor": "white"} | settings))
+    found = train(student, data, method, progress=False).checks[-1]
+    assert found["id"] == "clean_kept" and found["ok"] == (remedy is None)
+    assert "100.0% as it was" in found["detail"] and (remedy is None or found["detail"].endswith(remedy))
+    assert method.undefended.adapter is None and student.adapter is not None, "left as they were"
+
+
 def test_a_step_runs_on_the_fused_block(data):
     from torch.profiler import profile
 
@@ -225,8 +274,17 @@ def test_both_targets_are_reported(tmp_path):
         ("before", "white-box"), ("after", "white-box"), ("after", "transfer"),
     ]  # fmt: skip
     assert len({row["record"] for row in rows}) == 3
+    ids = [[c["id"] for c in json.loads((tmp_path / "run" / row["record"]).read_text())["checks"]] for row in rows]
+    assert ["filter_scale" in there for there in ids] == [False, True, False]
+    assert ["robust_beyond_transfer" in there for there in ids] == [False, False, True]
     spec = f"{tmp_path}/run"
     flags = ["--limit", "16", "--attack", "pgd-1", "--out", str(tmp_path / "eval")]
     assert cli.main(["eval", "--model", spec, *flags]) == 0
     (row,) = json.loads((tmp_path / "eval" / "summary.json").read_text())["rows"]
     assert row["clean"] == rows[1]["clean"]
+
+
+def test_signs_are_printed(tmp_path, capsys):
+    flags = "train r_adapt --student tiny-vit --anchor white --mix lerp --limit 8 --eval-limit 8 --eval-attack pgd-1"
+    assert cli.main([*flags.split(), "--out", str(tmp_path)]) == 0
+    assert "WARNING live_attention: lerp with alpha 1.6" in capsys.readouterr().err
