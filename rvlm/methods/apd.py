@@ -32,7 +32,7 @@ from torch import Tensor
 from rvlm import ops
 from rvlm.attacks import scoring
 from rvlm.data import Data
-from rvlm.methods.base import Batch, Stage, mixed, register, warmup_cosine
+from rvlm.methods.base import Batch, Stage, judged, mixed, register, warmup_cosine
 from rvlm.methods.prompt_tuning import BOTH
 from rvlm.methods.prompts import LAB, PromptConfig, PromptMethod
 from rvlm.methods.teachers import classifier, twin
@@ -251,27 +251,30 @@ class APD(PromptMethod):
                 for name, rows in _rows(self.student).items()
             }
 
-    def findings(self, row: dict[str, float]) -> list[str]:
-        found = []
-        teacher, contradicted = row.get("teacher_acc", 1.0), row.get("contradicted", 0.0)
-        if self.online and teacher < self.without_prompts - PULLED and self.config.beta:
-            found.append(
-                f"the teacher is right on {teacher:.1%} of clean images, the model without prompts on "
-                f"{self.without_prompts:.1%}: beta={self.config.beta} may be too high"
-            )
-        if contradicted > WRONG:
-            found.append(
-                f"on {contradicted:.1%} of the images the student's feedback contradicts a teacher who is right: it is "
-                "not reliable, lower beta or eps, or take a frozen teacher"
-            )
-        moved = {name: row[f"{name}_moved"] for name in ("prompts", "context") if f"{name}_moved" in row}
-        if len(moved) == 2 and min(moved.values()) < COLLAPSED * max(moved.values()):
-            least, most = sorted(moved, key=moved.get)
-            found.append(
-                f"the {least} moved by {moved[least]:.2g}, the {most} by {moved[most]:.2g}: training has collapsed to "
-                f"one tower, whose prompts alone would do"
-            )
-        return found
+    def checks(self, data: Data, history: list[dict[str, float]]) -> list[dict[str, Any]]:
+        """A teacher that its student pulls down, feedback that misleads it, and prompts of which one tower's alone
+        learn, at the end of every stage."""
+        lines = []
+        for row in {row["stage"]: row for row in history}.values():
+            if self.online and self.config.beta and "teacher_acc" in row:
+                teacher, before = row["teacher_acc"], self.without_prompts
+                said = (
+                    f"the teacher is right on {teacher:.1%} of clean images, the model without prompts on {before:.1%}"
+                )
+                remedy = f"beta={self.config.beta} may be too high"
+                lines.append(("teacher_kept", teacher >= before - PULLED, said, remedy))
+            if "contradicted" in row:
+                share = row["contradicted"]
+                said = f"on {share:.1%} of the images the student's feedback contradicts a teacher who is right"
+                remedy = "it is not reliable, lower beta or eps, or take a frozen teacher"
+                lines.append(("feedback_reliable", share <= WRONG, said, remedy))
+            moved = {name: row[f"{name}_moved"] for name in ("prompts", "context") if f"{name}_moved" in row}
+            if len(moved) == 2:
+                least, most = sorted(moved, key=moved.get)
+                said = f"the {least} moved by {moved[least]:.2g}, the {most} by {moved[most]:.2g}"
+                remedy = "training has collapsed to one tower, whose prompts alone would do"
+                lines.append(("both_towers_learn", moved[least] >= COLLAPSED * moved[most], said, remedy))
+        return [judged(*line) for line in lines]
 
     def finish(self) -> None:
         super().finish()

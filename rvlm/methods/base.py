@@ -20,7 +20,7 @@ from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
 __all__ = [
-    "Batch", "Method", "MethodConfig", "Stage", "VisionMethod", "accuracy", "build_method", "list_methods",
+    "Batch", "Method", "MethodConfig", "Stage", "VisionMethod", "accuracy", "build_method", "judged", "list_methods",
     "method_class", "mixed", "register", "warmup_cosine",
 ]  # fmt: skip
 
@@ -185,16 +185,13 @@ class Method:
             return self.config.teacher_precision
         return "bf16" if student.device.type == "cuda" or self.config.precision == "bf16" else "fp32"
 
-    def findings(self, row: dict[str, float]) -> list[str]:
-        """What a user should be warned of, from an epoch's means of what `loss` gave ("total" is "loss" there)."""
-        return []
-
     def finish(self) -> None:
         """Called once after the last step: makes the student's weights what is to be saved."""
 
     def checks(self, data: Data, history: list[dict[str, float]]) -> list[dict[str, Any]]:
         """Signs that the method has failed in a way that its accuracy alone may not show, looked for after the last
-        step: {"id", "ok", "detail"} as an evaluation's. data: what was trained on; history: a log row per epoch."""
+        step: {"id", "ok", "detail"} as an evaluation's. data: what was trained on; history: a log row per epoch with
+        its "stage" and the means of what `loss` gave ("total" is "loss" there)."""
         return []
 
     def state(self) -> dict[str, Any]:
@@ -240,6 +237,11 @@ def mixed(clip: Clip, precision: str) -> torch.autocast:
     """The arithmetic that a config's `precision` asks for."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
     return torch.autocast(clip.device.type, dtype, enabled=precision != "fp32")
+
+
+def judged(id: str, ok: bool, said: str, remedy: str) -> dict[str, Any]:
+    """A line of `Method.checks`: what was found, and what to do if it is not fine."""
+    return {"id": id, "ok": ok, "detail": said if ok else f"{said}: {remedy}"}
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from rvlm import ops
 from rvlm.attacks import scoring
 from rvlm.attacks.losses import cosine, squared_l2
 from rvlm.data import Data
-from rvlm.methods.base import Batch, Method, MethodConfig, Stage, accuracy, register, warmup_cosine
+from rvlm.methods.base import Batch, Method, MethodConfig, Stage, accuracy, judged, register, warmup_cosine
 from rvlm.methods.offline import OfflineImages
 from rvlm.methods.teachers import classifier, embedder, frozen_copy
 from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, load_clip
@@ -201,7 +201,7 @@ class RAdapt(Method):
         if self.config.anchor == "learned":
             remedy += ", or raise clean_weight"
         lines.append(("clean_kept", plain - adapted <= COST, said, remedy))
-        return [{"id": id, "ok": ok, "detail": said if ok else f"{said}: {remedy}"} for id, ok, said, remedy in lines]
+        return [judged(*line) for line in lines]
 
     def _clean_accuracies(self, data: Data) -> list[float]:
         """Of the model as it was, with the filter alone, and with filter and anchor."""

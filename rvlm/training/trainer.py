@@ -18,7 +18,6 @@ import functools
 import io
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -238,9 +237,6 @@ class _Run:
                     student.save(self.out / "best", lora.plain_state(student.model))
             at.best = max(at.best, row["val_robust"])
         at.history.append(row)
-        if epoch + 1 == stage.length and self.ranks.first:
-            for found in self.method.findings(row):
-                warnings.warn(f"{self.method.name}: {found}", stacklevel=5)
         at.epoch, at.batch, at.sums, at.count = epoch + 1, 0, {}, 0
         if self.out is not None and self.ranks.first:
             _write_log(self.out, at.history)
