@@ -102,7 +102,7 @@ def _seconds(model: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
                 timer.stop()
                 timer.start(phase)
 
-            tower = model.clip.model.visual
+            tower = model.clip.visual
             hooks.callback(tower.register_forward_pre_hook(lambda *_: turn_to(PHASES[1])).remove)
             hooks.callback(tower.register_forward_hook(lambda *_: turn_to(PHASES[2])).remove)
         timer.start(WHOLE)
