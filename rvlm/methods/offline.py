@@ -25,6 +25,8 @@ from rvlm.ranks import Ranks
 
 __all__ = ["OfflineImages"]
 
+SCHEMA = "rvlm.offline/1"  # another one where the attack, given all else in the key, makes other images
+
 
 class OfflineImages:
     """PGD's images of a data set on cross-entropy.
@@ -49,8 +51,8 @@ class OfflineImages:
         # Names of classes, templates, tokenizer and text tower are all in the class embeddings.
         head = hashlib.sha256(model.head().detach().cpu().numpy().tobytes()).hexdigest()
         key = [
-            weights_sha(model), head, clip.mean.flatten().tolist(), clip.std.flatten().tolist(), clip.device.type,
-            data.fingerprint, look(data), chunk, seed, precision, attack,
+            SCHEMA, weights_sha(model), head, clip.mean.flatten().tolist(), clip.std.flatten().tolist(),
+            clip.device.type, data.fingerprint, look(data), chunk, seed, precision, attack,
         ]  # fmt: skip
         self.folder = cache_root() / "offline" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
