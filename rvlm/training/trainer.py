@@ -53,7 +53,8 @@ class TrainResult:
 
     `checks` is what the method says of itself (see `Method.checks`).
     `setup_seconds` is what this call spent before the first step: loading teachers (a model of the zoo is trained at
-    first use), their rows of clean images where no cache has them, class embeddings. `seconds` holds none of it.
+    first use), their rows of clean images and offline adversarial images where no cache has them, class embeddings.
+    `seconds` holds none of it.
     """
 
     student: Clip
