@@ -7,6 +7,7 @@ past the dispatcher, so that it can be differentiated, vmapped and stepped throu
 """
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,12 @@ def triton_missing(device: str) -> str | None:
 
 def reference_forced() -> bool:
     return _forced == "reference"
+
+
+def known_signature(forward: Callable) -> Callable:
+    """Decorates a Function's forward: torch asks for its signature at every call, which takes longer than small ops."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
 
 
 def once_differentiable(name: str) -> Callable:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rvlm.ops._dispatch import Op, once_differentiable, reference_forced
+from rvlm.ops._dispatch import Op, known_signature, once_differentiable, reference_forced
 
 __all__ = ["fold_teachers", "multi_teacher_kl"]
 
@@ -111,6 +111,7 @@ class _MultiTeacherKL(torch.autograd.Function):
     """The forward pass has computed the gradients already; backward scales their rows."""
 
     @staticmethod
+    @known_signature
     def forward(*args):
         return _kl_op(*args)
 
@@ -181,7 +182,7 @@ def multi_teacher_kl(
         packed = sum(s << 4 * t for t, s in enumerate(student_of))
     elif students != 1:
         raise ValueError(f"{students} students need student_of, the number of each teacher's student")
-    if not teacher_grad:
+    if teachers.requires_grad and not teacher_grad:
         teachers = teachers.detach()
     args = (student, teachers, weights, temperature, packed, KINDS.index(kind))
     if reference_forced():  # plain PyTorch, differentiable as often as one likes
@@ -216,30 +217,33 @@ def _logit_args(student, teachers, weights, temperature):
     count, rows, classes = teachers.shape
     if not 1 <= count <= MAX_TEACHERS or not classes:
         raise ValueError(f"teachers must be 1 to {MAX_TEACHERS} and have classes, got {list(teachers.shape)}")
-    logits = [teachers] if student is None else [student, teachers]
-    for name, t in zip(("teachers", "student"), (teachers, student), strict=True):
-        if t is not None and (not isinstance(t, Tensor) or not t.is_floating_point()):
+    device, logits = (
+        teachers.device,
+        {"teachers": teachers} if student is None else {"student": student, "teachers": teachers},
+    )
+    for name, t in logits.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
             raise TypeError(f"{name} must be floating-point logits, got {getattr(t, 'dtype', type(t).__name__)}")
-    if student is not None and student.device != teachers.device:
-        raise ValueError(f"student and teachers must be on one device, got {student.device} and {teachers.device}")
+        if t.device != device:
+            raise ValueError(f"student and teachers must be on one device, got {t.device} and {device}")
+    logits = [t.contiguous() for t in logits.values()]
     double = any(t.dtype == torch.float64 for t in logits)
     compute = torch.float64 if double else torch.float32
-    if double or teachers.device.type == "cpu":  # on a GPU the kernels read 16-bit logits as they are
-        logits = [t.to(compute) for t in logits]
+    if double or device.type == "cpu":  # on a GPU the kernels read 16-bit logits as they are
+        logits = [t if t.dtype == compute else t.to(compute) for t in logits]
     weights = weights if isinstance(weights, Tensor) else torch.tensor(list(weights))
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("weights are constants of the loss: detach them, or weigh the returned values yourself")
     if weights.shape not in ((count,), (count, rows)):
         raise ValueError(f"weights must be [{count}] or [{count}, {rows}], got {list(weights.shape)}")
-    weights = weights.detach().to(teachers.device, compute)
-    weights = (weights if weights.dim() == 2 else weights[:, None]).expand(count, rows).contiguous()
+    weights = weights.to(device, compute)
+    weights = (weights if weights.dim() == 2 else weights.unsqueeze(1).expand(count, rows)).contiguous()
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        temperature = torch.full((count,), float(temperature), dtype=compute, device=teachers.device)
+        temperature = torch.full((count,), float(temperature), dtype=compute, device=device)
     elif temperature.numel() not in (1, count) or temperature.dim() > 1:
         raise ValueError(f"temperature must be a float or [{count}], got {list(temperature.shape)}")
     else:
-        temperature = temperature.detach().to(teachers.device, compute).reshape(-1).expand(count).contiguous()
-    logits = [t.contiguous() for t in logits]
+        temperature = temperature.detach().to(device, compute).reshape(-1).expand(count).contiguous()
     return (None, *logits, weights, temperature)[-4:]

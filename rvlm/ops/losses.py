@@ -16,7 +16,7 @@ makes its row's loss and gradient NaN and its verdict "not correct".
 import torch
 from torch import Tensor
 
-from rvlm.ops._dispatch import Op, once_differentiable, reference_forced
+from rvlm.ops._dispatch import Op, known_signature, once_differentiable, reference_forced
 
 __all__ = ["attack_loss", "clip_head_loss"]
 
@@ -103,6 +103,7 @@ class _AttackLoss(torch.autograd.Function):
     """The forward pass has computed the gradient already; backward scales its rows."""
 
     @staticmethod
+    @known_signature
     def forward(*args):
         return _op(*args)
 
