@@ -68,7 +68,7 @@ def _anchored_residual_backward_kernel(
     of_x1_ptr,  # [B, N, D], any floating dtype, as are the next three
     of_y_ptr,  # [B, N, D]
     x1_ptr,  # [B, N, D]
-    o_ptr,  # [B, N, D]
+    o_ptr,  # [B, N, D], or None with of_o
     mean_ptr,  # [B, N], the type that is computed in, as are rstd and weight
     rstd_ptr,  # [B, N]
     weight_ptr,  # [D]
@@ -101,8 +101,9 @@ def _anchored_residual_backward_kernel(
         g = of_x1 + rstd * (s - tl.sum(s, axis=0) / width - z * (tl.sum(s * z, axis=0) / width))
         tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
         if total_ptr is not None:
-            o = tl.load(o_ptr + at, mask=inside, other=0.0).to(DTYPE)
             total += g
+        if of_o_ptr is not None:
+            o = tl.load(o_ptr + at, mask=inside, other=0.0).to(DTYPE)
             products += tl.where(inside, g * o, 0.0)
         if d_weight_ptr is not None:
             d_weight += of_y * z
@@ -111,6 +112,7 @@ def _anchored_residual_backward_kernel(
     slot = part.to(tl.int64) * tokens + token
     if total_ptr is not None:
         tl.store(total_ptr + slot * width + column, total, mask=inside)
+    if of_o_ptr is not None:
         tl.store(of_o_ptr + slot, tl.sum(products, axis=0))
     if d_weight_ptr is not None:
         tl.store(d_weight_ptr + slot * width + column, d_weight, mask=inside)
@@ -173,7 +175,7 @@ def anchored_residual_backward(
     of_x1: torch.Tensor,
     of_y: torch.Tensor,
     x1: torch.Tensor,
-    o: torch.Tensor,
+    o: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor,
@@ -183,7 +185,7 @@ def anchored_residual_backward(
     Args:
         g: result [B, N, D], dtype of x1.
         total, d_weight, d_bias: results [parts, N, D] in the type of `mean`, or None; of_o: [parts, N] or None.
-        of_x1, of_y, x1, o: [B, N, D], contiguous, any floating dtype.
+        of_x1, of_y, x1, o: [B, N, D], contiguous, any floating dtype; o may be None where of_o is.
         mean, rstd, weight: as the forward pass wrote and read them.
     """
     batch, tokens, width = x1.shape

@@ -1,10 +1,13 @@
-// Residual, anchor and LayerNorm in one pass on the CPU, forward and backward. One thread owns a token and walks along the
-// batch, so that sums over the batch need no atomics and do not depend on the number of threads.
+// Residual, anchor and LayerNorm in one pass on the CPU, forward and backward. A thread owns some tokens next to each other
+// and takes them sample by sample, as they lie in memory, so that sums over the batch need no atomics and do not depend on
+// the number of threads.
 // The specification is the eager reference in rvlm/ops/attention.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <numeric>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -34,7 +37,7 @@ RVLM_INLINE void forward_loop(const T* __restrict x0, const T* __restrict o, con
   *mean = m, *rstd = r;
 }
 
-// Writes g; adds g to `total` and g * o to the result, and of_y's share to d_weight and d_bias, where those are not null.
+// Writes g, adds g to `total`, of_y's share to d_weight and d_bias, and returns the sum of g * o, where those are not null.
 template <typename T>
 RVLM_INLINE T backward_loop(const T* __restrict of_x1, const T* __restrict of_y, const T* __restrict x1,
                             const T* __restrict o, T mean, T rstd, const T* __restrict weight, T* __restrict g,
@@ -51,11 +54,12 @@ RVLM_INLINE T backward_loop(const T* __restrict of_x1, const T* __restrict of_y,
   for (int64_t i = 0; i < d; ++i)
     g[i] = of_x1[i] + rstd * (of_y[i] * weight[i] - first - (x1[i] - mean) * rstd * second);
   if (total) {
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i) total[i] += g[i];
+  }
+  if (o) {
 #pragma omp simd reduction(+ : of_o)
-    for (int64_t i = 0; i < d; ++i) {
-      total[i] += g[i];
-      of_o += g[i] * o[i];
-    }
+    for (int64_t i = 0; i < d; ++i) of_o += g[i] * o[i];
   }
   if (d_weight) {
 #pragma omp simd
@@ -93,31 +97,26 @@ void forward_batch(const Tensor& x0, const Tensor& o, const Tensor& anchor, cons
 }
 
 template <typename T>
-void backward_batch(const Tensor& of_x1, const Tensor& of_y, const Tensor& x1, const Tensor& o, const Tensor& mean,
+void backward_batch(const Tensor& of_x1, const Tensor& of_y, const Tensor& x1, const T* o, const Tensor& mean,
                     const Tensor& rstd, const Tensor& weight, Tensor& g, Tensor& total, Tensor& of_o, Tensor& d_weight,
                     Tensor& d_bias) {
   const int64_t batch = x1.size(0), n = x1.size(1), d = x1.size(2);
   T *to_g = out<T>(g), *to_total = out<T>(total), *to_weight = out<T>(d_weight), *to_bias = out<T>(d_bias);
   std::vector<double> products(n, 0.0);
   std::vector<T> norms(to_weight ? 2 * n * d : 0, T(0));  // a part of the LayerNorm's gradients for each token
-  if (to_total) std::fill(to_total, to_total + n * d, T(0));
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      T* part = to_weight ? &norms[2 * token * d] : nullptr;
-      for (int64_t b = 0; b < batch; ++b) {
+    if (to_total) std::fill(to_total + begin * d, to_total + end * d, T(0));
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t token = begin; token < end; ++token) {
         const int64_t row = b * n + token;
+        T *sum = to_total ? to_total + token * d : nullptr, *part = to_weight ? &norms[2 * token * d] : nullptr;
         products[token] += backward_leaf(in<T>(of_x1) + row * d, in<T>(of_y) + row * d, in<T>(x1) + row * d,
-                                         in<T>(o) + row * d, in<T>(mean)[row], in<T>(rstd)[row], in<T>(weight),
-                                         to_g + row * d, to_total ? to_total + token * d : nullptr, part,
-                                         part ? part + d : nullptr, d);
+                                         o ? o + row * d : nullptr, in<T>(mean)[row], in<T>(rstd)[row], in<T>(weight),
+                                         to_g + row * d, sum, part, part ? part + d : nullptr, d);
       }
     }
   });
-  if (to_total) {
-    double sum = 0;
-    for (double product : products) sum += product;
-    out<T>(of_o)[0] = T(sum);
-  }
+  if (o) out<T>(of_o)[0] = T(std::accumulate(products.begin(), products.end(), 0.0));
   if (to_weight) {
     std::fill(to_weight, to_weight + d, T(0)), std::fill(to_bias, to_bias + d, T(0));
     for (int64_t token = 0; token < n; ++token)
@@ -138,19 +137,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchored_residual(Tensor x0, Tensor o
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> anchored_residual_backward(Tensor of_x1, Tensor of_y, Tensor x1,
-                                                                              Tensor o, Tensor mean, Tensor rstd,
-                                                                              Tensor weight, bool anchor_grad,
-                                                                              bool norm_grad) {
-  check_dense({&of_x1, &of_y, &x1, &o, &mean, &rstd, &weight});
+                                                                              std::optional<Tensor> o, Tensor mean,
+                                                                              Tensor rstd, Tensor weight,
+                                                                              bool anchor_grad, bool norm_grad) {
+  check_dense({&of_x1, &of_y, &x1, o ? &*o : &x1, &mean, &rstd, &weight});
   const int64_t n = x1.size(1), d = x1.size(2);
   const auto make = [&](bool wanted, int64_t size) { return torch::stable::new_empty(mean, {wanted ? size : 0}); };
-  Tensor g = torch::stable::empty_like(x1), of_o = make(anchor_grad, 1);
+  Tensor g = torch::stable::empty_like(x1), of_o = make(o.has_value(), 1);
   Tensor total = anchor_grad ? torch::stable::new_empty(mean, {n, d}) : make(false, 0);
   Tensor d_weight = make(norm_grad, d), d_bias = make(norm_grad, d);
   if (x1.scalar_type() == ScalarType::Double)
-    backward_batch<double>(of_x1, of_y, x1, o, mean, rstd, weight, g, total, of_o, d_weight, d_bias);
+    backward_batch<double>(of_x1, of_y, x1, o ? in<double>(*o) : nullptr, mean, rstd, weight, g, total, of_o, d_weight, d_bias);
   else
-    backward_batch<float>(of_x1, of_y, x1, o, mean, rstd, weight, g, total, of_o, d_weight, d_bias);
+    backward_batch<float>(of_x1, of_y, x1, o ? in<float>(*o) : nullptr, mean, rstd, weight, g, total, of_o, d_weight, d_bias);
   return {g, total, of_o, d_weight, d_bias};
 }
 

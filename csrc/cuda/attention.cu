@@ -59,17 +59,15 @@ __global__ void backward_kernel(Stream<T> s, const S* of_x1, const S* of_y, cons
         const T whole = widen<T>(of_x1[at + i]) + r * (slope * s.weight[i] - sums[0] - c * sums[1]);
         g[at + i] = Narrow<S>::from(whole);
         const int64_t mine = slot * s.d + i;
-        if (total) {
-          total[mine] = (first ? T(0) : total[mine]) + whole;
-          product += whole * widen<T>(o[at + i]);
-        }
+        if (total) total[mine] = (first ? T(0) : total[mine]) + whole;
+        if (o) product += whole * widen<T>(o[at + i]);
         if (d_weight) {
           d_weight[mine] = (first ? T(0) : d_weight[mine]) + slope * c;
           d_bias[mine] = (first ? T(0) : d_bias[mine]) + slope;
         }
       }
     }
-    if (total) {
+    if (o) {
       T sum[1] = {product};
       block_sum(sum);
       if (threadIdx.x == 0) of_o[slot] = sum[0];
@@ -141,10 +139,8 @@ int anchored_residual_backward(const Stream<T>& s, const void* of_x1, const void
         s, static_cast<const S*>(of_x1), static_cast<const S*>(of_y), static_cast<const S*>(x1), static_cast<const S*>(o),
         mean, rstd, static_cast<S*>(g), total ? totals : nullptr, products, d_weight ? weights : nullptr, biases, parts);
   });
-  if (total != nullptr) {
-    add_rows(total, totals, parts, s.n * s.d, queue);
-    add_rows(of_o, products, slots, 1, queue);
-  }
+  if (total != nullptr) add_rows(total, totals, parts, s.n * s.d, queue);
+  if (of_o != nullptr) add_rows(of_o, products, slots, 1, queue);
   if (d_weight != nullptr) {
     add_rows(d_weight, weights, slots, s.d, queue);
     add_rows(d_bias, biases, slots, s.d, queue);

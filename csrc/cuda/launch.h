@@ -47,8 +47,8 @@ template <typename T>
 int anchored_residual(const Stream<T>& s, const void* x0, const void* o, const T* anchor, const T* mix, const T* bias, T eps,
                       void* x1, void* y, T* mean, T* rstd, void* stream);
 
-// Gradients that are null are not computed. The workspace holds, for each of `parts` parts of the batch and each token,
-// d elements for total, d each for d_weight and d_bias, and 1 for of_o.
+// Gradients that are null are not computed; o may be null where of_o is. The workspace holds, for each of `parts` parts of
+// the batch and each token, d elements for total, d each for d_weight and d_bias, and 1 for of_o.
 template <typename T>
 int anchored_residual_backward(const Stream<T>& s, const void* of_x1, const void* of_y, const void* x1, const void* o,
                                const T* mean, const T* rstd, void* g, T* total, T* of_o, T* d_weight, T* d_bias, int parts,

@@ -145,15 +145,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchored_residual(Tensor x0, Tensor o
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> anchored_residual_backward(Tensor of_x1, Tensor of_y, Tensor x1,
-                                                                              Tensor o, Tensor mean, Tensor rstd,
-                                                                              Tensor weight, bool anchor_grad,
-                                                                              bool norm_grad) {
+                                                                              std::optional<Tensor> o, Tensor mean,
+                                                                              Tensor rstd, Tensor weight,
+                                                                              bool anchor_grad, bool norm_grad) {
   const torch::stable::accelerator::DeviceGuard guard(x1.get_device_index());
-  check_dense({&of_x1, &of_y, &x1, &o});
+  check_dense({&of_x1, &of_y, &x1, o ? &*o : &x1});
   check_dense({&mean, &rstd, &weight});
   const int64_t batch = x1.size(0), n = x1.size(1), d = x1.size(2);
   const auto make = [&](bool wanted, int64_t size) { return torch::stable::new_empty(mean, {wanted ? size : 0}); };
-  Tensor g = torch::stable::empty_like(x1), of_o = make(anchor_grad, 1);
+  Tensor g = torch::stable::empty_like(x1), of_o = make(o.has_value(), 1);
   Tensor total = anchor_grad ? torch::stable::new_empty(mean, {n, d}) : make(false, 0);
   Tensor d_weight = make(norm_grad, d), d_bias = make(norm_grad, d);
   const int64_t enough = (1024 + n - 1) / (n ? n : 1);  // blocks to fill a GPU where the tokens alone do not
@@ -162,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> anchored_residual_backward(Te
   with_image_type(mean, [&](auto t) {
     using T = decltype(t);
     const int error = cuda::anchored_residual_backward<T>(
-        stream_of<T>(x1, weight), of_x1.const_data_ptr(), of_y.const_data_ptr(), x1.const_data_ptr(), o.const_data_ptr(),
-        in<T>(mean), in<T>(rstd), g.mutable_data_ptr(), out<T>(total), out<T>(of_o), out<T>(d_weight), out<T>(d_bias), parts,
-        static_cast<T*>(workspace.mutable_data_ptr()), current_stream(x1));
+        stream_of<T>(x1, weight), of_x1.const_data_ptr(), of_y.const_data_ptr(), x1.const_data_ptr(),
+        o ? o->const_data_ptr() : nullptr, in<T>(mean), in<T>(rstd), g.mutable_data_ptr(), out<T>(total), out<T>(of_o),
+        out<T>(d_weight), out<T>(d_bias), parts, static_cast<T*>(workspace.mutable_data_ptr()), current_stream(x1));
     check_launch(error, "anchored_residual_backward");
   });
   return {g, total, of_o, d_weight, d_bias};

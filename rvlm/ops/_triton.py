@@ -86,10 +86,10 @@ def anchored_residual_backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_gr
     def room(wanted, *shape):
         return make((parts, tokens, *shape)) if wanted else None
 
-    total, of_o = room(anchor_grad, width), room(anchor_grad)
+    total, of_o = room(anchor_grad, width), room(o is not None)
     d_weight, d_bias = room(norm_grad, width), room(norm_grad, width)
     attention.anchored_residual_backward(g, total, of_o, d_weight, d_bias, of_x1, of_y, x1, o, mean, rstd, weight)
     none = mean.new_empty(0)
-    sums = (total.sum(0), of_o.sum().view(1)) if anchor_grad else (none, none)
+    sums = (total.sum(0) if anchor_grad else none, none if o is None else of_o.sum().view(1))
     norms = (d_weight.sum((0, 1)), d_bias.sum((0, 1))) if norm_grad else (none, none)
     return g, *sums, *norms

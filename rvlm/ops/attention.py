@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rvlm.ops._dispatch import Op, once_differentiable, reference_forced
+from rvlm.ops._dispatch import Op, known_signature, once_differentiable, reference_forced
 
 __all__ = ["anchored_attention", "anchored_residual", "prefix_attention"]
 
@@ -49,6 +49,7 @@ def _forward(x0, o, anchor, mix, weight, bias, eps):
 
 
 def _backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_grad, norm_grad):
+    """o is None where nobody asks for <G, o>."""
     dtype = mean.dtype
     centred = (x1.to(dtype) - mean[..., None]) * rstd[..., None]
     of_y = of_y.to(dtype)
@@ -56,7 +57,7 @@ def _backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_grad, norm_grad):
     through = scaled - scaled.mean(-1, keepdim=True) - centred * (scaled * centred).mean(-1, keepdim=True)
     g = of_x1.to(dtype) + rstd[..., None] * through
     none = g.new_empty(0)
-    sums = (g.sum(0), (g * o.to(dtype)).sum().view(1)) if anchor_grad else (none, none)
+    sums = (g.sum(0) if anchor_grad else none, none if o is None else (g * o.to(dtype)).sum().view(1))
     norms = ((of_y * centred).sum((0, 1)), of_y.sum((0, 1))) if norm_grad else (none, none)
     return g.to(x1.dtype), *sums, *norms
 
@@ -71,7 +72,7 @@ def _fake_backward(of_x1, of_y, x1, o, mean, rstd, weight, anchor_grad, norm_gra
     return (
         torch.empty_like(x1),
         mean.new_empty((n, d) if anchor_grad else 0),
-        mean.new_empty(1 if anchor_grad else 0),
+        mean.new_empty(0 if o is None else 1),
         mean.new_empty(d if norm_grad else 0),
         mean.new_empty(d if norm_grad else 0),
     )
@@ -87,7 +88,7 @@ _forward_op = Op(
 )
 _backward_op = Op(
     "anchored_residual_backward",
-    "(Tensor of_x1, Tensor of_y, Tensor x1, Tensor o, Tensor mean, Tensor rstd, Tensor weight, bool anchor_grad, "
+    "(Tensor of_x1, Tensor of_y, Tensor x1, Tensor? o, Tensor mean, Tensor rstd, Tensor weight, bool anchor_grad, "
     "bool norm_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     reference=_backward,
@@ -97,15 +98,17 @@ _backward_op = Op(
 
 class _AnchoredResidual(torch.autograd.Function):
     @staticmethod
-    def forward(x0, o, anchor, mix, weight, bias, eps, whole):
-        return _forward_op(x0, o, anchor, mix, weight, bias, eps)
+    @known_signature
+    def forward(*args):
+        return _forward_op(*args[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, o, anchor, mix, weight, _, _, ctx.whole = inputs
         x1, _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x1, o, anchor, mix, weight, mean, rstd)
+        learned = mix.requires_grad  # only then the backward pass reads o and the anchor
+        ctx.save_for_backward(x1, o if learned else None, anchor if learned else None, mix, weight, mean, rstd)
 
     @staticmethod
     @once_differentiable("anchored_residual")
@@ -119,7 +122,7 @@ class _AnchoredResidual(torch.autograd.Function):
         return (
             g,
             None if not needs_o else g if ctx.whole else mix[0].to(g.dtype) * g,
-            mix[1] * total if needs_anchor else None,
+            total * mix[1] if needs_anchor else None,
             torch.cat([of_o, (anchor * total).sum().view(1)]) if needs_mix else None,
             d_weight if needs_weight else None,
             d_bias if needs_bias else None,
@@ -167,30 +170,32 @@ def anchored_residual(
     for name, t, shape in (("anchor", anchor, (n, d)), ("ln_weight", ln_weight, (d,)), ("ln_bias", ln_bias, (d,))):
         if tuple(t.shape) != shape or t.device != x0.device:
             raise ValueError(f"{name} must be {list(shape)} on {x0.device}, got {list(t.shape)} on {t.device}")
-    dtype = _wide(x0)
-    if not isinstance(alpha, Tensor):
-        alpha = torch.full((), float(alpha), dtype=dtype, device=x0.device)
-    elif alpha.numel() != 1:
-        raise ValueError(f"alpha must be a float or one element, got {list(alpha.shape)}")
-    alpha = alpha.to(x0.device, dtype).reshape(())
-    factors = torch.stack({
-        "add": lambda: (torch.ones_like(alpha), alpha),
-        "lerp": lambda: (1 - alpha, alpha),
-        "normadd": lambda: (1 / (1 + alpha), alpha / (1 + alpha)),
-    }[mix]())  # fmt: skip
-    stream, result = x0.dtype, x0
-    if x0.device.type == "cpu" and stream not in (torch.float32, torch.float64):
-        result, o = x0.float(), o.float()  # on a GPU the kernels read 16-bit streams as they are
-    args = (
-        result.contiguous(),
-        o.contiguous(),
-        *(t.to(dtype).contiguous() for t in (anchor, factors, ln_weight, ln_bias)),
-    )
+    dtype, stream = _wide(x0), x0.dtype
+    factors = _factors(alpha, mix, dtype, x0.device)
+    if x0.device.type == "cpu" and stream != dtype:
+        x0, o = x0.to(dtype), o.to(dtype)  # on a GPU the kernels read 16-bit streams as they are
+    parameters = [t if t.dtype == dtype else t.to(dtype) for t in (anchor, factors, ln_weight, ln_bias)]
+    args = [t.contiguous() for t in (x0, o, *parameters)]
     if reference_forced():
         x1, y, *_ = _forward(*args, float(ln_eps))
     else:
         x1, y, *_ = _AnchoredResidual.apply(*args, float(ln_eps), mix == "add")  # then c_o is 1, and do is dx0
-    return x1.to(stream), y.to(stream)
+    return (x1, y) if x1.dtype == stream else (x1.to(stream), y.to(stream))
+
+
+def _factors(alpha, mix, dtype, device):
+    """c_o and c_a, [2]. Nothing is copied to the device, so that CUDA graphs can be captured."""
+    learned = isinstance(alpha, Tensor)
+    if learned and alpha.numel() != 1:
+        raise ValueError(f"alpha must be a float or one element, got {list(alpha.shape)}")
+    alpha = alpha.to(device, dtype).reshape(()) if learned else float(alpha)
+    total = 1 + alpha if mix == "normadd" else 1
+    c_o, c_a = 1 - alpha if mix == "lerp" else 1 / total, alpha / total
+    if learned:
+        return torch.stack((torch.ones_like(alpha) if mix == "add" else c_o, c_a))
+    factors = torch.full((2,), c_a, dtype=dtype, device=device)
+    factors[0] = c_o
+    return factors
 
 
 def anchored_attention(

@@ -148,8 +148,10 @@ def attention_report() -> list[dict]:
         compiled.clear()
         attention.anchored_residual(stream, stream, rows, rows, stream, stream, anchor, mix, vector, vector, 1e-5)
         sums = torch.empty(attention.part_count(8, 50), 50, width, dtype=wide)
-        for into in ((None,) * 4, (sums, sums[..., 0].contiguous(), sums, sums)):
-            attention.anchored_residual_backward(stream, *into, stream, stream, stream, stream, rows, rows, vector)
+        products = sums[..., 0].contiguous()
+        for into in ((None,) * 4, (sums, None, None, None), (sums, products, sums, sums)):
+            o = None if into[1] is None else stream
+            attention.anchored_residual_backward(stream, *into, stream, stream, stream, o, rows, rows, vector)
         found += [{"dtype": str(dtype), "width": width, **describe(kernel)} for kernel in compiled]
     return found
 

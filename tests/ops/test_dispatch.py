@@ -58,7 +58,8 @@ ARGUMENTS = {
         )
     ],
     "anchored_residual_backward": [
-        (*(torch.randn(2, 3, 8) for _ in range(4)), torch.rand(2, 3), torch.rand(2, 3), torch.rand(8), anchor, norm)
+        (*(torch.randn(2, 3, 8) for _ in range(3)), o, torch.rand(2, 3), torch.rand(2, 3), torch.rand(8), anchor, norm)
+        for o in (torch.randn(2, 3, 8), None)
         for anchor in (True, False)
         for norm in (True, False)
     ],
