@@ -1,6 +1,7 @@
 """Launch sizes, compiler options, the current device, and 64-bit addresses."""
 
 import contextlib
+import importlib
 import os
 from types import SimpleNamespace
 
@@ -60,11 +61,151 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
 
 ROW, N, BLOCK = 9, 2**30, 1024  # row 9 begins at element 9 * 2^30, past what 32 bits can count
 BLOCKS = N // BLOCK
+FAR, WIDTH = 2**22 + 4, 1024  # the same for kernels that walk along a row: more of them, and shorter
+PARTS = 64
+
+
+def one(dtype):
+    return torch.ones(1, dtype=dtype)
+
+
+IMAGE, HALF, ACTIVE, SUMS, IDS = (
+    one(dtype) for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.float64, torch.int64)
+)
+COUNTS = one(torch.int32)
+BOX = {"LO": 0.0, "HI": 1.0, "BLOCK": BLOCK}
+STEP = {"ALPHA_STRIDE": 1, "EPS_STRIDE": 1, **BOX}
+LEVELS = {"LEVELS": 0.0, "IN_PLACE": True}
+TEACHERS = {"T": 2, "T_PADDED": 2, "BLOCK": WIDTH}
+
+# kernel -> arguments, constexprs, the program of the far row, and by how many bytes each access must then be further.
+FAR_ROWS = {
+    "steps._linf_step_kernel": (
+        (IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, N),
+        {**STEP, **LEVELS, "FIRST_LEVEL": 0, "LAST_LEVEL": 0},
+        ROW * BLOCKS,
+        {ROW, ROW * 4, ROW * N * 2, ROW * N * 4},
+    ),
+    "steps._l2_sums_kernel": (
+        (SUMS, IMAGE, HALF, IMAGE, ACTIVE, N, BLOCKS),
+        {"BLOCK": BLOCK},
+        ROW * BLOCKS,
+        {ROW, ROW * N * 2, ROW * N * 4, ROW * 3 * BLOCKS * 8},
+    ),
+    "steps._l2_apply_kernel": (
+        (IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, SUMS, N, PARTS),
+        {**STEP, **LEVELS, "MAX_PARTS": PARTS},
+        ROW * BLOCKS,
+        {ROW, ROW * 4, ROW * N * 2, ROW * N * 4, ROW * 3 * PARTS * 8},
+    ),
+    "steps._uniform_start_kernel": (
+        (IMAGE, IMAGE, IMAGE, IDS, N, 7, 0, 0),
+        {"EPS_STRIDE": 1, **BOX},
+        ROW * BLOCKS,
+        {ROW * 4, ROW * 8, ROW * N * 4},
+    ),
+    "iterates._apgd_step_kernel": (
+        (IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, N),
+        {"STEP_STRIDE": 1, "EPS_STRIDE": 1, "A": 0.75, **BOX},
+        ROW * BLOCKS,
+        {ROW, ROW * 4, ROW * N * 2, ROW * N * 4},
+    ),
+    "iterates._l1_sums_kernel": (
+        (SUMS, HALF, ACTIVE, N, BLOCKS),
+        {"DTYPE": tl.float32, "BLOCK": BLOCK},
+        ROW * BLOCKS,
+        {ROW, ROW * N * 2, ROW * BLOCKS * 8},
+    ),
+    "iterates._momentum_step_kernel": (
+        (IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, SUMS, N, PARTS),
+        {**STEP, "MU": 0.9, "MAX_PARTS": PARTS},
+        ROW * BLOCKS,
+        {ROW, ROW * 4, ROW * N * 2, ROW * N * 4, ROW * PARTS * 8},
+    ),
+    "iterates._keep_best_kernel": (
+        (IMAGE, IMAGE, ACTIVE, N),
+        {"BLOCK": BLOCK},
+        ROW * BLOCKS,
+        {ROW, ROW * N * 4},
+    ),
+    "l1._l1_largest_kernel": (
+        (SUMS, IMAGE, IMAGE, N, BLOCKS),
+        {"BLOCK": BLOCK},
+        ROW * BLOCKS,
+        {ROW * N * 4, ROW * BLOCKS * 8},
+    ),
+    "l1._l1_lengths_kernel": (
+        (SUMS, IMAGE, IMAGE, SUMS, SUMS, N, BLOCKS),
+        {**BOX, "KNOTS": 32},
+        ROW * BLOCKS,
+        {ROW * 8, ROW * N * 4, ROW * BLOCKS * 32 * 8},
+    ),
+    "l1._l1_bracket_kernel": (
+        (SUMS, SUMS, SUMS, SUMS, SUMS, IMAGE, PARTS),
+        {"KNOTS": 32},
+        FAR,
+        {FAR * 4, FAR * 8, FAR * PARTS * 32 * 8},
+    ),
+    "l1._l1_shrink_kernel": (
+        (IMAGE, IMAGE, IMAGE, SUMS, SUMS, SUMS, SUMS, IMAGE, N),
+        BOX,
+        ROW * BLOCKS,
+        {ROW * 4, ROW * 8, ROW * N * 4},
+    ),
+    "l1._select_histogram_kernel": (
+        (COUNTS, HALF, IDS, N, BLOCKS),
+        {"SHIFT": 0, "DIGIT": 5, "WIDE": False, "BLOCK": BLOCK},
+        ROW * BLOCKS,
+        {ROW * 8, ROW * N * 2, ROW * BLOCKS * 32 * 4},
+    ),
+    "l1._select_digit_kernel": (
+        (IDS, IDS, IDS, COUNTS, IDS, PARTS),
+        {"DIGIT": 5},
+        FAR,
+        {FAR * 8, FAR * PARTS * 32 * 4},
+    ),
+    "l1._sparse_step_kernel": (
+        (IMAGE, IMAGE, HALF, IMAGE, IDS, IDS, IDS, N),
+        {"ALPHA_STRIDE": 1, "WIDE": False, "BLOCK": BLOCK},
+        ROW * BLOCKS,
+        {ROW * 4, ROW * 8, ROW * N * 2, ROW * N * 4},
+    ),
+    "losses._attack_loss_kernel": (
+        (IMAGE, ACTIVE, HALF, HALF, IDS, IDS, WIDTH),
+        {"KIND": 3, "BLOCK": WIDTH},
+        FAR,
+        {FAR, FAR * 4, FAR * 8, FAR * WIDTH * 2},
+    ),
+    "distill._multi_teacher_kl_kernel": (
+        (IMAGE, IMAGE, HALF, HALF, HALF, HALF, IMAGE, IMAGE, FAR + 1, WIDTH),
+        {"STUDENT_OF": 0, "KIND": 2, "S": 1, **TEACHERS},
+        FAR,
+        {0, FAR * 4, FAR * WIDTH * 2},  # the temperatures stay where they are
+    ),
+    "distill._fold_teachers_kernel": (
+        (IMAGE, HALF, IMAGE, IMAGE, FAR + 1, WIDTH),
+        TEACHERS,
+        FAR,
+        {0, FAR * 4, FAR * WIDTH * 2, FAR * WIDTH * 4},
+    ),
+    "attention._anchored_residual_kernel": (
+        (HALF, HALF, IMAGE, IMAGE, HALF, HALF, *(IMAGE,) * 4, 4, WIDTH),
+        {"EPS": 1e-5, "BLOCK": WIDTH},
+        FAR,
+        {0, FAR * 4, FAR * WIDTH * 2},
+    ),
+    "attention._anchored_residual_backward_kernel": (
+        (HALF, *(IMAGE,) * 4, *(HALF,) * 4, *(IMAGE,) * 3, FAR + 1, 1, WIDTH, FAR + 1),
+        {"BLOCK": WIDTH},
+        FAR,
+        {0, FAR * 4, FAR * WIDTH * 2, FAR * WIDTH * 4},
+    ),
+}
 
 
 @pytest.fixture
 def offsets(monkeypatch):
-    """Runs the first program of rows 0 and ROW of a batch too large to exist; returns how far apart each access is.
+    """Runs the programs of the first and of a far row of a batch too large to exist: how far apart each access is.
 
     The interpreter computes addresses as the GPU does, in 32 or 64 bits; only its loads and stores are replaced.
     """
@@ -79,66 +220,54 @@ def offsets(monkeypatch):
     def store(pointers, values, mask):
         addresses.append(int(pointers.min()))
 
-    def run(kernel, *args, **constexprs):
+    def run(kernel, args, constexprs, far):
         seen = []
-        for row in (0, ROW):
-            program = interpreter.TensorHandle(np.array([row * BLOCKS], np.int32), tl.int32)
+        for number in (0, far):
+            program = interpreter.TensorHandle(np.array([number], np.int32), tl.int32)
             monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda axis, p=program: p)
             addresses.clear()
             kernel[(1,)](*args, **constexprs)
             seen.append(list(addresses))
-        return [far - near for near, far in zip(*seen, strict=True)]
+        return {there - here for here, there in zip(*seen, strict=True)}
 
     monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(load=load, store=store))
     return run
 
 
-def one(dtype):
-    return torch.ones(1, dtype=dtype)
+def kernels_of(module: str) -> dict:
+    found = vars(importlib.import_module(f"rvlm.kernels.{module}"))
+    return {f"{module}.{name}": kernel for name, kernel in found.items() if name.endswith("_kernel")}
 
 
-IMAGE, HALF, ACTIVE, SUMS = one(torch.float32), one(torch.bfloat16), one(torch.bool), one(torch.float64)
-STEP = {"ALPHA_STRIDE": 1, "EPS_STRIDE": 1, "LO": 0.0, "HI": 1.0, "LEVELS": 0.0, "IN_PLACE": True, "BLOCK": BLOCK}
+def test_every_kernel_is_among_them():
+    modules = ("attention", "distill", "iterates", "l1", "losses", "steps")
+    assert set(FAR_ROWS) == {name for module in modules for name in kernels_of(module)}
 
 
-def test_far_rows_of_the_linf_step(offsets):
-    got = offsets(
-        steps._linf_step_kernel,
-        *(IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, N),
-        **STEP,
-        FIRST_LEVEL=0,
-        LAST_LEVEL=0,
-    )
-    assert sorted(got) == sorted([ROW, ROW * 4, ROW * 4, ROW * N * 2, ROW * N * 4, ROW * N * 4, ROW * N * 4])
+@pytest.mark.parametrize("name", FAR_ROWS)
+def test_far_rows(offsets, name):
+    args, constexprs, far, expected = FAR_ROWS[name]
+    assert offsets(kernels_of(name.split(".")[0])[name], args, constexprs, far) == expected
 
 
-def test_far_rows_of_the_l2_sums(offsets):
-    got = offsets(steps._l2_sums_kernel, SUMS, IMAGE, HALF, IMAGE, ACTIVE, N, BLOCKS, BLOCK=BLOCK)
-    sums = [ROW * 3 * BLOCKS * 8] * 3
-    assert sorted(got) == sorted([ROW, ROW * N * 2, ROW * N * 4, ROW * N * 4, *sums])
+NARROW = [
+    ("row.to(tl.int64) * n", "row * n", "steps", ("_linf_step_kernel", "_l2_apply_kernel", "_uniform_start_kernel")),
+    ("row.to(tl.int64) * n", "row * n", "iterates", ("_l1_sums_kernel",)),
+    ("row.to(tl.int64) * n", "row * n", "l1", ("_l1_largest_kernel", "_l1_lengths_kernel", "_select_histogram_kernel")),
+    ("program_id(0).to(tl.int64)", "program_id(0)", "l1", ("_l1_bracket_kernel", "_select_digit_kernel")),
+    ("program_id(0).to(tl.int64)", "program_id(0)", "losses", ("_attack_loss_kernel",)),
+    ("program_id(0).to(tl.int64)", "program_id(0)", "distill", ("_multi_teacher_kl_kernel", "_fold_teachers_kernel")),
+    ("b.to(tl.int64) * tokens", "b * tokens", "attention", ("_anchored_residual_backward_kernel",)),
+    ("program_id(0).to(tl.int64)", "program_id(0)", "attention", ("_anchored_residual_kernel",)),
+]
 
 
-def test_far_rows_of_the_l2_step(offsets):
-    got = offsets(
-        steps._l2_apply_kernel, *(IMAGE, IMAGE, HALF, IMAGE, IMAGE, IMAGE, ACTIVE, SUMS, N, 64), **STEP, MAX_PARTS=64
-    )
-    sums = [ROW * 3 * 64 * 8] * 3
-    assert sorted(got) == sorted([ROW, ROW * 4, ROW * 4, ROW * N * 2, ROW * N * 4, ROW * N * 4, ROW * N * 4, *sums])
-
-
-def test_far_rows_of_the_start(offsets):
-    ids = one(torch.int64)
-    got = offsets(
-        steps._uniform_start_kernel, *(IMAGE, IMAGE, IMAGE, ids, N, 7, 0, 0), EPS_STRIDE=1, LO=0.0, HI=1.0, BLOCK=BLOCK
-    )
-    assert sorted(got) == sorted([ROW * 4, ROW * 8, ROW * N * 4, ROW * N * 4])
-
-
-def test_32_bit_row_offsets_are_noticed(offsets, mutant):
-    wrong = mutant("row.to(tl.int64) * n", "row * n")
-    for test in (test_far_rows_of_the_linf_step, test_far_rows_of_the_l2_step, test_far_rows_of_the_start):
-        with pytest.raises(AssertionError):
-            test(lambda kernel, *args, **more: offsets(getattr(wrong, kernel.__name__), *args, **more))
+@pytest.mark.parametrize("before, after, module, kernels", NARROW)
+def test_32_bit_row_offsets_are_noticed(offsets, mutant, before, after, module, kernels):
+    wrong = mutant(before, after, module)
+    for name in kernels:
+        args, constexprs, far, expected = FAR_ROWS[f"{module}.{name}"]
+        assert offsets(getattr(wrong, name), args, constexprs, far) != expected
 
 
 @pytest.mark.gpu
