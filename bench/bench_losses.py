@@ -1,5 +1,7 @@
 """Divergences and attack losses against the lines they replace: eager, and the same lines under torch.compile.
 
+Liger-Kernel's divergences stand beside ours on a GPU where the package is installed.
+
 Both sides start at logits and end at loss and gradient. Every cell first has to agree with the reference on its own
 inputs. The inputs are small next to the caches and are used again and again, as logits are that a model has just made.
 """
@@ -24,12 +26,13 @@ else:
 TEACHERS = 3
 
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-by_impl = pytest.mark.parametrize("impl", [*BACKENDS, "compile", "eager"])
+IMPLS = [*BACKENDS, "compile", "eager"]
+by_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
-def bench(impl, fused, lines, logits, case, compare) -> None:
-    """fused() and lines(leaf) return a loss and, the latter with a graph, what else there is to compare."""
-    forward = compiled(lines) if impl == "compile" else lines
+def bench(impl, fused, lines, logits, case, compare, **peers) -> None:
+    """fused() and lines(leaf), of which `peers` have more, return a loss and, with a graph, what else to compare."""
+    forward = compiled(lines) if impl == "compile" else peers.get(impl, lines)
 
     def with_gradient(forward):
         leaf = logits.detach().requires_grad_()
@@ -48,8 +51,8 @@ def bench(impl, fused, lines, logits, case, compare) -> None:
         began = time.perf_counter()
         got = job()
         first = time.perf_counter() - began
-        for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(got, expected, strict=True):  # some peers only give the sum over the batch
+            torch.testing.assert_close(ours, theirs if ours.dim() else theirs.sum(), rtol=1e-4, atol=1e-5)
         info = {"case": case, "impl": impl, "peer": "eager"}
         if impl == "compile":
             info["compile_seconds"] = first
@@ -58,9 +61,13 @@ def bench(impl, fused, lines, logits, case, compare) -> None:
 
 @by_shape
 @pytest.mark.parametrize("kind", ["forward", "js"])
-@by_impl
+@pytest.mark.parametrize("impl", [*IMPLS, "liger"])
 @pytest.mark.benchmark(group="multi_teacher_kl")
 def test_multi_teacher_kl(shape, kind, impl, device, compare):
+    if impl == "liger":
+        pytest.importorskip("liger_kernel", reason="install rvlm[oracles]")
+        if not ON_GPU:
+            pytest.skip("Liger-Kernel needs a GPU")
     generator = torch.Generator(device).manual_seed(0)
     student = 3 * torch.randn(shape, device=device, generator=generator)
     teachers = 3 * torch.randn(TEACHERS, *shape, device=device, generator=generator)
@@ -74,7 +81,10 @@ def test_multi_teacher_kl(shape, kind, impl, device, compare):
     def lines(leaf):
         return (eager.multi_teacher_kl(leaf, teachers, weights, kind),)
 
-    bench(impl, fused, lines, student, f"{list(shape)} {kind}, {TEACHERS} teachers", compare)
+    def of_liger(leaf):
+        return (eager.multi_teacher_kl_of_liger(leaf, teachers, weights, kind),)
+
+    bench(impl, fused, lines, student, f"{list(shape)} {kind}, {TEACHERS} teachers", compare, liger=of_liger)
 
 
 @by_shape

@@ -53,7 +53,7 @@ def versions() -> dict:
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("torch", "triton", "rvlm", "torchattacks", "open_clip_torch", "numpy")
+    packages = ("torch", "triton", "rvlm", "torchattacks", "open_clip_torch", "liger_kernel", "numpy")
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),

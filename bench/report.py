@@ -21,7 +21,7 @@ COLUMNS = {
         for name in ("apgd_step_", "keep_best_", "l1_project", "l1_step_", "momentum_step_")
     },
     "gaussian_filter": ("largest_error",),
-    "anchored_attention": ("device_us",),
+    "anchored_attention": ("device_us", "compile_seconds"),
     "prefix_attention": ("device_us",),
     "anchored_residual": ("device_us", "compile_seconds"),
     "multi_teacher_kl": ("device_us", "compile_seconds"),

@@ -8,7 +8,8 @@
 #
 # Environment:
 #   PYTHON            interpreter that has torch (default python3)
-#   RVLM_WHEELS       folder of wheels to install first, without their dependencies (open_clip_torch, torchattacks, ...)
+#   RVLM_WHEELS       folder of wheels to install first, without their dependencies (open_clip_torch, torchattacks,
+#                     liger_kernel, ...)
 #   RVLM_BENCH_CPU=1  dry run on a CPU: tiny sizes, nothing installed; shows that this script works
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -88,8 +89,8 @@ part info 40 bash -c info
 part tests 130 bash -c unit_tests
 RVLM_BENCH_SECONDS=90 part steps 130 bash -c "bench steps"
 RVLM_BENCH_SECONDS=40 part iterates 60 bash -c "bench iterates"
-RVLM_BENCH_SECONDS=40 part losses 60 bash -c "bench losses"
-RVLM_BENCH_SECONDS=20 part attention 40 bash -c "bench attention"
+RVLM_BENCH_SECONDS=45 part losses 65 bash -c "bench losses"
+RVLM_BENCH_SECONDS=30 part attention 60 bash -c "bench attention"
 RVLM_BENCH_SECONDS=20 part filters 30 bash -c "bench filters"
 RVLM_BENCH_SECONDS=75 part pgd 140 bash -c "bench pgd"
 RVLM_BENCH_SECONDS=40 part attacks 90 bash -c "bench attacks"

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 
 def anchored_by_matmul(q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, alpha: float) -> Tensor:
@@ -18,6 +19,19 @@ def anchored_naive(q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, alpha: float
 def anchored_by_einsum(q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, alpha: float) -> Tensor:
     """One matrix product per head beside the library's attention."""
     return F.scaled_dot_product_attention(q, k, v) + alpha * torch.einsum("hnm,bhmd->bhnd", anchor, v)
+
+
+def anchored_by_flex(q: Tensor, k: Tensor, v: Tensor, anchor: Tensor, alpha: float) -> Tensor:
+    """FlexAttention sees scores before the softmax, so it goes twice: for the normaliser, and for the mixed map.
+
+    The mixed rows add up to 1 + alpha sum_j A, by which its own softmax divides. The anchor must not be negative.
+    """
+    _, norm = flex_attention(q, k, v, return_lse=True)
+
+    def mixed(score, b, h, i, j):
+        return torch.log(torch.exp(score - norm[b, h, i]) + alpha * anchor[h, i, j])
+
+    return flex_attention(q, k, v, score_mod=mixed) * (1 + alpha * anchor.sum(-1, keepdim=True))
 
 
 def keys_concatenated(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:

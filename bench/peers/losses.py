@@ -20,6 +20,19 @@ def multi_teacher_kl(student: Tensor, teachers: Tensor, weights: Tensor, kind: s
     return loss
 
 
+def multi_teacher_kl_of_liger(student: Tensor, teachers: Tensor, weights: Tensor, kind: str) -> Tensor:
+    """The same summed over the batch, by Liger-Kernel: log-probabilities of one teacher at a time, a mean over rows."""
+    from liger_kernel.transformers.jsd import LigerJSD
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+    log_q, loss = F.log_softmax(student, 1), 0.0
+    divergence = LigerJSD() if kind == "js" else LigerKLDIVLoss(reduction="sum", log_target=True)
+    scale = len(student) if kind == "js" else 1
+    for weight, teacher in zip(weights, teachers, strict=True):
+        loss = loss + weight * scale * divergence(log_q, F.log_softmax(teacher, 1))
+    return loss
+
+
 def attack_loss(logits: Tensor, y: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Loss [B] and the verdict that every attack asks for."""
     rows = torch.arange(len(y), device=y.device)

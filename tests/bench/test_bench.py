@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
+    import peers.attention
     import peers.iterates
     import peers.losses
     import peers.pgd
@@ -162,6 +164,44 @@ def test_lines_of_the_divergences_are_the_ops(peers, kind):
     weights = torch.tensor([0.5, 1.0, 2.0]).double()
     expected, _ = ops.multi_teacher_kl(student, teachers, weights, kind=kind)
     torch.testing.assert_close(peers.losses.multi_teacher_kl(student, teachers, weights, kind), expected)
+
+
+def check_liger(peers, kind):
+    student, teachers = torch.randn(4, 9, requires_grad=True), torch.randn(3, 4, 9)
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    both = (
+        peers.losses.multi_teacher_kl_of_liger(student, teachers, weights, kind),
+        ops.multi_teacher_kl(student, teachers, weights, kind=kind)[0].sum(),
+    )
+    torch.testing.assert_close(*both)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student) for loss in both))
+
+
+def test_lines_of_liger_are_the_ops(peers, monkeypatch):
+    """Its KL is a subclass of torch's, which stands in for it here: its own kernel asks for a GPU."""
+    package = types.ModuleType("liger_kernel.transformers")
+    for name, content in (("kl_div", {"LigerKLDIVLoss": torch.nn.KLDivLoss}), ("jsd", {"LigerJSD": object})):
+        module = types.ModuleType(f"{package.__name__}.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    check_liger(peers, "forward")
+
+
+def test_lines_of_ligers_own_divergence_are_the_ops(peers):
+    pytest.importorskip("liger_kernel", reason="extra [oracles] is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs Liger-Kernel's kernel in Triton's interpreter: needs TRITON_INTERPRET=1")
+    check_liger(peers, "js")
+
+
+@pytest.mark.parametrize("name", ["anchored_by_flex", "anchored_by_einsum", "anchored_by_matmul", "anchored_naive"])
+def test_other_ways_to_an_anchored_map_are_the_op(peers, name):
+    q, k, v = torch.randn(3, 2, 3, 5, 8).double()
+    anchor = torch.rand(3, 5, 5).double()
+    got = getattr(peers.attention, name)(q, k, v, anchor, 0.3)
+    torch.testing.assert_close(got, ops.anchored_attention(q, k, v, anchor, 0.3))
 
 
 @pytest.mark.parametrize("kind", ["ce", "cw", "dlr"])
