@@ -40,12 +40,14 @@ T* out(Tensor& t) {
 inline void check_per_row(const Tensor& t, int64_t rows, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1 && (t.numel() == 1 || t.numel() == rows), name, " must have 1 or ", rows,
                   " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous: call rvlm.ops, which arranges this");
 }
 
 // bool [B], or null where every row is active.
 inline const bool* active_rows(const std::optional<Tensor>& active, int64_t rows) {
   if (!active) return nullptr;
-  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->numel() == rows, "active must be bool [", rows, "]");
+  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->numel() == rows && active->is_contiguous(),
+                  "active must be bool [", rows, "], contiguous");
   return static_cast<const bool*>(active->const_data_ptr());
 }
 

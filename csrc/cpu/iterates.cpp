@@ -117,7 +117,8 @@ void momentum_step_(Tensor x_adv, Tensor velocity, Tensor grad, Tensor x, Tensor
 void keep_best_(Tensor best, Tensor src, Tensor flag) {
   check_same_layout(best, src, "src");
   const int64_t rows = best.size(0), bytes = rows ? best.numel() / rows * best.element_size() : 0;
-  STD_TORCH_CHECK(flag.numel() == rows, "flag must have ", rows, " elements, got ", flag.numel());
+  STD_TORCH_CHECK(flag.numel() == rows && flag.is_contiguous(), "flag must have ", rows, " elements, contiguous, got ",
+                  flag.numel());
   const bool* keep = static_cast<const bool*>(flag.const_data_ptr());
   char* to = static_cast<char*>(best.mutable_data_ptr());
   const char* from = static_cast<const char*>(src.const_data_ptr());

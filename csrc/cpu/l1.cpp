@@ -155,7 +155,8 @@ void project_batch(const Tensor& x_adv, const Tensor& x, const Tensor& eps, doub
 
 Tensor l1_project(Tensor x_adv, Tensor x, Tensor eps, double lo, double hi) {
   check_same_layout(x_adv, x, "x");
-  STD_TORCH_CHECK(eps.numel() == x.size(0), "eps must have ", x.size(0), " elements, got ", eps.numel());
+  STD_TORCH_CHECK(eps.numel() == x.size(0) && eps.is_contiguous(), "eps must have ", x.size(0),
+                  " elements, contiguous, got ", eps.numel());
   Tensor out = torch::stable::empty_like(x_adv);
   if (x.scalar_type() == ScalarType::Double) project_batch<double>(x_adv, x, eps, lo, hi, out);
   else project_batch<float>(x_adv, x, eps, lo, hi, out);
@@ -188,8 +189,8 @@ void sparse_batch(const Tensor& x_adv, const Tensor& grad, const Tensor& alpha, 
 Tensor sparse_step(Tensor x_adv, Tensor grad, Tensor alpha, Tensor still) {
   check_same_layout(x_adv, grad, "grad");
   check_per_row(alpha, x_adv.size(0), "alpha");
-  STD_TORCH_CHECK(still.numel() == x_adv.size(0) && still.scalar_type() == ScalarType::Long, "still must be int64 [",
-                  x_adv.size(0), "]");
+  STD_TORCH_CHECK(still.numel() == x_adv.size(0) && still.scalar_type() == ScalarType::Long && still.is_contiguous(),
+                  "still must be int64 [", x_adv.size(0), "], contiguous");
   Tensor out = torch::stable::empty_like(x_adv);
   with_types(x_adv, grad, [&](auto pixel, auto slope) {
     sparse_batch<decltype(pixel), decltype(slope)>(x_adv, grad, alpha, still, out);

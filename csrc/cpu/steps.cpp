@@ -146,7 +146,8 @@ void start_into(Tensor& out, const Tensor& x, const Tensor& eps, const Tensor& i
                 int64_t stream) {
   const int64_t rows = x.size(0), n = rows ? x.numel() / rows : 0, chunks = (n + kChunk - 1) / kChunk;
   check_per_row(eps, rows, "eps");
-  STD_TORCH_CHECK(ids.numel() == rows, "sample_ids must have ", rows, " elements, got ", ids.numel());
+  STD_TORCH_CHECK(ids.numel() == rows && ids.is_contiguous(), "sample_ids must have ", rows,
+                  " elements, contiguous, got ", ids.numel());
   const int64_t eps_stride = eps.numel() > 1;
   T* to = static_cast<T*>(out.mutable_data_ptr());
   const T* from = static_cast<const T*>(x.const_data_ptr());

@@ -109,7 +109,8 @@ Tensor uniform_start(Tensor x, Tensor eps, Tensor sample_ids, int64_t seed, doub
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous: noise is numbered by pixel, not by address");
   const int64_t rows = x.size(0);
   check_per_row(eps, rows, "eps");
-  STD_TORCH_CHECK(sample_ids.numel() == rows, "sample_ids must have ", rows, " elements, got ", sample_ids.numel());
+  STD_TORCH_CHECK(sample_ids.numel() == rows && sample_ids.is_contiguous(), "sample_ids must have ", rows,
+                  " elements, contiguous, got ", sample_ids.numel());
   Tensor out = torch::stable::empty_like(x);
   with_image_type(x, [&](auto t) {
     using T = decltype(t);

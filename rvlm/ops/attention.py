@@ -164,8 +164,11 @@ def anchored_residual(
         raise ValueError(f"mix must be one of {', '.join(map(repr, MIXES))}, got {mix!r}")
     if x0.dim() != 3 or not x0.is_floating_point():
         raise TypeError(f"x0 must be a floating-point stream [B, N, D], got {x0.dtype} {list(x0.shape)}")
-    if o.shape != x0.shape or o.dtype != x0.dtype:
-        raise ValueError(f"o must be like x0, {list(x0.shape)} {x0.dtype}, got {list(o.shape)} {o.dtype}")
+    if o.shape != x0.shape or o.dtype != x0.dtype or o.device != x0.device:
+        raise ValueError(
+            f"o must be like x0, {list(x0.shape)} {x0.dtype} on {x0.device}, "
+            f"got {list(o.shape)} {o.dtype} on {o.device}"
+        )
     n, d = x0.shape[1:]
     for name, t, shape in (("anchor", anchor, (n, d)), ("ln_weight", ln_weight, (d,)), ("ln_bias", ln_bias, (d,))):
         if tuple(t.shape) != shape or t.device != x0.device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rvlm.ops._dispatch import Op
-from rvlm.ops.steps import as_layout, check_step, per_row, rows_dense
+from rvlm.ops.steps import as_layout, check_apart, check_flags, check_step, per_row, rows_dense
 
 __all__ = ["apgd_step_", "keep_best_", "momentum_step_"]
 
@@ -109,11 +109,12 @@ def apgd_step_(
     """
     if x_prev.data_ptr() == x_adv.data_ptr() and x_adv.numel() and not torch.compiler.is_compiling():
         raise ValueError("x_prev and x_adv share memory: the step would overwrite the iterate that it starts from")
-    like, grad, x, step, eps = check_step(x_adv, grad, x, step, eps, lo, hi, active)
+    like, grad, clean, step, eps, active = check_step(x_adv, grad, x, step, eps, lo, hi, active)
     if x_prev.shape != x_adv.shape or x_prev.dtype != x_adv.dtype or x_prev.device != x_adv.device:
         raise ValueError(f"x_prev must be like x_adv, {list(x_adv.shape)} {x_adv.dtype}, got {list(x_prev.shape)}")
+    check_apart(x_prev, x, "x_prev")
     out = as_layout(x_prev, like)
-    _apgd_op(out, like, grad, x, step, eps, float(a), float(lo), float(hi), active)
+    _apgd_op(out, like, grad, clean, step, eps, float(a), float(lo), float(hi), active)
     return x_prev if out is x_prev else x_prev.copy_(out)
 
 
@@ -149,11 +150,14 @@ def momentum_step_(
     """
     if kind not in MOMENTA:
         raise ValueError(f"kind must be one of {', '.join(map(repr, MOMENTA))}, got {kind!r}")
-    like, grad, x, alpha, eps = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
+    like, grad, clean, alpha, eps, active = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
     if velocity.shape != x_adv.shape or velocity.dtype != x_adv.dtype or velocity.device != x_adv.device:
         raise ValueError(f"velocity must be like x_adv, {list(x_adv.shape)} {x_adv.dtype}, got {list(velocity.shape)}")
+    check_apart(velocity, x, "velocity")
+    if velocity.data_ptr() == x_adv.data_ptr() and x_adv.numel() and not torch.compiler.is_compiling():
+        raise ValueError("velocity and x_adv share memory, and both are updated: pass velocity = torch.zeros_like(x)")
     v = as_layout(velocity, like)
-    _momentum_op(like, v, grad, x, alpha, eps, float(mu), MOMENTA.index(kind), float(lo), float(hi), active)
+    _momentum_op(like, v, grad, clean, alpha, eps, float(mu), MOMENTA.index(kind), float(lo), float(hi), active)
     if v is not velocity:
         velocity.copy_(v)
     return x_adv if like is x_adv else x_adv.copy_(like)
@@ -175,8 +179,7 @@ def keep_best_(best: Tensor, src: Tensor, flag: Tensor) -> Tensor:
             f"src must be like best, {list(best.shape)} {best.dtype} on {best.device}, "
             f"got {list(src.shape)} {src.dtype} on {src.device}"
         )
-    if flag.dtype != torch.bool or flag.shape != best.shape[:1] or flag.device != best.device:
-        raise ValueError(f"flag must be bool [{len(best)}] on {best.device}, got {flag.dtype} {list(flag.shape)}")
+    flag = check_flags(flag, best, "flag")
     out = rows_dense(best)
-    _keep_op(out, as_layout(src.detach(), out), flag.contiguous())
+    _keep_op(out, as_layout(src.detach(), out), flag)
     return best if out is best else best.copy_(out)

@@ -91,7 +91,7 @@ def l1_project(x_adv: Tensor, x: Tensor, eps: float | Tensor, lo: float = 0.0, h
     """
     if not torch.compiler.is_compiling() and x_adv.data_ptr() == x.data_ptr():
         x_adv = x_adv.clone()  # steps refuse what shares memory with x; nothing is written here
-    like, _, x, _, eps = check_step(x_adv, x_adv, x, 0.0, eps, lo, hi, None)
+    like, _, x, _, eps, _ = check_step(x_adv, x_adv, x, 0.0, eps, lo, hi, None)
     out = _op(like, x, _for_rows(eps, like), float(lo), float(hi))
     return out if rows_dense(x_adv) is x_adv else torch.empty_like(x_adv).copy_(out)
 
@@ -121,7 +121,7 @@ def l1_step_(
         strict_eps: takes 1.2e-7 * n off eps, what n rounded pixels can add to a sum.
         quantize: every pixel rounds toward x, so that no coordinate, and so no sum, grows.
     """
-    like, grad, x, alpha, eps = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
+    like, grad, x, alpha, eps, active = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
     n = like[:1].numel()
     if quantize is not None:
         check_levels(quantize, strict_eps)

@@ -149,7 +149,7 @@ def attack_loss(
         wide = logits.float()  # on a GPU the kernel reads 16-bit logits as they are
     if kind == "soft-ce":
         y = y.to(torch.float64 if wide.dtype == torch.float64 else torch.float32)
-    args = (wide.contiguous(), y.contiguous(), target, KINDS.index(kind))
+    args = (wide.contiguous(), y.contiguous(), None if target is None else target.contiguous(), KINDS.index(kind))
     if reference_forced():  # plain PyTorch, differentiable as often as one likes
         loss, correct, grad = _reference(*args)
     elif torch.is_grad_enabled() and wide.requires_grad:
@@ -175,7 +175,7 @@ def clip_head_loss(
 
     Args:
         embedding: [B, D].
-        head: scaled class embeddings [D, C], dtype of the embedding.
+        head: scaled class embeddings [D, C]; computed in the wider of both dtypes, also under autocast.
         y, kind, target: as in `attack_loss`.
         normalize: the embedding is not of unit norm yet.
 
@@ -185,8 +185,9 @@ def clip_head_loss(
     """
     if embedding.dim() != 2 or head.dim() != 2 or embedding.shape[1] != head.shape[0]:
         raise ValueError(f"expected embedding [B, D] and head [D, C], got {list(embedding.shape)}, {list(head.shape)}")
-    with torch.no_grad():
-        e, head = embedding.detach(), head.detach()
+    dtype = torch.promote_types(embedding.dtype, head.dtype)
+    with torch.no_grad(), torch.autocast(embedding.device.type, enabled=False):  # 16 bits round a logit of 100 to 0.5
+        e, head = embedding.detach().to(dtype), head.detach().to(dtype)
         if normalize:
             length = torch.linalg.vector_norm(e, dim=1, keepdim=True).clamp(min=TINY)
             e = e / length

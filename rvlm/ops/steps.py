@@ -267,7 +267,7 @@ def uniform_start(
     _check_bounds(lo, hi)
     if sample_ids is None:
         sample_ids = torch.arange(len(x), device=x.device)
-    if sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x),):
+    if not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x),):
         raise ValueError(f"sample_ids must be int64 [{len(x)}], one stable number per sample, got {_kind(sample_ids)}")
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream must fit in 32 bits, got {stream}")
@@ -277,7 +277,7 @@ def uniform_start(
     radius = _per_sample(eps, x, "eps")
     if strict_eps:
         radius = strictly_inside(radius, x, lo, hi, pixels=1)
-    out = _start_op(x.contiguous(), radius, sample_ids.to(x.device), seed, float(lo), float(hi), stream)
+    out = _start_op(x.contiguous(), radius, sample_ids.to(x.device).contiguous(), seed, float(lo), float(hi), stream)
     return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
 
 
@@ -293,7 +293,7 @@ def _step_(op, x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize)
 
 def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize, *, linf):
     """Checked arguments behind x_adv, brought to the memory layout that the kernels walk linearly."""
-    _, grad, x, alpha, radius = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
+    _, grad, x, alpha, radius, active = check_step(x_adv, grad, x, alpha, eps, lo, hi, active)
     if quantize is not None:
         check_levels(quantize, strict_eps)
     if strict_eps:
@@ -304,7 +304,8 @@ def _step_args(x_adv, grad, x, alpha, eps, lo, hi, active, strict_eps, quantize,
 def check_step(x_adv, grad, x, alpha, eps, lo, hi, active):
     """Checks what every step takes; returns x_adv, grad and x in one dense memory layout, alpha and eps as [1] or [B].
 
-    x_adv itself comes back where its layout allows it, else a contiguous copy.
+    x_adv itself comes back where its layout allows it, else a contiguous copy. What there is per sample, active too, is
+    contiguous.
     """
     _check_images(x_adv, "x_adv")
     _check_bounds(lo, hi)
@@ -322,16 +323,32 @@ def check_step(x_adv, grad, x, alpha, eps, lo, hi, active):
             "attack steps are not differentiable: detach x_adv, grad and x, or call under torch.no_grad(). "
             "rvlm.ops.steps documents the formula, which is plain PyTorch."
         )
-    if not torch.compiler.is_compiling() and x_adv.numel() and x_adv.data_ptr() == x.data_ptr():
-        raise ValueError("x_adv and x share memory, so the step would lose the clean image: pass x_adv = x.clone()")
+    check_apart(x_adv, x, "x_adv")
     if active is not None:
-        if active.dtype != torch.bool or active.shape != (len(x_adv),) or active.device != x_adv.device:
-            raise ValueError(f"active must be bool [{len(x_adv)}] on {x_adv.device}, got {_kind(active)}")
+        active = check_flags(active, x_adv, "active")
     like = rows_dense(x_adv)
     grad_dtype = grad.dtype if x_adv.dtype == torch.float32 and grad.dtype != torch.float64 else x_adv.dtype
     grad = grad if grad.dtype == grad_dtype else grad.to(grad_dtype)
     scalars = _per_sample(alpha, x_adv, "alpha"), _per_sample(eps, x_adv, "eps")
-    return like, as_layout(grad, like), as_layout(x, like), *scalars
+    return like, as_layout(grad, like), as_layout(x, like), *scalars, active
+
+
+def check_flags(flags: Tensor, x: Tensor, name: str) -> Tensor:
+    """One bool per sample of x, contiguous."""
+    if (
+        not isinstance(flags, Tensor)
+        or flags.dtype != torch.bool
+        or flags.shape != x.shape[:1]
+        or flags.device != x.device
+    ):
+        raise ValueError(f"{name} must be bool [{len(x)}] on {x.device}, got {_kind(flags)}")
+    return flags.contiguous()
+
+
+def check_apart(t: Tensor, x: Tensor, name: str) -> None:
+    """Raises where a tensor that is updated is the clean image."""
+    if not torch.compiler.is_compiling() and t.numel() and t.data_ptr() == x.data_ptr():
+        raise ValueError(f"{name} and x share memory, so the step would lose the clean image: pass {name} = x.clone()")
 
 
 def check_levels(levels: int, strict_eps: bool) -> None:
@@ -359,8 +376,8 @@ def _per_sample(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     if value.dim() > 1 or value.numel() not in (1, x.shape[0]):
         raise ValueError(f"{name} must be a float or a tensor [{len(x)}], one value per sample; got {_kind(value)}")
     if value.dim() == 1 and value.dtype == x.dtype and value.device == x.device:
-        return value  # what an attack passes at every step
-    return value.to(x.device, x.dtype).reshape(-1)
+        return value.contiguous()  # itself: what an attack passes at every step
+    return value.to(x.device, x.dtype).reshape(-1).contiguous()
 
 
 def rows_dense(t: Tensor) -> Tensor:
@@ -395,4 +412,8 @@ def _check_bounds(lo: float, hi: float) -> None:
 
 
 def _kind(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
+    return (
+        type(t).__name__
+        if not isinstance(t, Tensor)
+        else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
+    )

@@ -145,6 +145,7 @@ def test_a_second_derivative_is_an_error_that_helps(device):
     ({"mix": "mul"}, ValueError, "'add', 'lerp', 'normadd', got 'mul'"),
     ({"x0": torch.zeros(5, 24)}, TypeError, r"stream \[B, N, D\]"),
     ({"o": torch.zeros(3, 5, 23)}, ValueError, "o must be like x0"),
+    ({"o": torch.zeros(3, 5, 24, device="meta")}, ValueError, "o must be like x0, .* on cpu, got .* on meta"),
     ({"anchor": torch.zeros(4, 24)}, ValueError, r"anchor must be \[5, 24\] on cpu, got \[4, 24\]"),
     ({"alpha": torch.zeros(2)}, ValueError, "alpha must be a float or one element"),
     ({"ln_bias": torch.zeros(3)}, ValueError, r"ln_bias must be \[24\]"),

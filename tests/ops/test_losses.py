@@ -226,6 +226,19 @@ def test_bad_input(args, error, message):
         ops.attack_loss(*args)
 
 
+def test_the_head_is_wide_under_autocast(device):
+    generator = torch.Generator().manual_seed(0)
+    embedding, head = torch.randn(4, 8, generator=generator), 100 * torch.randn(8, 5, generator=generator)
+    embedding, head, y = embedding.to(device), head.to(device), torch.arange(4, device=device)
+    expected = ops.clip_head_loss(embedding, head, y)
+    narrow = ops.clip_head_loss(embedding.bfloat16().float(), head, y)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        for got, wanted in zip(ops.clip_head_loss(embedding, head, y), expected, strict=True):
+            assert torch.equal(got, wanted)
+        loss, correct, logits, grad = ops.clip_head_loss(embedding.bfloat16(), head, y)
+    assert torch.equal(logits, narrow[2]) and torch.equal(loss, narrow[0]) and grad.dtype == torch.bfloat16
+
+
 def test_a_head_that_does_not_fit():
     with pytest.raises(ValueError, match=r"embedding \[B, D\] and head \[D, C\], got \[2, 4\], \[5, 3\]"):
         ops.clip_head_loss(torch.zeros(2, 4), torch.zeros(5, 3), Y)

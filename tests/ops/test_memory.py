@@ -145,6 +145,44 @@ def test_any_layout_gives_the_same(backend, device, name):
         same(case.results(tensors, lambda t, layout=layout: layout(t) if t.dim() > 1 else t), expected)
 
 
+PER_SAMPLE = {  # images a, g, x; a number, a flag and a class for each
+    "linf_step": lambda a, g, x, v, on, k: ops.linf_step(a, g, x, v, v, active=on),
+    "linf_step_": lambda a, g, x, v, on, k: ops.linf_step_(a, g, x, v, v, active=on),
+    "l2_step_": lambda a, g, x, v, on, k: ops.l2_step_(a, g, x, 5 * v, 9 * v, active=on),
+    "l1_step_": lambda a, g, x, v, on, k: ops.l1_step_(a, g, x, 50 * v, 90 * v, active=on, top=v),
+    "momentum_step_": lambda a, g, x, v, on, k: ops.momentum_step_(a, g.clone(), g, x, v, v, active=on),
+    "apgd_step_": lambda a, g, x, v, on, k: ops.apgd_step_(a.clone(), a, g, x, v, v, active=on),
+    "keep_best_": lambda a, g, x, v, on, k: ops.keep_best_(a, g, on),
+    "uniform_start": lambda a, g, x, v, on, k: ops.uniform_start(x, v, k, 7),
+    "l1_project": lambda a, g, x, v, on, k: ops.l1_project(a, x, 90 * v),
+    "attack_loss": lambda a, g, x, v, on, k: ops.attack_loss(a.flatten(1)[:, :7], k, "dlr-targeted", 6 - k)[0],
+    "multi_teacher_kl": lambda a, g, x, v, on, k: ops.multi_teacher_kl(a[:, 0, 0], torch.stack([g[:, 0, 0]]), v[None])[
+        0
+    ],
+}
+NUMBERS = {
+    "every second": lambda t: torch.stack([t, torch.ones_like(t)], 1)[:, 0],
+    "one for all": lambda t: t[2:3].expand(len(t)),
+}
+
+
+@pytest.mark.parametrize("layout", NUMBERS)
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_numbers_per_sample_in_any_layout(backend, device, name, layout):
+    images = CASES["linf_step"].tensors(device)
+    numbers = [
+        torch.tensor([0.01, 0.02, 0.03, 0.04], device=device),
+        torch.tensor([True, False, True, False], device=device),
+        torch.tensor([0, 1, 2, 5], device=device),
+    ]
+    apart = [NUMBERS[layout](t) for t in numbers]
+    assert not any(t.is_contiguous() for t in apart)
+    got, expected = (
+        PER_SAMPLE[name](*(t.clone() for t in images), *given) for given in (apart, [t.contiguous() for t in apart])
+    )
+    assert torch.equal(got, expected)
+
+
 @every_op
 def test_one_row_for_the_whole_batch(backend, device, name):
     case = CASES[name]

@@ -222,6 +222,7 @@ def test_the_comparison_catches_mutations(batch, monkeypatch, mutation):
     (dict(eps=torch.zeros(3)), ValueError, r"eps must be a float or a tensor \[2\]"),
     (dict(alpha=torch.zeros(2, 1)), ValueError, "alpha must be"),
     (dict(active=torch.zeros(2)), ValueError, "active must be bool"),
+    (dict(active=[True, False]), ValueError, r"active must be bool \[2\] on cpu, got list"),
     (dict(lo=1.0, hi=0.0), ValueError, "lo < hi"),
     (dict(quantize=0), ValueError, "levels"),
     (dict(quantize=255, strict_eps=True), ValueError, "exclude each other"),
@@ -243,6 +244,7 @@ def test_the_clean_image_may_not_be_overwritten(batch):
 @pytest.mark.parametrize("change, message", [
     (dict(sample_ids=torch.zeros(3, dtype=torch.int64)), "sample_ids"),
     (dict(sample_ids=torch.zeros(2)), "sample_ids"),
+    (dict(sample_ids=[0, 1]), "sample_ids must be int64 .* got list"),
     (dict(stream=-1), "stream"),
     (dict(seed=2**64), "seed"),
 ])  # fmt: skip
