@@ -31,6 +31,7 @@ COLUMNS = {
     "autoattack": ("robust",),
     "attacks": ("robust", "fooled", "distance"),
     "autoattack whole": ("peer", "robust"),
+    "autoattack by one import": ("peer", "robust"),
     "training": (),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }

@@ -6,9 +6,11 @@ eps if it still fools the model when it is drawn into the ball. The model stays 
 original's checks of the model (randomness, softmax, dynamic code) are `rvlm check` here.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,19 @@ __all__ = ["APGDAttack", "APGDAttack_targeted", "AutoAttack", "FABAttack_PT", "S
 Model = Callable[[Tensor], Tensor]
 
 
+_part = dataclasses.dataclass(repr=False, eq=False)  # fields are arguments and, but for InitVar, attributes
+
+
 class _Part:
     """A part of AutoAttack. What its constructor took may be set later, under the original's names."""
 
     early_stop: str | None = None  # set by AutoAttack, for which the verdict is all that counts
 
-    def _common(
-        self, predict: Model, norm: str, n_restarts: int, eps: float, seed: float | None, verbose, device
-    ) -> None:
-        self.model, self.norm, self.n_restarts, self.eps = predict, norm, n_restarts, eps
-        self.seed, self.verbose, self.device = seed, verbose, device
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-        if eps is None:
+    def __post_init__(self, predict: Model) -> None:
+        self.model = predict
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}")
+        if self.eps is None:
             raise ValueError("eps, the radius in pixel units, must be given")
 
     def _attacked(self, name: str, x: Tensor, y: Tensor | None, **settings: Any) -> Tensor:
@@ -47,7 +49,23 @@ class _Part:
             return attacked(name, self.model, x, y, norm=self.norm, seed=seed, eps=self.eps, **settings)
 
 
-class APGDAttack(_Part):
+class _APGD(_Part):
+    def __post_init__(self, predict: Model, rho: float) -> None:
+        super().__post_init__(predict)
+        self.thr_decr = rho
+
+    def perturb(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Adversarial images; clean ones where the model is wrong already or nothing was found."""
+        aims = {"targets": self.n_target_classes} if hasattr(self, "n_target_classes") else {}
+        return self._attacked(
+            "apgd", x, y, restarts=self.n_restarts if self.use_rs else 1, random_start=self.use_rs, loss=self.loss,
+            steps=self.n_iter, rho=self.thr_decr, eot=self.eot_iter, first_step=self.alpha,
+            larger_eps=self.use_largereps, early_stop=self.early_stop, **aims,
+        )  # fmt: skip
+
+
+@_part
+class APGDAttack(_APGD):
     """`apgd` on "ce" or "dlr".
 
     Args:
@@ -56,99 +74,71 @@ class APGDAttack(_Part):
         topk, is_tf_model, logger: taken and ignored.
     """
 
-    def __init__(
-        self,
-        predict: Model,
-        n_iter: int = 100,
-        norm: str = "Linf",
-        n_restarts: int = 1,
-        eps: float | None = None,
-        seed: float | None = 0,
-        loss: str = "ce",
-        eot_iter: int = 1,
-        rho: float = 0.75,
-        topk: Any = None,
-        verbose: bool = False,
-        device: torch.device | str | None = None,
-        use_largereps: bool = False,
-        is_tf_model: bool = False,
-        logger: Any = None,
-        alpha: float | None = None,
-        use_rs: bool = True,
-    ) -> None:
-        self._common(predict, norm, n_restarts, eps, seed, verbose, device)
-        self.n_iter, self.loss, self.eot_iter, self.thr_decr = n_iter, loss, eot_iter, rho
-        self.use_largereps, self.alpha, self.use_rs = use_largereps, alpha, use_rs
-
-    def perturb(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Adversarial images; clean ones where the model is wrong already or nothing was found."""
-        return self._attacked(
-            "apgd", x, y, restarts=self.n_restarts if self.use_rs else 1, random_start=self.use_rs, loss=self.loss,
-            steps=self.n_iter, rho=self.thr_decr, eot=self.eot_iter, first_step=self.alpha,
-            larger_eps=self.use_largereps, early_stop=self.early_stop, **self._aims(),
-        )  # fmt: skip
-
-    def _aims(self) -> dict[str, int]:
-        return {}
+    predict: InitVar[Model]
+    n_iter: int = 100
+    norm: str = "Linf"
+    n_restarts: int = 1
+    eps: float | None = None
+    seed: float | None = 0
+    loss: str = "ce"
+    eot_iter: int = 1
+    rho: InitVar[float] = 0.75
+    topk: Any = None
+    verbose: bool = False
+    device: torch.device | str | None = None
+    use_largereps: bool = False
+    is_tf_model: bool = False
+    logger: Any = None
+    alpha: float | None = None
+    use_rs: bool = True
 
 
-class APGDAttack_targeted(APGDAttack):
+@_part
+class APGDAttack_targeted(_APGD):
     """`apgd` on "dlr-targeted" (or loss = "ce-targeted", set later), against the n_target_classes likeliest classes."""
 
-    def __init__(
-        self,
-        predict: Model,
-        n_iter: int = 100,
-        norm: str = "Linf",
-        n_restarts: int = 1,
-        eps: float | None = None,
-        seed: float | None = 0,
-        eot_iter: int = 1,
-        rho: float = 0.75,
-        topk: Any = None,
-        n_target_classes: int = 9,
-        verbose: bool = False,
-        device: torch.device | str | None = None,
-        use_largereps: bool = False,
-        is_tf_model: bool = False,
-        logger: Any = None,
-        alpha: float | None = None,
-        use_rs: bool = True,
-    ) -> None:
-        super().__init__(
-            predict, n_iter, norm, n_restarts, eps, seed, "dlr-targeted", eot_iter, rho, topk, verbose, device,
-            use_largereps, is_tf_model, logger, alpha, use_rs,
-        )  # fmt: skip
-        self.n_target_classes = n_target_classes
-
-    def _aims(self) -> dict[str, int]:
-        return {"targets": self.n_target_classes}
+    predict: InitVar[Model]
+    n_iter: int = 100
+    norm: str = "Linf"
+    n_restarts: int = 1
+    eps: float | None = None
+    seed: float | None = 0
+    eot_iter: int = 1
+    rho: InitVar[float] = 0.75
+    topk: Any = None
+    n_target_classes: int = 9
+    verbose: bool = False
+    device: torch.device | str | None = None
+    use_largereps: bool = False
+    is_tf_model: bool = False
+    logger: Any = None
+    alpha: float | None = None
+    use_rs: bool = True
+    loss: str = dataclasses.field(default="dlr-targeted", init=False)
 
 
+@_part
 class FABAttack_PT(_Part):
     """`fab`; with targeted=True FAB-T, against the n_target_classes likeliest classes."""
 
-    def __init__(
-        self,
-        predict: Model,
-        norm: str = "Linf",
-        n_restarts: int = 1,
-        n_iter: int = 100,
-        eps: float | None = None,
-        alpha_max: float = 0.1,
-        eta: float = 1.05,
-        beta: float = 0.9,
-        loss_fn: Any = None,
-        verbose: bool = False,
-        seed: float | None = 0,
-        targeted: bool = False,
-        device: torch.device | str | None = None,
-        n_target_classes: int = 9,
-    ) -> None:
-        eps = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}.get(norm) if eps is None else eps
-        self._common(predict, norm, n_restarts, eps, seed, verbose, device)
-        self.n_iter, self.alpha_max, self.eta, self.beta = n_iter, alpha_max, eta, beta
-        self.targeted, self.n_target_classes = targeted, n_target_classes
+    predict: InitVar[Model]
+    norm: str = "Linf"
+    n_restarts: int = 1
+    n_iter: int = 100
+    eps: float | None = None
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+    loss_fn: Any = None
+    verbose: bool = False
+    seed: float | None = 0
+    targeted: bool = False
+    device: torch.device | str | None = None
+    n_target_classes: int = 9
+
+    def __post_init__(self, predict: Model) -> None:
+        self.eps = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}.get(self.norm) if self.eps is None else self.eps
+        super().__post_init__(predict)
 
     def perturb(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Adversarial images within eps; clean ones where the model is wrong already or nothing was found."""
@@ -157,27 +147,26 @@ class FABAttack_PT(_Part):
         return self._attacked("fab", x, y, restarts=self.n_restarts, steps=self.n_iter, **shape, **aimed)
 
 
+@_part
 class SquareAttack(_Part):
     """`square`."""
 
-    def __init__(
-        self,
-        predict: Model,
-        norm: str = "Linf",
-        n_queries: int = 5000,
-        eps: float | None = None,
-        p_init: float = 0.8,
-        n_restarts: int = 1,
-        seed: float | None = 0,
-        verbose: bool = False,
-        targeted: bool = False,
-        loss: str = "margin",
-        resc_schedule: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self._common(predict, norm, n_restarts, eps, seed, verbose, device)
-        self.n_queries, self.p_init, self.targeted = n_queries, p_init, targeted
-        self.loss, self.rescale_schedule = loss, resc_schedule
+    predict: InitVar[Model]
+    norm: str = "Linf"
+    n_queries: int = 5000
+    eps: float | None = None
+    p_init: float = 0.8
+    n_restarts: int = 1
+    seed: float | None = 0
+    verbose: bool = False
+    targeted: bool = False
+    loss: str = "margin"
+    resc_schedule: InitVar[bool] = True
+    device: torch.device | str | None = None
+
+    def __post_init__(self, predict: Model, resc_schedule: bool) -> None:
+        super().__post_init__(predict)
+        self.rescale_schedule = resc_schedule
 
     def perturb(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Adversarial images; clean ones where the model is wrong already or nothing was found."""

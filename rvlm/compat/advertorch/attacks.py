@@ -5,6 +5,7 @@ the perturbation: pixels may differ by rounding, below 1e-6. The result is that 
 model stays in the mode that it is in.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,38 +26,15 @@ __all__ = [
     "PGDAttack",
 ]
 
+Model = Callable[[Tensor], Any]
+Loss = Callable[[Any, Any], Tensor] | None
 
-class PGDAttack:
-    """`pgd`.
 
-    Args:
-        predict: callable from pixels to logits, or to what loss_fn takes.
-        loss_fn: callable (outputs, y) that returns one number or [B]; None: the sum of cross-entropies.
-        eps, eps_iter: radius and step size, a float or [B].
-        ord: numpy.inf or 2.
-        clip_min, clip_max: the box; images must lie in it.
-    """
+class _Attack:
+    """`pgd`, from the fields of a dataclass."""
 
-    def __init__(
-        self,
-        predict: Callable[[Tensor], Any],
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        eps: float | Tensor = 0.3,
-        nb_iter: int = 40,
-        eps_iter: float | Tensor = 0.01,
-        rand_init: bool = True,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        ord: float = torch.inf,
-        l1_sparsity: Any = None,
-        targeted: bool = False,
-    ) -> None:
-        if ord not in (torch.inf, 2) or l1_sparsity is not None:
-            raise NotImplementedError(f"only ord = inf and ord = 2 are supported here, got ord={ord}")
-        self.predict, self.loss_fn, self.eps, self.nb_iter, self.eps_iter = predict, loss_fn, eps, nb_iter, eps_iter
-        self.rand_init, self.clip_min, self.clip_max, self.ord, self.targeted = (
-            rand_init, clip_min, clip_max, ord, targeted,
-        )  # fmt: skip
+    ord: float = torch.inf
+    rand_init = False
 
     def perturb(self, x: Tensor, y: Any = None) -> Tensor:
         """Adversarial images of x [B, ...]. y: labels, or targets; None: the model's own predictions."""
@@ -67,10 +45,10 @@ class PGDAttack:
             with torch.no_grad():
                 y = self.predict(x).argmax(1)
         return pgd(
-            self.predict, x, y, eps=self.eps, alpha=self.eps_iter, steps=self.nb_iter,
-            norm="linf" if self.ord == torch.inf else "l2", targeted=self.targeted, random_start=False,
-            loss=per_sample_loss(self.loss_fn),
-            x_init=self._start(x) if self.rand_init else None, bounds=(self.clip_min, self.clip_max), model_mode="keep",
+            self.predict, x, y, eps=self.eps, alpha=getattr(self, "eps_iter", self.eps),
+            steps=getattr(self, "nb_iter", 1), norm="linf" if self.ord == torch.inf else "l2", targeted=self.targeted,
+            random_start=False, loss=per_sample_loss(self.loss_fn), x_init=self._start(x) if self.rand_init else None,
+            bounds=(self.clip_min, self.clip_max), model_mode="keep",
         )  # fmt: skip
 
     __call__ = perturb
@@ -84,70 +62,86 @@ class PGDAttack:
         return within(x, delta.uniform_(self.clip_min, self.clip_max), self.eps, 2)  # pixels anywhere in the box
 
 
-class LinfPGDAttack(PGDAttack):
-    """`pgd` in Linf."""
+@dataclasses.dataclass(eq=False)
+class PGDAttack(_Attack):
+    """`pgd`.
 
-    def __init__(
-        self,
-        predict: Callable[[Tensor], Any],
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        eps: float | Tensor = 0.3,
-        nb_iter: int = 40,
-        eps_iter: float | Tensor = 0.01,
-        rand_init: bool = True,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        targeted: bool = False,
-    ) -> None:
-        super().__init__(
-            predict, loss_fn, eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, self._ord, targeted=targeted
-        )
+    Args:
+        predict: callable from pixels to logits, or to what loss_fn takes.
+        loss_fn: callable (outputs, y) that returns one number or [B]; None: the sum of cross-entropies.
+        eps, eps_iter: radius and step size, a float or [B].
+        clip_min, clip_max: the box; images must lie in it.
+        ord: numpy.inf or 2.
+    """
 
-    _ord = torch.inf
+    predict: Model
+    loss_fn: Loss = None
+    eps: float | Tensor = 0.3
+    nb_iter: int = 40
+    eps_iter: float | Tensor = 0.01
+    rand_init: bool = True
+    clip_min: float = 0.0
+    clip_max: float = 1.0
+    ord: float = torch.inf
+    l1_sparsity: Any = None
+    targeted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ord not in (torch.inf, 2) or self.l1_sparsity is not None:
+            raise NotImplementedError(f"only ord = inf and ord = 2 are supported here, got ord={self.ord}")
+
+
+@dataclasses.dataclass(eq=False)
+class LinfPGDAttack(_Attack):
+    """PGD in Linf; arguments as in PGDAttack."""
+
+    predict: Model
+    loss_fn: Loss = None
+    eps: float | Tensor = 0.3
+    nb_iter: int = 40
+    eps_iter: float | Tensor = 0.01
+    rand_init: bool = True
+    clip_min: float = 0.0
+    clip_max: float = 1.0
+    targeted: bool = False
 
 
 class L2PGDAttack(LinfPGDAttack):
-    """`pgd` in L2."""
+    """PGD in L2."""
 
-    _ord = 2
+    ord = 2
 
 
-class LinfBasicIterativeAttack(LinfPGDAttack):
-    """`pgd` in Linf without a random start."""
+@dataclasses.dataclass(eq=False)
+class LinfBasicIterativeAttack(_Attack):
+    """PGD in Linf without a random start."""
 
-    def __init__(
-        self,
-        predict: Callable[[Tensor], Any],
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        eps: float | Tensor = 0.1,
-        nb_iter: int = 10,
-        eps_iter: float | Tensor = 0.05,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        targeted: bool = False,
-    ) -> None:
-        super().__init__(predict, loss_fn, eps, nb_iter, eps_iter, False, clip_min, clip_max, targeted)
+    predict: Model
+    loss_fn: Loss = None
+    eps: float | Tensor = 0.1
+    nb_iter: int = 10
+    eps_iter: float | Tensor = 0.05
+    clip_min: float = 0.0
+    clip_max: float = 1.0
+    targeted: bool = False
 
 
 class L2BasicIterativeAttack(LinfBasicIterativeAttack):
-    """`pgd` in L2 without a random start."""
+    """PGD in L2 without a random start."""
 
-    _ord = 2
+    ord = 2
 
 
-class GradientSignAttack(LinfPGDAttack):
-    """`pgd` with one step of size eps, also known as FGSM."""
+@dataclasses.dataclass(eq=False)
+class GradientSignAttack(_Attack):
+    """One step of size eps, also known as FGSM."""
 
-    def __init__(
-        self,
-        predict: Callable[[Tensor], Any],
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        eps: float | Tensor = 0.3,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        targeted: bool = False,
-    ) -> None:
-        super().__init__(predict, loss_fn, eps, 1, eps, False, clip_min, clip_max, targeted)
+    predict: Model
+    loss_fn: Loss = None
+    eps: float | Tensor = 0.3
+    clip_min: float = 0.0
+    clip_max: float = 1.0
+    targeted: bool = False
 
 
 FGSM = GradientSignAttack

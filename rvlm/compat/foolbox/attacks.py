@@ -3,6 +3,7 @@
 With one radius the three are a tensor, a tensor and bool [B]; with K radii, lists of K tensors and bool [K, B].
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
     "LinfProjectedGradientDescentAttack",
 ]
 
+_keywords = dataclasses.dataclass(kw_only=True, eq=False)
 Epsilons = float | None | Iterable[float | None]
 
 
@@ -91,9 +93,6 @@ class _Attack:
         with torch.no_grad():
             return raw, clipped, torch.stack([criterion(t, model.model(t)) for t in clipped])
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
-
 
 def _labels(criterion) -> dict[str, Any]:
     if isinstance(criterion, TargetedMisclassification):
@@ -133,10 +132,7 @@ class Repeated:
 class _Gradient(_Attack):
     """`pgd`; the K radii run as one batch of K * B samples."""
 
-    def __init__(self, rel_stepsize: float, abs_stepsize: float | None, steps: int, random_start: bool) -> None:
-        self.rel_stepsize, self.abs_stepsize, self.steps, self.random_start = (
-            rel_stepsize, abs_stepsize, steps, random_start,
-        )  # fmt: skip
+    abs_stepsize: float | None = None
 
     def _runs(self, model, x: Tensor, criterion, radii: list) -> tuple[list, list, Tensor]:
         if any(radius is None for radius in radii):
@@ -164,57 +160,41 @@ class _Gradient(_Attack):
         return (x + noise).clamp(*bounds)
 
 
+@_keywords
 class LinfProjectedGradientDescentAttack(_Gradient):
     norm = "linf"
-
-    def __init__(
-        self,
-        *,
-        rel_stepsize: float = 0.01 / 0.3,
-        abs_stepsize: float | None = None,
-        steps: int = 40,
-        random_start: bool = True,
-    ) -> None:
-        super().__init__(rel_stepsize, abs_stepsize, steps, random_start)
+    rel_stepsize: float = 0.01 / 0.3
+    abs_stepsize: float | None = None
+    steps: int = 40
+    random_start: bool = True
 
 
+@_keywords
 class L2ProjectedGradientDescentAttack(_Gradient):
     norm = "l2"
-
-    def __init__(
-        self,
-        *,
-        rel_stepsize: float = 0.025,
-        abs_stepsize: float | None = None,
-        steps: int = 50,
-        random_start: bool = True,
-    ) -> None:
-        super().__init__(rel_stepsize, abs_stepsize, steps, random_start)
+    rel_stepsize: float = 0.025
+    abs_stepsize: float | None = None
+    steps: int = 50
+    random_start: bool = True
 
 
+@_keywords
 class LinfBasicIterativeAttack(_Gradient):
     norm = "linf"
-
-    def __init__(
-        self,
-        *,
-        rel_stepsize: float = 0.2,
-        abs_stepsize: float | None = None,
-        steps: int = 10,
-        random_start: bool = False,
-    ) -> None:
-        super().__init__(rel_stepsize, abs_stepsize, steps, random_start)
+    rel_stepsize: float = 0.2
+    abs_stepsize: float | None = None
+    steps: int = 10
+    random_start: bool = False
 
 
 class L2BasicIterativeAttack(LinfBasicIterativeAttack):
     norm = "l2"
 
 
+@_keywords
 class LinfFastGradientAttack(_Gradient):
-    norm, targets = "linf", False
-
-    def __init__(self, *, random_start: bool = False) -> None:
-        super().__init__(1.0, None, 1, random_start)
+    norm, targets, rel_stepsize, steps = "linf", False, 1.0, 1
+    random_start: bool = False
 
 
 class L2FastGradientAttack(LinfFastGradientAttack):
@@ -229,22 +209,17 @@ class _Shortest(_Attack):
         return self._judged(model, x, [raw] * len(radii), criterion, radii)
 
 
+@dataclasses.dataclass(eq=False)
 class L2CarliniWagnerAttack(_Shortest):
     """`cw`."""
 
     norm = "l2"
-
-    def __init__(
-        self,
-        binary_search_steps: int = 9,
-        steps: int = 10000,
-        stepsize: float = 1e-2,
-        confidence: float = 0,
-        initial_const: float = 1e-3,
-        abort_early: bool = True,
-    ) -> None:
-        self.binary_search_steps, self.steps, self.stepsize = binary_search_steps, steps, stepsize
-        self.confidence, self.initial_const, self.abort_early = confidence, initial_const, abort_early
+    binary_search_steps: int = 9
+    steps: int = 10000
+    stepsize: float = 1e-2
+    confidence: float = 0
+    initial_const: float = 1e-3
+    abort_early: bool = True
 
     def _find(self, model, x: Tensor, **settings: Any) -> Tensor:
         return cw(
@@ -253,17 +228,19 @@ class L2CarliniWagnerAttack(_Shortest):
         )  # fmt: skip
 
 
+@_keywords
 class L2DeepFoolAttack(_Shortest):
     """`deepfool`; loss "logits"."""
 
     norm, targets = "l2", False
+    steps: int = 50
+    candidates: int | None = 10
+    overshoot: float = 0.02
+    loss: str = "logits"
 
-    def __init__(
-        self, *, steps: int = 50, candidates: int | None = 10, overshoot: float = 0.02, loss: str = "logits"
-    ) -> None:
-        if loss != "logits":
-            raise ValueError(f"loss must be 'logits' here, got {loss!r}")
-        self.steps, self.candidates, self.overshoot, self.loss = steps, candidates, overshoot, loss
+    def __post_init__(self) -> None:
+        if self.loss != "logits":
+            raise ValueError(f"loss must be 'logits' here, got {self.loss!r}")
 
     def _find(self, model, x: Tensor, **settings: Any) -> Tensor:
         candidates = 10**9 if self.candidates is None else self.candidates
@@ -274,13 +251,14 @@ class LinfDeepFoolAttack(L2DeepFoolAttack):
     norm = "linf"
 
 
+@_keywords
 class LInfFMNAttack(_Shortest):
     """`fmn`; the last step size is a hundredth of the first, and there is no init_attack."""
 
     norm = "linf"
-
-    def __init__(self, *, steps: int = 100, max_stepsize: float = 1.0, gamma: float = 0.05) -> None:
-        self.steps, self.max_stepsize, self.gamma = steps, max_stepsize, gamma
+    steps: int = 100
+    max_stepsize: float = 1.0
+    gamma: float = 0.05
 
     def _find(self, model, x: Tensor, **settings: Any) -> Tensor:
         return fmn(model, x, steps=self.steps, alpha=self.max_stepsize, gamma=self.gamma, **settings)
