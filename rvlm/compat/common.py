@@ -103,13 +103,14 @@ def within(x: Tensor, x_adv: Tensor, eps: Tensor | float, order: float) -> Tenso
     return x + delta * (eps / length).clamp(max=1)
 
 
-def per_sample_loss(loss: Callable[[Any, Any], Tensor] | None) -> str | Callable[[Any, Any], Tensor]:
-    """A loss that returns one number or [B], as one that returns [B] whose sum has the same gradient.
+def per_sample_loss(loss: Callable[[Any, Any], Tensor] | None, y: Any) -> str | Callable[[Any, Any], Tensor]:
+    """A loss of (outputs, y) that returns one number or [B], as one that returns [B] whose sum has the same gradient.
 
-    None and a plain nn.CrossEntropyLoss become "ce", summed over the batch whatever the reduction is: a mean differs by
-    a factor that no direction feels, but that underflows in fp16.
+    None and, for labels y, a plain nn.CrossEntropyLoss become "ce", summed over the batch whatever the reduction is: a
+    mean differs by a factor that no direction feels, but that underflows in fp16.
     """
-    if loss is None or (type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0):
+    plain = type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0
+    if loss is None or (plain and isinstance(y, Tensor) and not y.is_floating_point()):
         return "ce"
 
     def per_sample(output: Any, y: Any) -> Tensor:

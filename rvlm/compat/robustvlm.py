@@ -62,7 +62,7 @@ def pgd(
     start = None if perturbation is None else data_clean + perturbation.detach()
     settings = {
         "eps": eps, "alpha": stepsize, "steps": iterations, "targeted": mode == "min", "x_init": start,
-        "random_start": False, "loss": per_sample_loss(loss_fn), "model_mode": "keep",
+        "random_start": False, "loss": per_sample_loss(loss_fn, targets), "model_mode": "keep",
     }  # fmt: skip
     model = functools.partial(forward, output_normalize=output_normalize)
     if norm != "linf":
@@ -100,7 +100,7 @@ def apgd_train(
     if use_rs:
         raise NotImplementedError("use_rs=True is not there in RobustVLM either; rvlm.attacks.apgd has random_start")
     settings = {
-        "eps": eps, "norm": _norm(norm), "steps": n_iter, "loss": per_sample_loss(loss_fn), "random_start": False,
+        "eps": eps, "norm": _norm(norm), "steps": n_iter, "loss": per_sample_loss(loss_fn, y), "random_start": False,
         "first_step": initial_stepsize / eps if initial_stepsize else None, "model_mode": "keep", "return_info": True,
     }  # fmt: skip
     call = functools.partial(model, output_normalize=True)

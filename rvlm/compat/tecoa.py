@@ -53,7 +53,7 @@ def attack_pgd(
     Returns:
         The perturbation, like X.
     """
-    return _attacked(prompter, model, add_prompter, per_sample_loss(criterion), X, target, text_tokens, alpha,
+    return _attacked(prompter, model, add_prompter, per_sample_loss(criterion, target), X, target, text_tokens, alpha,
                      attack_iters, norm, restarts, epsilon)  # fmt: skip
 
 

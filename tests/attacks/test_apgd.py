@@ -289,3 +289,17 @@ def test_too_few_classes(batch, classes, loss):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).double()
     with pytest.raises(ValueError, match=f"at least {4 if 'targeted' in loss else 3} classes"):
         apgd(model, x, y % classes, loss=loss)
+
+
+@pytest.mark.parametrize("norm, usual", [("linf", 2.0), ("l2", 2.0), ("l1", 1.0)])
+def test_the_first_step(build, batch, norm, usual):
+    """In radii; what it is unless told otherwise, and how far it goes."""
+    model, (x, _) = build("mlp"), batch()
+    y = model(x).argmax(1)
+    settings = dict(eps=EPS[norm], norm=norm, steps=9, random_start=False)
+    assert torch.equal(apgd(model, x, y, **settings), apgd(model, x, y, first_step=usual, **settings))
+    short = apgd(model, x, y, first_step=0.1, best="loss", **settings | {"steps": 1})
+    length = (short - x).flatten(1).norm(ORDER[norm], dim=1)
+    assert (length - 0.1 * EPS[norm]).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="first_step must be a number of radii above 0, got 0"):
+        apgd(model, x, y, first_step=0, **settings)

@@ -97,7 +97,7 @@ def test_errors(model_and_batch):
     with pytest.raises(ValueError, match="torch.nn.Module"):
         compat.PyTorchModel(lambda x: x, (0, 1))
     with pytest.raises(ValueError, match="got flip_axis"):
-        compat.PyTorchModel(nn.Identity(), (0, 1), preprocessing={"flip_axis": -1})
+        compat.PyTorchModel(nn.Identity().eval(), (0, 1), preprocessing={"flip_axis": -1})
     with pytest.raises(ValueError, match="unsupported criterion"):
         compat.attacks.FGSM()(fmodel, x, compat.TargetedMisclassification(y), epsilons=0.1)
     with pytest.raises(NotImplementedError, match="needs radii"):
