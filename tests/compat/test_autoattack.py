@@ -27,8 +27,8 @@ result = (x_adv, torch.stack(verdict), accuracy, list(single))
 
 @pytest.mark.parametrize("norm, eps, version, more", [
     ("Linf", 1.2 / 255, "standard", ""),
-    ("Linf", 1.2 / 255, "plus", ""),
-    ("Linf", 1.2 / 255, "rand", ""),
+    pytest.param("Linf", 1.2 / 255, "plus", "", marks=pytest.mark.slow),
+    pytest.param("Linf", 1.2 / 255, "rand", "", marks=pytest.mark.slow),
     ("L2", 0.09, "custom", ", attacks=['apgd-ce', 'fab', 'apgd-t']"),
     ("L1", 0.9, "custom", ", attacks=['apgd-dlr', 'apgd-t']"),
 ])  # fmt: skip

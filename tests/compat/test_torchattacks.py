@@ -109,9 +109,9 @@ def test_deepfool_fools_as_near(both):
 
 @pytest.mark.parametrize("call", [
     "AutoAttack(model, eps=1.5/255, n_classes=6, seed=0)",
-    "AutoAttack(model, eps=1.5/255, n_classes=6, seed=0, version='plus')",
-    "AutoAttack(model, norm='L2', eps=0.1, n_classes=6, seed=1, version='rand')",
-    "AutoAttack(model, eps=1.5/255, seed=0, version='rand')",
+    pytest.param("AutoAttack(model, eps=1.5/255, n_classes=6, seed=0, version='plus')", marks=pytest.mark.slow),
+    pytest.param("AutoAttack(model, norm='L2', eps=0.1, seed=1, version='rand')", marks=pytest.mark.slow),
+    pytest.param("AutoAttack(model, eps=1.5/255, seed=0, version='rand')", marks=pytest.mark.slow),
     "MultiAttack([torchattacks.FGSM(model, eps=1/255), torchattacks.PGD(model, eps=1.5/255)])",
 ])  # fmt: skip
 def test_same_verdicts(both, call):
