@@ -1,4 +1,4 @@
-"""advertorch, cleverhans, RobustVLM and TeCoA: against their loops, written out here, since none of them installs."""
+"""advertorch, cleverhans, adv-lib, RobustVLM and TeCoA: against their loops, written out here."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rvlm.attacks import AttackWarning
-from rvlm.compat import robustvlm, tecoa
+from rvlm.compat import adv_lib, robustvlm, tecoa
 from rvlm.compat.advertorch import context
 from rvlm.compat.advertorch.attacks import GradientSignAttack, L2PGDAttack, LinfBasicIterativeAttack, LinfPGDAttack
 from rvlm.compat.cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
@@ -279,3 +279,40 @@ def test_tecoa_errors():
         tecoa.attack_pgd(*args, "linf", epsilon=0.1)
     with pytest.warns(AttackWarning, match="restarts=3 has no effect"):
         assert tecoa.attack_pgd(*args, "l_inf", restarts=3, epsilon=0.1).shape == x.shape
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("loss", ["ce", "dl"])
+def test_adv_libs_pgd(case, loss, targeted):
+    """The last adversarial iterate of those that were evaluated, in the first restart that has one."""
+    model, x, y = case
+    eps = torch.linspace(0.002, 0.02, 16).double()
+    y = (y + 1) % 6 if targeted else y
+
+    def losses(v):
+        if loss == "ce":
+            return F.cross_entropy(model(v), y, reduction="sum")
+        logits = model(v)
+        own = logits.gather(1, y[:, None]).squeeze(1)
+        return (logits.scatter(1, y[:, None], -torch.inf).amax(1) - own).sum()
+
+    per_image = eps.view(-1, 1, 1, 1)
+    lower, upper = torch.maximum(-x, -per_image), torch.minimum(1 - x, per_image)
+    torch.manual_seed(0)
+    delta = (torch.zeros_like(x).uniform_(-1, 1) * per_image).clamp(lower, upper)
+    best = x.clone()
+    for _ in range(6):
+        fooled = (model(x + delta).argmax(1) == y) == targeted
+        best = torch.where(fooled.view(-1, 1, 1, 1), x + delta, best)
+        step = (-0.2 if targeted else 0.2) * per_image * gradient(losses, x + delta).sign()
+        delta = (delta + step).clamp(lower, upper)
+    torch.manual_seed(0)
+    once = adv_lib.pgd_linf(model, x, y, eps, targeted, 6, loss_function=loss, relative_step_size=0.2)
+    assert (once - best).abs().max() < CLOSE
+    moved = (once != x).flatten(1).any(1)
+    assert 0 < moved.sum() < 16
+    torch.manual_seed(0)
+    more = adv_lib.pgd_linf(model, x, y, eps, targeted, 6, restarts=4, loss_function=loss, relative_step_size=0.2)
+    assert torch.equal(more[moved], once[moved])
+    with pytest.raises(ValueError, match="'ce', 'dl' or, untargeted, 'dlr'"):
+        adv_lib.pgd_linf(model, x, y, eps, True, loss_function="dlr")
