@@ -47,8 +47,9 @@ class _Attack:
         return pgd(
             self.predict, x, y, eps=self.eps, alpha=getattr(self, "eps_iter", self.eps),
             steps=getattr(self, "nb_iter", 1), norm="linf" if self.ord == torch.inf else "l2", targeted=self.targeted,
-            random_start=False, loss=per_sample_loss(self.loss_fn, y), x_init=self._start(x) if self.rand_init else None,
-            bounds=(self.clip_min, self.clip_max), model_mode="keep",
+            random_start=False, loss=per_sample_loss(self.loss_fn, y),
+            x_init=self._start(x) if self.rand_init else None, bounds=(self.clip_min, self.clip_max),
+            model_mode="keep",
         )  # fmt: skip
 
     __call__ = perturb
