@@ -1,6 +1,7 @@
 """advertorch, cleverhans, adv-lib, RobustVLM and TeCoA: against their loops, written out here."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -316,3 +317,37 @@ def test_adv_libs_pgd(case, loss, targeted):
     assert torch.equal(more[moved], once[moved])
     with pytest.raises(ValueError, match="'ce', 'dl' or, untargeted, 'dlr'"):
         adv_lib.pgd_linf(model, x, y, eps, True, loss_function="dlr")
+
+
+@pytest.mark.parametrize("norm", ["np.inf", "2"])
+@pytest.mark.parametrize(
+    "more", ["", "y=labels, targeted=True, rand_minmax=0.01", "clip_min=0, clip_max=1, rand_init=False"]
+)
+def test_cleverhans_itself(both, norm, more):
+    """Where it is installed (pip install --no-deps cleverhans; what it requires is for its other half)."""
+    module, name = "cleverhans.torch.attacks.projected_gradient_descent", "projected_gradient_descent"
+    script = f"""
+import numpy as np
+torch.manual_seed(0)
+eps, step = (0.03, 0.01) if {norm} == np.inf else (0.4, 0.1)
+result = projected_gradient_descent(model, images, eps, step, 7, {norm}, {more})
+"""
+    theirs, ours, names = both(f"from {module} import {name}", f"from rvlm.compat.{module} import {name}", script)
+    assert (theirs - ours).abs().max() <= (0 if norm == "np.inf" else 1e-6)
+    assert not torch.equal(ours, names["images"])
+
+
+@pytest.mark.parametrize("call, close", [
+    ("LinfPGDAttack(model, eps=0.03, nb_iter=10, eps_iter=0.01)", 0),
+    ("LinfPGDAttack(model, nn.CrossEntropyLoss(), eps=0.03, nb_iter=5, eps_iter=0.01, targeted=True)", 0),
+    ("LinfBasicIterativeAttack(model, eps=0.03, eps_iter=0.01)", 0), ("GradientSignAttack(model, eps=0.03)", 0),
+    ("L2PGDAttack(model, eps=0.4, nb_iter=10, eps_iter=0.1)", 1e-6), ("PGDAttack(model, eps=0.4, ord=2)", 1e-6),
+])  # fmt: skip
+def test_advertorch_itself(both, monkeypatch, call, close):
+    """Where it is installed; it imports a function that newer versions of torch do not have, and that PGD does not use."""
+    monkeypatch.setattr(sys.modules["torch.autograd.gradcheck"], "zero_gradients", None, raising=False)
+    name = call.split("(")[0]
+    script = f"torch.manual_seed(0)\nresult = {call}.perturb(images, labels)"
+    imports = f"from advertorch.attacks import {name}", f"from rvlm.compat.advertorch.attacks import {name}"
+    theirs, ours, names = both(*imports, script)
+    assert (theirs - ours).abs().max() <= close and not torch.equal(ours, names["images"])
