@@ -344,7 +344,7 @@ result = projected_gradient_descent(model, images, eps, step, 7, {norm}, {more})
     ("L2PGDAttack(model, eps=0.4, nb_iter=10, eps_iter=0.1)", 1e-6), ("PGDAttack(model, eps=0.4, ord=2)", 1e-6),
 ])  # fmt: skip
 def test_advertorch_itself(both, monkeypatch, call, close):
-    """Where it is installed; it imports a function that newer versions of torch do not have, and that PGD does not use."""
+    """Where it is installed; it imports a function that newer versions of torch lack, and that PGD does not use."""
     monkeypatch.setattr(sys.modules["torch.autograd.gradcheck"], "zero_gradients", None, raising=False)
     name = call.split("(")[0]
     script = f"torch.manual_seed(0)\nresult = {call}.perturb(images, labels)"
