@@ -35,7 +35,7 @@ def both():
     """both(import of theirs, import of ours, rest of the script) -> their `result` and ours, and the script's names."""
 
     def run(theirs: str, ours: str, script: str):
-        pytest.importorskip(theirs.split()[1].split(".")[0], reason="the other library is not installed")
+        pytest.importorskip(theirs.split()[1].split(".")[0], reason="install rvlm[oracles], or that library")
         found = []
         for line in (theirs, ours):
             names: dict = {}
