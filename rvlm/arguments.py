@@ -287,6 +287,18 @@ class CompareArgs(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
+class ReportArgs(Arguments):
+    """Tables and figures of runs: one HTML file that needs nothing from outside, Markdown, CSV or LaTeX."""
+
+    runs: list[str] = dataclasses.field(default_factory=list)
+    """Run folders, folders of runs or of records, records (RUN/result/NAME.json), summary.json, metrics.jsonl."""
+    out: str | None = None
+    """FILE.html, .md, .csv or .tex; figures lie beside it in FILE-figures. Without, tables are printed as Markdown."""
+    title: str = "Clean and robust"
+    """Heading."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class LvlmArgs(Arguments):
     """Attack what an LVLM says about images, and score its answers before and after; with an adapter, those too."""
 
@@ -339,6 +351,7 @@ COMMANDS: dict[str, type] = {
     "profile": ProfileArgs,
     "bench": BenchArgs,
     "lvlm": LvlmArgs,
+    "report": ReportArgs,
 }
 
 

@@ -38,6 +38,7 @@ from rvlm.arguments import (
     LsArgs,
     LvlmArgs,
     ProfileArgs,
+    ReportArgs,
     TrainArgs,
     recipes,
 )
@@ -45,7 +46,8 @@ from rvlm.ranks import Ranks, joined
 from rvlm.units import Eps
 
 __all__ = [
-    "analyze", "attack", "bench", "check", "compare", "data", "demo", "eval", "info", "ls", "lvlm", "profile", "train",
+    "analyze", "attack", "bench", "check", "compare", "data", "demo", "eval", "info", "ls", "lvlm", "profile", "report",
+    "train",
 ]  # fmt: skip
 
 
@@ -352,6 +354,25 @@ def compare(args: CompareArgs) -> int:
         raise ValueError("compare takes two records: rvlm compare A.json B.json")
     found = compare_records(args.a, args.b)
     print(json.dumps([dataclasses.asdict(one) for one in found], indent=1) if args.json else comparison_table(found))
+    return 0
+
+
+def report(args: ReportArgs) -> int:
+    from rvlm import report as pages
+
+    if not args.runs:
+        raise ValueError("report takes runs: rvlm report RUN ... --out FILE.html|.md|.csv|.tex")
+    found = pages.gather(args.runs)
+    tables = pages.result_tables(found)
+    for name, reason in found.left_out.items():
+        print(f"LEFT OUT {name}: {reason}", file=sys.stderr)
+    if args.out is None:
+        print(*(f"{table.title}\n\n{pages.markdown(table.rows, table.columns)}" for table in tables), sep="\n")
+        return 0
+    out = Path(args.out)
+    pages.check_format(out)
+    drawn = pages.figures(found, out.with_name(f"{out.stem}-figures")) if out.suffix in (".html", ".md") else []
+    print(f"written to {pages.write_report(out, args.title, tables, drawn, pages.facts(found))}")
     return 0
 
 

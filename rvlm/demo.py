@@ -14,7 +14,7 @@ from rvlm.evaluation import evaluate, write_evaluation, write_json
 from rvlm.evaluation.records import environment
 from rvlm.methods import build_method
 from rvlm.models import ZeroShotClassifier, load_clip
-from rvlm.report import accuracy_over_eps, image_grid, rich_table, write_html
+from rvlm.report import Table, accuracy_over_eps, image_grid, rich_table, write_html
 from rvlm.report.plots import class_words, pick_rows
 from rvlm.training import train
 
@@ -110,7 +110,7 @@ def _report(out, test, broken, defended, rows, curves, seed, quick, seconds) -> 
             "training of the image tower, defends it. The last row shows the first model's adversarial images to a "
             "ResNet CLIP that was trained on its own."
         ),
-        rows=rows,
+        tables=[Table("Results", rows)],
         figures=figures,
         facts={
             "command": "rvlm demo" + (" --quick" if quick else "") + f" --seed {seed}",

@@ -15,7 +15,7 @@ import numpy as np
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.records import RETRIEVAL
 
-__all__ = ["Comparison", "compare", "mcnemar"]
+__all__ = ["Comparison", "compare", "mcnemar", "setting"]
 
 ALIKE = {
     "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"),
@@ -56,15 +56,19 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
         so that their numbers say nothing about it; all that differs is named.
     """
     records = [_record(Path(path)) for path in (a, b)]
+    here, there = (setting(record) for record in records)
     differ = [
-        f"{name} is {_short(_at(records[0], keys))} and {_short(_at(records[1], keys))}"
-        for name, keys in ALIKE.items()
-        if _at(records[0], keys) != _at(records[1], keys)
+        f"{name} is {_short(here[name])} and {_short(there[name])}" for name in ALIKE if here[name] != there[name]
     ]
     if differ:
         raise ValueError(f"{a} and {b} cannot be compared: {'; '.join(differ)}. Only the model may differ.")
     right = [_right(record, Path(path)) for record, path in zip(records, (a, b), strict=True)]
     return [_compared(what, right[0][what], right[1][what]) for what in right[0]]
+
+
+def setting(record: dict[str, Any]) -> dict[str, Any]:
+    """All of a record that must be the same in another one if the two are to say something about their models."""
+    return {name: _at(record, keys) for name, keys in ALIKE.items()}
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

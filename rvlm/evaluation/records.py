@@ -38,11 +38,12 @@ from rvlm.models.weights import weights_sha
 from rvlm.units import Eps
 
 __all__ = [
-    "environment", "measured_before", "record_stem", "summary_row", "write_evaluation", "write_json",
+    "environment", "measured_before", "record_rows", "record_stem", "summary_row", "write_evaluation", "write_json",
     "write_retrieval", "write_transfer",
 ]  # fmt: skip
 
 SCHEMA, RETRIEVAL = "rvlm.result/1", "rvlm.retrieval/1"
+TRANSFER, ANSWERS = "rvlm.transfer/1", "rvlm.answers/1"
 SAMPLE_COLUMNS = ("index", "y", *COLUMNS)
 
 
@@ -136,13 +137,13 @@ def write_transfer(
     Returns:
         A summary row for each cell: name is the target, source the model whose images it saw.
     """
-    folder, n = Path(folder), matrix.samples
+    folder = Path(folder)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, index=data.index.numpy(), correct=matrix.correct.numpy())
     write_bytes(folder / "samples" / "transfer.npz", buffer.getvalue())
     resolution = list(data.batch(slice(0, 1))[0].shape[-2:])
     record = {
-        "schema": "rvlm.transfer/1",
+        "schema": TRANSFER,
         "status": _status(data),
         "models": {name: _describe(model, data, resolution, None) for name, model in models.items()},
         "data": _describe_data(data),
@@ -158,25 +159,7 @@ def write_transfer(
         "samples": "samples/transfer.npz",
     }
     write_json(folder / "result" / "transfer.json", record)
-    return [
-        {
-            "name": target,
-            "source": source,
-            "clean": matrix.clean[t].item(),
-            "clean_ci": list(wilson(round(matrix.clean[t].item() * n), n)),
-            "robust": matrix.robust[s, t].item(),
-            "robust_ci": list(wilson(int(matrix.correct[s, t].sum()), n)),
-            "eps": matrix.eps,
-            "norm": matrix.norm,
-            "attack": matrix.attack,
-            "target": "white-box" if source == target else "transfer",
-            "samples": n,
-            "seconds": round(matrix.seconds, 2),
-            "record": "result/transfer.json",
-        }
-        for s, source in enumerate(matrix.sources)
-        for t, target in enumerate(matrix.targets)
-    ]
+    return record_rows(record, "result/transfer.json")
 
 
 def write_retrieval(
@@ -353,6 +336,49 @@ def summary_row(record: dict[str, Any], path: str) -> dict[str, Any]:
         "seconds": round(record["perf"]["wall_s"], 2),
         "record": path,
     }
+
+
+def record_rows(record: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """All summary rows of a record: one, or of a transfer matrix one for each cell.
+
+    Raises:
+        ValueError: a record of another kind, which has no clean and robust figure.
+    """
+    if record["schema"] in (SCHEMA, RETRIEVAL):
+        return [summary_row(record, path)]
+    if record["schema"] == TRANSFER:
+        return _transfer_rows(record, path)
+    if record["schema"] == ANSWERS:
+        keys = ("name", "clean", "robust", "eps", "norm", "attack", "target", "samples", "seconds")
+        row = {"data": record["data"]["name"], "metric": record["score"], "record": path}
+        return [row | {key: record[key] for key in keys}]
+    raise ValueError(f"{record['schema']} has no clean and robust figure")
+
+
+def _transfer_rows(record: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """A row for each cell: name is the target, source the model whose images it saw."""
+    n, clean, robust = record["data"]["n_used"], record["clean_acc"], record["robust_acc"]
+    return [
+        {
+            "name": target,
+            "source": source,
+            "data": record["data"]["name"],
+            "metric": "accuracy",
+            "clean": clean[t],
+            "clean_ci": list(wilson(round(clean[t] * n), n)),
+            "robust": robust[s][t],
+            "robust_ci": list(wilson(round(robust[s][t] * n), n)),
+            "eps": record["threat"]["eps_str"],
+            "norm": record["threat"]["norm"],
+            "attack": record["attack"]["name"],
+            "target": "white-box" if source == target else "transfer",
+            "samples": n,
+            "seconds": round(record["perf"]["wall_s"], 2),
+            "record": path,
+        }
+        for s, source in enumerate(record["sources"])
+        for t, target in enumerate(record["targets"])
+    ]
 
 
 def environment() -> dict[str, Any]:

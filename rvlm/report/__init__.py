@@ -1,21 +1,54 @@
 """Reports: tables, plots with their numbers as CSV beside them, and a self-contained HTML page."""
 
+from rvlm.report.gather import Found, gather
 from rvlm.report.html import write_html
-from rvlm.report.plots import accuracy_over_eps, bars, heat_map, image_grid, maps, transfer_heat_map
-from rvlm.report.tables import comparison_table, latency_table, markdown, phase_table, protocol_table, rich_table
+from rvlm.report.pages import check_format, facts, figures, result_tables, write_report
+from rvlm.report.plots import (
+    accuracy_over_eps,
+    bars,
+    heat_map,
+    image_grid,
+    maps,
+    pareto,
+    training_curves,
+    transfer_heat_map,
+)
+from rvlm.report.tables import (
+    Table,
+    comparison_table,
+    csv_text,
+    latency_table,
+    latex,
+    markdown,
+    phase_table,
+    protocol_table,
+    rich_table,
+)
 
 __all__ = [
+    "Found",
+    "Table",
     "accuracy_over_eps",
     "bars",
+    "check_format",
     "comparison_table",
+    "csv_text",
+    "facts",
+    "figures",
+    "gather",
     "heat_map",
     "image_grid",
     "latency_table",
+    "latex",
     "maps",
     "markdown",
+    "pareto",
     "phase_table",
     "protocol_table",
+    "result_tables",
     "rich_table",
+    "training_curves",
     "transfer_heat_map",
     "write_html",
+    "write_report",
 ]

@@ -2,12 +2,17 @@
 
 import base64
 from pathlib import Path
-from typing import Any
 
 from rvlm.files import write_bytes
-from rvlm.report.tables import COLUMNS, cell
+from rvlm.report.tables import Table, cell
 
 __all__ = ["write_html"]
+
+WORDS = ("data", "attack", "target", "footnote", "venue", "authors", "checks")  # columns that are not of numbers
+LEGEND = (
+    'Accuracies in per cent with their 95 % Wilson interval. "white-box": the attack sees all of the model that is '
+    'scored; "transfer": its images were made on another model.'
+)
 
 
 def write_html(
@@ -15,18 +20,20 @@ def write_html(
     *,
     title: str,
     intro: str,
-    rows: list[dict[str, Any]],
+    tables: list[Table],
     figures: list[tuple[str, Path]],
     facts: dict[str, str],
+    legend: str = LEGEND,
 ) -> Path:
     """Writes the page, whole or not at all.
 
     Args:
         path: where to.
         title, intro: heading and the paragraph under it.
-        rows: summary rows for the table.
+        tables: one after the other, each can be sorted by its columns.
         figures: (caption, PNG file); the pictures are copied into the page.
         facts: what the numbers depend on, as a list at the end.
+        legend: what the columns mean, under the tables.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -34,9 +41,17 @@ def write_html(
     page = template.render(
         title=title,
         intro=intro,
-        headings=list(COLUMNS.values()),
-        rows=[[cell(row, column) for column in COLUMNS] for row in rows],
+        tables=[
+            {
+                "title": table.title,
+                "note": table.note,
+                "headings": [(heading, column in WORDS) for column, heading in table.columns.items()],
+                "rows": [[(cell(row, column), column in WORDS) for column in table.columns] for row in table.rows],
+            }
+            for table in tables
+        ],
         figures=[(caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in figures],
         facts=facts,
+        legend=legend,
     )
     return write_bytes(path, page.encode())

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import textwrap
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.units import Eps
 
-__all__ = ["accuracy_over_eps", "bars", "heat_map", "image_grid", "maps", "transfer_heat_map"]
+__all__ = [
+    "accuracy_over_eps", "bars", "heat_map", "image_grid", "maps", "pareto", "training_curves", "transfer_heat_map",
+]  # fmt: skip
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 RIGHT, WRONG = "#00704F", "#B34700"
@@ -30,7 +33,7 @@ def accuracy_over_eps(
 
     Args:
         path: PNG to write.
-        curves: name -> points (eps as text, accuracy, lower, upper), fractions.
+        curves: name -> points (eps as text, accuracy, lower, upper), fractions; bounds may be NaN.
         title: heading.
     """
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
@@ -40,8 +43,8 @@ def accuracy_over_eps(
         points = sorted(points, key=lambda point: Eps(point[0]))
         x = [float(Eps(point[0])) for point in points]
         mean, low, high = ([100 * point[j] for point in points] for j in (1, 2, 3))
-        colour = PALETTE[k % len(PALETTE)]
-        axes.plot(x, mean, color=colour, marker=MARKERS[k % len(MARKERS)], label=name, linewidth=2)
+        colour, marker = _look(k)
+        axes.plot(x, mean, color=colour, marker=marker, label=_short(name), linewidth=2)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xticks([float(Eps(tick)) for tick in ticks], ticks)
     axes.set(xlabel="eps (pixel range [0, 1])", ylabel="accuracy, %", ylim=(-3, 103))
@@ -147,16 +150,88 @@ def bars(path: str | Path, values: dict[str, list[float]], names: list[str], tit
     axes, width = figure.add_subplot(), 0.8 / len(values)
     for k, (label, heights) in enumerate(values.items()):
         places = [j + (k - (len(values) - 1) / 2) * width for j in range(len(names))]
-        axes.bar(places, heights, width, color=PALETTE[k % len(PALETTE)], label=label)
+        hatch = "//" if k // len(PALETTE) % 2 else None
+        axes.bar(places, heights, width, color=_look(k)[0], edgecolor="white", hatch=hatch, label=_short(label))
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right")
     axes.set(ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.3, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
     if len(values) > 1:
-        figure.legend(frameon=False, loc="outside lower center", ncols=len(values))
+        figure.legend(frameon=False, loc="outside lower center", ncols=min(len(values), 4))
     rows = [[name, *(heights[j] for heights in values.values())] for j, name in enumerate(names)]
     return _write(path, figure, ["", *values], rows)
+
+
+@rc_context(PLAIN_TEXT)
+def pareto(path: str | Path, points: dict[str, tuple[float, float]], title: str) -> Path:
+    """Clean against robust accuracy, with names; a line joins those that no other beats in both.
+
+    Args:
+        path: PNG to write.
+        points: name -> (clean, robust), fractions.
+        title: heading.
+    """
+    figure = Figure(figsize=(6.4, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
+    axes.step(
+        *([100 * point[j] for point in best] for j in (0, 1)), where="pre", color="#888888", linewidth=1, zorder=1
+    )
+    for k, (name, (clean, robust)) in enumerate(points.items()):
+        colour, marker = _look(k)
+        axes.plot(100 * clean, 100 * robust, marker, color=colour, markersize=8, label=_short(name))
+    axes.set(xlabel="clean, %", ylabel="robust, %")
+    axes.margins(0.12)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+    rows = [[name, *point, point in best] for name, point in points.items()]
+    return _write(path, figure, ["name", "clean", "robust", "undominated"], rows)
+
+
+def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a != b and a[0] >= b[0] and a[1] >= b[1]
+
+
+@rc_context(PLAIN_TEXT)
+def training_curves(path: str | Path, histories: dict[str, list[dict]], title: str = "Training") -> Path:
+    """Loss and accuracies by epoch, counted through all stages of a run.
+
+    Args:
+        path: PNG to write.
+        histories: name of a run -> rows of its metrics.jsonl.
+        title: heading.
+    """
+    figure = Figure(figsize=(6.4, 6.4), dpi=150, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    styles = {"robust_acc": "-", "clean_acc": "--", "val_robust": "-.", "val_clean": ":"}
+    seen = [key for key in styles if any(key in row for rows in histories.values() for row in rows)]
+    for k, (name, history) in enumerate(histories.items()):
+        colour, marker = _look(k)
+        x = range(1, len(history) + 1)
+        losses = [row.get("loss", math.nan) for row in history]
+        upper.plot(x, losses, color=colour, marker=marker, markersize=4, label=_short(name))
+        for key in seen:
+            y = [100 * row.get(key, math.nan) for row in history]
+            lower.plot(x, y, styles[key], color=colour, marker=marker, markersize=4)
+    for key in seen:
+        lower.plot([], [], styles[key], color="#555555", label=key)
+    upper.set(ylabel="loss")
+    lower.set(xlabel="epoch", ylabel="accuracy, %", ylim=(-3, 103))
+    upper.set_title(title, loc="left", fontsize=11)
+    for axes in (upper, lower):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    rows = [
+        [name, j + 1, row.get("name", row.get("stage", "")), row.get("loss"), *(row.get(key) for key in seen)]
+        for name, history in histories.items()
+        for j, row in enumerate(history)
+    ]
+    return _write(path, figure, ["name", "epoch", "stage", "loss", *seen], rows)
 
 
 @rc_context(PLAIN_TEXT)
@@ -181,6 +256,11 @@ def maps(path: str | Path, rows: dict[str, list[Tensor]], columns: list[str], ti
         axes.set_title(column, fontsize=9)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return _write(path, figure, ["row", "column", "line", "values"], table)
+
+
+def _look(k: int) -> tuple[str, str]:
+    """Colour and marker of the k-th curve; the 8th has the first colour again, and another marker."""
+    return PALETTE[k % len(PALETTE)], MARKERS[(k + k // len(PALETTE)) % len(MARKERS)]
 
 
 def _short(name: str) -> str:

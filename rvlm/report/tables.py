@@ -1,9 +1,13 @@
 """Tables of summary rows (see `rvlm.evaluation.summary_row`)."""
 
+import csv
+import dataclasses
+import io
 from typing import Any
 
 __all__ = [
-    "COLUMNS", "cell", "comparison_table", "latency_table", "markdown", "phase_table", "protocol_table", "rich_table",
+    "COLUMNS", "Table", "cell", "comparison_table", "csv_text", "latency_table", "latex", "markdown", "phase_table",
+    "protocol_table", "rich_table",
 ]  # fmt: skip
 
 COLUMNS = {
@@ -15,12 +19,34 @@ COLUMNS = {
     "target": "target",
     "samples": "samples",
 }
+SHARES = ("clean", "robust")
+DETAILS = ("protocol", "metric", "norm", "eps", "attack", "target", "source", "status", "record")
+TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    c: f"\\{c}" for c in "&%$#_{}"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under a heading.
+
+    Attributes:
+        title: what the rows have in common.
+        rows: summary rows, or others with the keys of `columns`.
+        columns: keys of the rows and their headings.
+        note: what to know before comparing rows.
+    """
+
+    title: str
+    rows: list[dict[str, Any]]
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: COLUMNS)
+    note: str = ""
 
 
 def cell(row: dict[str, Any], column: str) -> str:
     """Text of one cell; accuracies in per cent, with their 95 % interval if the row has one."""
     value = row.get(column, "")
-    if column not in ("clean", "robust"):
+    if column not in SHARES or isinstance(value, str):
         return f"{value:.1f}" if isinstance(value, float) else str(value)
     text = f"{100 * value:.1f}"
     if interval := row.get(f"{column}_ci"):
@@ -34,6 +60,46 @@ def markdown(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) 
     lines = [list(columns.values()), ["---"] * len(columns)]
     lines += [[cell(row, column).replace("|", "\\|") for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def latex(tables: list[Table]) -> str:
+    """The tables for a paper, with booktabs."""
+    lines = [r"% \usepackage{booktabs}"]
+    for table in tables:
+        places = "".join("r" if column in (*SHARES, "samples", "eps") else "l" for column in table.columns)
+        lines += [
+            r"\begin{table}", r"\centering", rf"\caption{{{_tex(f'{table.title}. {table.note}'.strip())}}}",
+            rf"\begin{{tabular}}{{{places}}}", r"\toprule", _tex_line(table.columns.values()), r"\midrule",
+            *(_tex_line(cell(row, column) for column in table.columns) for row in table.rows),
+            r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def csv_text(tables: list[Table]) -> str:
+    """All rows in one file, each with the title of its table, what it was measured under and the file of its record.
+
+    Shares and the ends of their 95 % intervals are fractions.
+    """
+    keys = list(dict.fromkeys(key for table in tables for key in table.columns))
+    keys += [key for key in DETAILS if key not in keys and any(key in row for table in tables for row in table.rows)]
+    shares = [key for key in SHARES if key in keys]
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(["table", *keys, *(f"{key}_{end}" for key in shares for end in ("low", "high"))])
+    for table in tables:
+        for row in table.rows:
+            ends = [end for key in shares for end in row.get(f"{key}_ci") or ("", "")]
+            writer.writerow([table.title, *(row.get(key, "") for key in keys), *ends])
+    return out.getvalue()
+
+
+def _tex_line(cells) -> str:
+    return " & ".join(_tex(text) for text in cells) + r" \\"
+
+
+def _tex(text: str) -> str:
+    return "".join(TEX.get(letter, letter) for letter in text)
 
 
 def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, str] | None = None):

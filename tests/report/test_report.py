@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from rvlm.report import accuracy_over_eps, image_grid, markdown, rich_table, write_html
+from rvlm.report import Table, accuracy_over_eps, image_grid, markdown, rich_table, write_html
 from rvlm.report.plots import pick_rows
 
 ROW = dict(name="clip", clean=0.986, clean_ci=[0.97, 0.99], robust=0.036, robust_ci=[0.02, 0.06], eps="8/255",
@@ -108,12 +108,13 @@ def test_pick_rows_prefers_fooled_samples_of_different_classes():
 def test_the_page_is_self_contained_and_escaped(tmp_path):
     figure = accuracy_over_eps(tmp_path / "a.png", {"m": [("0", 1.0, 1.0, 1.0)]})
     page = write_html(
-        tmp_path / "r.html", title="T", intro="I", rows=[ROW | {"name": "<script>alert(1)</script>"}],
+        tmp_path / "r.html", title="T", intro="I",
+        tables=[Table("R", [ROW | {"name": "<script>alert(1)</script>"}])],
         figures=[("F", figure)], facts={"command": "rvlm demo"},
     ).read_text()  # fmt: skip
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "http" not in page
-    assert 'name="viewport"' in page and "98.6 (97-99)" in page and "data:image/png;base64,iVBOR" in page
+    assert 'name="viewport"' in page and "98.6 <span>(97-99)</span>" in page and "data:image/png;base64,iVBOR" in page
     with pytest.raises(FileNotFoundError):
-        write_html(tmp_path / "r.html", title="", intro="", rows=[], figures=[("F", tmp_path / "no.png")], facts={})
+        write_html(tmp_path / "r.html", title="", intro="", tables=[], figures=[("F", tmp_path / "no.png")], facts={})
     assert (tmp_path / "r.html").read_text() == page, "a failed report leaves the old one"

@@ -1,0 +1,166 @@
+"""Reports as files: the same tables as HTML, Markdown, CSV or LaTeX, the first two with figures.
+
+found = gather(["runs/clip", "runs/tecoa"])
+write_report("report.html", "Two models", result_tables(found), figures(found, "report-figures"), facts(found))
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rvlm.files import write_bytes
+from rvlm.report.gather import Case, Found, cases, differences, shared_means
+from rvlm.report.html import LEGEND, write_html
+from rvlm.report.plots import accuracy_over_eps, bars, pareto, training_curves
+from rvlm.report.tables import Table, csv_text, latex, markdown
+
+__all__ = ["check_format", "facts", "figures", "result_tables", "write_report"]
+
+FORMATS = (".html", ".md", ".csv", ".tex")
+RESULT = {"clean": "clean %", "robust": "robust %", "samples": "samples"}
+
+
+def result_tables(found: Found) -> list[Table]:
+    """A table for each case, with the means of models over the data sets that all of them have."""
+    tables = []
+    for case, rows in cases(found.rows).items():
+        rows = [row | {"checks": ", ".join(check["id"] for check in row["failed"])} for row in rows]
+        shared, means = shared_means(rows)
+        notes = [differences(rows)]
+        columns = {"name": "model", "data": "data"} | ({"setup": "set-up"} if notes[0] else {}) | RESULT
+        columns |= {"checks": "failed checks"} if any(row["checks"] for row in rows) else {}
+        if len({row["data"] for row in rows}) > 1:
+            notes.append(
+                f"Means are over the data sets that all models of this table have: {', '.join(shared) or 'none'}."
+            )
+            under = dataclasses.asdict(case) | {"data": f"mean of {len(shared)} sets", "samples": ""}
+            rows += [under | {"name": name, "clean": c, "robust": r} for name, (c, r) in means.items()]
+        tables.append(Table(str(case), rows, columns, " ".join(note for note in notes if note)))
+    return tables
+
+
+def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
+    """Draws what the rows allow: accuracy over eps, clean against robust, bars by data set, training curves.
+
+    Returns:
+        (caption, PNG); the numbers of each lie beside it as CSV.
+    """
+    folder, drawn = Path(folder), []
+    by_case = cases(found.rows)
+
+    def add(caption: str, draw, values, *args) -> None:
+        stem = re.sub(r"[^a-z0-9]+", "-", caption.lower())
+        drawn.append((caption, draw(folder / f"{len(drawn) + 1:02d}-{stem}.png", values, *args)))
+
+    for about, curves in _curves(by_case).items():
+        add("Accuracy over the radius", accuracy_over_eps, curves, about)
+    for case, rows in by_case.items():
+        shared, means = shared_means(rows)
+        about = f"{_where(shared, rows)}; {case}"
+        if len(means) > 1:
+            add("Clean against robust", pareto, means, about)
+        if len(shared) > 1:
+            of = {(row["name"], row["data"]): row for row in rows}
+            values = {name: [100 * of[name, data]["robust"] for data in shared] for name in means}
+            add("By data set", bars, values, shared, about, "robust, %")
+    if found.histories:
+        add("Training", training_curves, found.histories)
+    return drawn
+
+
+def facts(found: Found) -> dict[str, str]:
+    """Where the numbers come from, what was left out, and every check that failed."""
+    versions = sorted({f"rvlm {env['rvlm']}, torch {env['torch']}, {env['device']}" for env in found.environments})
+    lines = {"records": str(len({row["record"] for row in found.rows})), "made with": "; ".join(versions) or "unknown"}
+    lines |= {f"left out: {name}": reason for name, reason in found.left_out.items()}
+    for row in found.rows:
+        for check in row["failed"]:
+            lines[f"WARNING {check['id']}, {row['name']} on {row['data']}"] = f"{Case.of(row)}: {check['detail']}"
+    return lines
+
+
+def write_report(
+    path: str | Path,
+    title: str,
+    tables: list[Table],
+    drawn: list[tuple[str, Path]] | None = None,
+    about: dict[str, str] | None = None,
+    intro: str = "",
+    legend: str = LEGEND,
+) -> Path:
+    """Writes a report in the format that its ending names, whole or not at all.
+
+    Args:
+        path: FILE.html (one file, figures inside), .md (figures beside it), .csv or .tex (tables alone).
+        title, intro: heading and what stands under it.
+        tables: what it holds.
+        drawn: (caption, PNG).
+        about: what the numbers depend on.
+        legend: what the columns mean.
+
+    Raises:
+        ValueError: another ending.
+    """
+    path, drawn, about = Path(path), drawn or [], about or {}
+    check_format(path)
+    if path.suffix == ".html":
+        return write_html(path, title=title, intro=intro, tables=tables, figures=drawn, facts=about, legend=legend)
+    texts = {
+        ".md": lambda: _markdown(path, title, intro, tables, drawn, about, legend),
+        ".csv": lambda: csv_text(tables),
+    }
+    return write_bytes(path, texts.get(path.suffix, lambda: latex(tables))().encode())
+
+
+def check_format(path: Path) -> None:
+    """Raises ValueError if the file's ending names no format."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"cannot write {path}: expected a file that ends in {', '.join(FORMATS)}")
+
+
+def _markdown(path, title, intro, tables, drawn, about, legend) -> str:
+    lines = [f"# {title}", intro]
+    for table in tables:
+        lines += [f"## {table.title}", table.note, markdown(table.rows, table.columns).rstrip("\n")]
+    lines.append(legend)
+    for caption, png in drawn:
+        lines += [f"## {caption}", f"![{caption}]({png.relative_to(path.parent).as_posix()})"]
+    lines += ["\n".join(f"- {name}: {value}" for name, value in about.items())]
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _curves(by_case: dict[Case, list[dict[str, Any]]]) -> dict[str, dict[str, list[tuple[str, float, float, float]]]]:
+    """Points of `accuracy_over_eps`, where a model was attacked at two radii or more: of a data set, else means."""
+    groups: dict[Case, list[dict[str, Any]]] = defaultdict(list)
+    for case, rows in by_case.items():
+        groups[dataclasses.replace(case, eps="")] += rows
+    curves = {}
+    for about, rows in groups.items():
+        at: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+        for row in rows:
+            at[row["name"], row["eps"]][row["data"]] = row
+        shared = sorted(set.intersection(*(set(own) for own in at.values())))
+        if not shared or len({eps for _, eps in at}) < 2:
+            continue
+        points: dict[str, list[tuple[str, float, float, float]]] = {}
+        for (name, eps), own in at.items():
+            if name not in points:
+                points[name] = [("0", *_mean([own[data] for data in shared], "clean"))]
+            points[name].append((eps, *_mean([own[data] for data in shared], "robust")))
+        curves[f"{_where(shared, rows)}; {about}"] = points
+    return curves
+
+
+def _where(shared: list[str], rows: list[dict[str, Any]]) -> str:
+    """What a figure is of; it says so where rows differ in more than the model."""
+    where = shared[0] if len(shared) == 1 else f"mean of {len(shared)} sets"
+    return where + (", set-ups differ (see the table)" if any(row["setup"] for row in rows) else "")
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
+    """The mean, and the interval where it is of one data set."""
+    interval = rows[0].get(f"{key}_ci") if len(rows) == 1 else None
+    return sum(row[key] for row in rows) / len(rows), *(interval or (math.nan, math.nan))
