@@ -171,8 +171,8 @@ class APD(PromptMethod):
         self._freeze_partner()
 
     def _freeze_partner(self) -> None:
-        precision = self.teacher_precision(self.student)
-        self.teacher = classifier(self.partner, self.student, self.data, [], precision=precision)
+        precision, templates = self.teacher_precision(self.student), self.training_templates(self.data)
+        self.teacher = classifier(self.partner, self.student, self.data, templates, precision=precision)
         self.teacher.remember(self.data, self.student.device)
 
     def state(self) -> dict[str, Any]:

@@ -345,6 +345,14 @@ def test_one_tower_alone(data):
     assert student.adapter.context is None and student.adapter.prompts.shape == (2, 3, 96)
 
 
+def test_a_teacher_with_visual_prompts_alone_is_tuned_first(data):
+    method = build("apd", teacher="fine_tuned", text_tokens=0)
+    train(load_clip("tiny-vit"), data, method, progress=False)
+    by_hand = ZeroShotClassifier(method.partner, data.class_names, "digits").eval()
+    with scoring(by_hand):
+        torch.testing.assert_close(method.teacher.rows, by_hand(data.batch(slice(None))[0]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_signs_of_failure(data):
     def signs(student, **settings):
