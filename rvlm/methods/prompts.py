@@ -101,7 +101,8 @@ class PromptMethod(VisionMethod):
         if config.text_tokens:
             self.texts = tokenized(student, [config.sentence.format(name) for name in data.class_names])
         self.prompt(student)
-        self.head = (student.logit_scale * text_head(student, data.class_names, self.training_templates(data))).detach()
+        with torch.no_grad():  # a graph would hold all classes, whatever text_chunk is
+            self.head = student.logit_scale * text_head(student, data.class_names, self.training_templates(data))
 
     def prompt(self, clip: Clip) -> None:
         """Puts prompts that learn around a model, as they are at first: noise, by torch's generator, and words."""

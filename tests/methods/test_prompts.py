@@ -210,6 +210,13 @@ def test_text_in_chunks_trains_the_same(data):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_class_embeddings_keep_no_graph(data):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        build("apd", text_chunk=3).setup(load_clip("tiny-vit"), data)
+    assert not kept
+
+
 def apd_logits(method, batch, adv):
     clean = method.partner.encode_pixels(batch.x)
     return logits(method, adv), logits(method, clean, method.partner)
