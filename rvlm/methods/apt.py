@@ -98,10 +98,18 @@ class APT(PromptMethod):
         return {"total": batch.mean(loss), "robust_acc": correct.float().mean()}
 
 
+@dataclasses.dataclass(kw_only=True)
+class AdvPTConfig(TextConfig):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum:
+            raise ValueError("advpt's images are plain PGD's: momentum must be 0")
+
+
 @register
 class AdvPT(PromptMethod):
     name = "advpt"
-    Config = TextConfig
+    Config = AdvPTConfig
     presets = {"paper": _PAPER, "rvlm": _DIGITS | {"steps": 10}}
     inputs = "none"
 
