@@ -54,8 +54,8 @@ class APDConfig(PromptConfig):
     """Epochs in which teacher fine_tuned is tuned; as many as the student's if None."""
     same_start: bool = True
     """Teacher and student begin with the same prompts."""
-    beta: float = 1.0
-    """Of the student's feedback to an online teacher."""
+    beta: float | None = None
+    """Of the student's feedback to an online teacher; None is 1 if it is added, 0.5 as a share."""
     beta_mode: str = "add"
     """add, CE + beta KL, or convex, (1 - beta) CE + beta KL."""
     student_kl: str = "teacher_first"
@@ -82,6 +82,8 @@ class APDConfig(PromptConfig):
             detach=("both", "none"),
             inner_loss=("ce", "kl_teacher", "kl_self"),
         )
+        if self.beta is None:
+            self.beta = 0.5 if self.beta_mode == "convex" else 1.0
         for name in ("beta", "ce_weight", "clean_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -246,6 +246,10 @@ def test_apd_is_its_formula(scene, settings):
         torch.testing.assert_close(got, right, rtol=1e-3, atol=2e-5)
 
 
+def test_a_share_leaves_the_teacher_its_labels():
+    assert [build("apd", beta_mode=mode).config.beta for mode in ("add", "convex")] == [1.0, 0.5]
+
+
 def test_who_moves_whom_in_apd(scene):
     def gradients(**settings):
         method, batch, adv, _ = scene("apd", same_start=False, **settings)
@@ -390,6 +394,7 @@ def test_bad_settings_and_towers(data):
         ("fap", {"trade_off": -1.0}, "trade_off must be at least 0"),
         ("apd", {"beta": -1.0}, "beta must be at least 0"),
         ("apd", {"beta": 2.0, "beta_mode": "convex"}, "a beta of at most 1"),
+        ("advpt", {"momentum": 0.9}, "momentum must be 0"),
         ("apd", {"inner_loss": "dlr"}, "inner_loss must be one of ce"),
         ("apd", {"temperature": 0.0}, "temperature must be above 0"),
         ("apd", {"teacher_epochs": 0}, "teacher_epochs must be at least 1"),
