@@ -93,7 +93,6 @@ ROWS = {
 PROMPTS = ("ivlp", "advvp", "advvlp", "advmaple", "apt", "advpt", "fap", "apd")
 WORSE = 0.10  # by which AutoAttack may lie below PGD-20
 JOINT_STEPS = 20
-TRANSFER = f"pgd-{JOINT_STEPS}"
 LOW = 40 / 224  # cutoff of the low-frequency attack in DFT bins per pixel of an image's side: R-Adapt's filter
 
 
@@ -201,8 +200,8 @@ def measure(task: Task, name: str, seed: int, args: argparse.Namespace) -> dict:
         given = {"eps": eps, "seed": seed, "progress": args.progress, "device": args.device}
         weak = evaluate(model, test, attack=args.attack, **given)
         strong = evaluate(model, subset, attack=args.strong, **given)
-        fooled = evaluate(other, test, source=model, attack=TRANSFER, **given)
-        moved = evaluate(model, test, source=plain, attack=TRANSFER, **given)
+        fooled = evaluate(other, test, source=model, attack=args.transfer, **given)
+        moved = evaluate(model, test, source=plain, attack=args.transfer, **given)
         low = evaluate(model, test, attack=low_attack, **given)
         blind = evaluate(model, test, source=plain, attack="tifgsm-10", **given)
         row |= {
@@ -294,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--eps", default="4/255,8/255")
     parser.add_argument("--attack", default="pgd-20")
+    parser.add_argument("--transfer", help="attack of the columns transfer and proxy; --attack's if not given")
     parser.add_argument("--strong", default="autoattack")
     parser.add_argument("--few", type=int, default=50, help="samples of the strong attack")
     parser.add_argument("--only", default="", help="names of rows, separated by semicolons")
@@ -301,8 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--collect", action="store_true", help="make the table of the runs that are there")
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args(argv)
+    args.transfer = args.transfer or args.attack
     args.radii, only = args.eps.split(","), [name for name in args.only.split(";") if name]
-    for attack in (args.attack, args.strong):
+    for attack in (args.attack, args.strong, args.transfer):
         parse_attack(attack)
     unknown = set(only) - set(ROWS)
     if unknown:
@@ -342,11 +343,11 @@ def main(argv: list[str] | None = None) -> int:
     text = f"""# {title} on {args.data}
 
 Tiny ViT CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
-{measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {TRANSFER} on the
-undefended model, scored on the row's, and "tifgsm", tifgsm-10 there; "joint", {TRANSFER} on student and proxy together
-(for APD, its teacher), scored on the student; "proxy", a vanilla ResNet CLIP ({proxy} clean) on the images that
-{TRANSFER} made for the student. "lowfreq" is {TRANSFER} whose change passed R-Adapt's filter. "images" are different
-training images, "seen" counts epochs, "numbers kept" are those of an adapter.
+{measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {args.transfer} on the
+undefended model, scored on the row's, and "tifgsm", tifgsm-10 there; "joint", PGD-{JOINT_STEPS} on student and proxy
+together (for APD, its teacher), scored on the student; "proxy", a vanilla ResNet CLIP ({proxy} clean) on the images
+that {args.transfer} made for the student. "lowfreq" is PGD-{JOINT_STEPS} whose change passed R-Adapt's filter. "images"
+are different training images, "seen" counts epochs, "numbers kept" are those of an adapter.
 
 {table(measured, args)}
 

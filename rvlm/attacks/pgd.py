@@ -9,6 +9,7 @@ With low_frequency the model sees x + G (x_k - x), G a Gaussian low-pass filter,
 From the same start it gives the images of torchattacks.PGD and foolbox's PGD, bit for bit where the gradients agree.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,9 @@ def pgd(
         early_stop: "freeze" leaves a sample alone once an iterate of it fools the model (needs labels) and ends when
             all are; "compact" also takes it out of the batch, so that what is left costs less; "cycle" ends a sample
             when its trajectory has returned to an earlier iterate. That is exact: Linf with a fixed alpha moves on a
-            finite grid, and the iterate of the last step follows from the period.
+            finite grid, and the iterate of the last step follows from the period. With a loss by name and without
+            "compile" such samples leave the batch, too; then models whose last bits depend on the batch's size may, for
+            those that stay, give gradients with other last bits than the full run's.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
         precision: None runs the model as it is (under the caller's autocast, if any); "bf16" autocasts it, "fp32" turns
@@ -100,7 +103,7 @@ def pgd(
         model_mode: "eval", "train" or "keep" (flags as they are).
         engine: "eager", "compile" (torch.compile on the model, static shapes) or "auto" (eager).
         callback: called as callback(step, x_adv, loss) after every gradient, with live tensors that it must not change
-            (of the samples that are left, under "compact").
+            (of the samples that are left, where some leave).
         return_info: return an AttackResult.
 
     Returns:
@@ -124,7 +127,8 @@ def pgd(
         raise ValueError("early_stop='cycle' is exact for norm='linf' only; use 'compact', 'freeze' or None")
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
-    run = _Steps(alpha, steps, best, early_stop, callback)
+    leave = early_stop == "compact" or (early_stop == "cycle" and engine != "compile" and not callable(loss))
+    run = _Steps(alpha, steps, best, early_stop, leave, callback)
     return search(
         "pgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, restarts=restarts, x_init=x_init, survivors=early_stop in ("freeze", "compact"),
@@ -136,8 +140,9 @@ def pgd(
 class _Steps:
     """One run: a fixed number of steps of a fixed size."""
 
-    def __init__(self, alpha, steps, best, early_stop, callback) -> None:
+    def __init__(self, alpha, steps, best, early_stop, leave, callback) -> None:
         self.alpha, self.steps, self.best, self.early_stop, self.callback = alpha, steps, best, early_stop, callback
+        self.leave = leave  # whether samples that are done leave the batch
 
     def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         if self.alpha is None:
@@ -146,7 +151,7 @@ class _Steps:
             alpha = ball.per_sample(self.alpha)
         alpha = -alpha if objective.targeted else alpha
         kept: Kept | None = None
-        roll, compact = Roll(), self.early_stop == "compact"
+        roll = Roll()
         active = None if self.early_stop is None else torch.ones(len(x_adv), dtype=torch.bool, device=x_adv.device)
         cycle = _Cycle(x_adv, self.steps) if self.early_stop == "cycle" else None
         used = torch.zeros(len(x_adv), dtype=torch.int64, device=x_adv.device)
@@ -162,13 +167,14 @@ class _Steps:
                 if scores.fooled is None:
                     raise ValueError(f"early_stop={self.early_stop!r} needs a model that returns logits [B, C]")
                 active = active & ~scores.fooled
-            if compact:
+            if self.leave:
                 if (left := roll.call(~active, k)) is not None:
                     if not roll.dismiss(kept or Kept(seen, scores), left):
                         return roll.kept, used
                     objective, ball, kept = objective.at(left), ball.at(left), kept and kept.at(left)
                     x_adv, grad, active = x_adv[left], grad[left], active[left]
                     alpha = alpha[left] if alpha.numel() > 1 else alpha
+                    cycle = cycle and cycle.at(left)
             elif active is not None and self._all_done(active, k):
                 break
             used[roll.rows] += 1 if active is None else active
@@ -177,7 +183,7 @@ class _Steps:
             if cycle is not None:
                 cycle.look(x_adv, k + 1)
         seen = ball.as_seen(x_adv)
-        if not scored and self.best == "last" and not compact:
+        if not scored and self.best == "last" and roll.kept is None:
             return Kept(seen, None), used
         scores = objective.score(seen)
         return roll.close(
@@ -213,6 +219,12 @@ class _Cycle:
         self.anchor, self.anchor_step, self.steps = x_adv.clone(), 0, steps
         self.last_step = torch.full((len(x_adv),), steps, device=x_adv.device)
         self.found = torch.zeros(len(x_adv), dtype=torch.bool, device=x_adv.device)
+
+    def at(self, rows: Tensor) -> "_Cycle":
+        """Of some samples."""
+        part = copy.copy(self)
+        part.anchor, part.last_step, part.found = self.anchor[rows], self.last_step[rows], self.found[rows]
+        return part
 
     def look(self, x_adv: Tensor, step: int) -> None:
         same = (x_adv == self.anchor).flatten(1).all(1) & ~self.found

@@ -231,6 +231,20 @@ def test_cycle_is_exact_and_cheaper(model, batch, best):
     assert short.backwards < full.backwards and (short.steps_used < 100).all()
 
 
+def test_samples_whose_cycle_is_known_leave_the_batch(build):
+    """With a loss by name; one of your own may know the whole batch."""
+    generator = fixed(3)
+    x = torch.rand(32, 3, 8, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 5, (32,), generator=generator)
+    settings = dict(eps=EPS, alpha=EPS / 4, steps=100, early_stop="cycle", return_info=True, random_start=False)
+    left = pgd(build(), x, y, **settings)
+    whole = pgd(build(), x, y, loss=lambda z, y: F.cross_entropy(z, y, reduction="none"), **settings)
+    assert left.steps_used.max() > 1.5 * left.steps_used.float().mean(), "some take much longer"
+    assert left.backwards < 1.3 * int(left.steps_used.sum()) + len(x)
+    assert whole.backwards >= 32 * int(whole.steps_used.max())
+    torch.testing.assert_close(left.x_adv, whole.x_adv)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
