@@ -256,6 +256,7 @@ def test_bench_mine(tmp_path, cache, capsys):
     assert run("bench") == 2 and "--mine FILE.py:NAME is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_profile(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RVLM_CACHE", str(tmp_path))
     assert run("profile", "train", "--method", "pmg_aft", "--model", "tiny-vit", "--limit", "64") == 0

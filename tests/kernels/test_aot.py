@@ -125,6 +125,7 @@ def test_rows_of_logits_fit_in_registers(tmp_path, arch):
         assert kernel["reg"] <= (255 if double else 128), f"too many registers: {label}"
 
 
+@pytest.mark.slow
 @both_archs
 def test_steps_that_look_back_and_those_in_l1_are_lean(tmp_path, arch):
     kernels = aot_report(tmp_path, "iterates", arch)

@@ -42,6 +42,7 @@ def check(case, monkeypatch, module=l1):
     torch.testing.assert_close(out, l1_ops._l1_project(x_adv, x, eps, 0.0, 1.0), rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [16, 256])
 def test_rows_over_several_programs(case, monkeypatch, block):
     with _launch.forced_block(block):

@@ -44,6 +44,7 @@ def test_values_and_gradients(backend, device, mix, shape, dtype):
         assert ours.shape == truth.shape and error < (1e-5 if dtype == torch.float32 else 1e-11), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 def test_gradcheck(backend, device, mix):
     inputs = tensors(device, (2, 3, 4))

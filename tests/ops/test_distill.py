@@ -88,6 +88,7 @@ def test_sixteen_bit_logits(backend, device, dtype):
     close(got, wanted, torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_through_the_kernels(backend, device, kind):
     student, teachers = logits(device, 5, rows=2, dtype=torch.float64)

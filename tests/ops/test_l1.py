@@ -157,6 +157,7 @@ def test_sparse_step_is_bitwise_the_reference(backend, batch, grad_dtype, memory
     assert torch.equal(ops.l1_step_(x_adv, grad, x, alpha, far, top=top), expected)
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_active_and_gradients_of_zero(backend, batch):
     x, x_adv, grad = batch()
     active = torch.tensor([True, False, True, True, False], device=x.device)

@@ -74,6 +74,7 @@ def test_margin_is_another_name_for_cw(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ce", "cw", "dlr", "dlr-targeted", "soft-ce"])
 def test_gradcheck_through_the_kernels(backend, device, kind):
     z, y, target, weights = batch(device, 6, torch.float64)
