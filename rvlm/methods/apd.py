@@ -200,7 +200,8 @@ class APD(PromptMethod):
             target = self.said.detach()
         else:
             with scoring(self.student), mixed(self.student, self.config.precision):
-                target = self.student.encode_pixels(batch.x).float() @ head
+                clean = self.student.encode_pixels(batch.x)
+            target = clean.float() @ head
         return lambda embedding: ops.multi_teacher_kl(embedding @ head, target[None].to(embedding), [1.0])[0]
 
     def _taught(self, batch: Batch) -> Tensor:

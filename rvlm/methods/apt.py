@@ -25,7 +25,7 @@ from torch import Tensor
 from rvlm import ops
 from rvlm.attacks import scoring
 from rvlm.data import Data
-from rvlm.methods.base import Batch, register
+from rvlm.methods.base import Batch, mixed, register
 from rvlm.methods.offline import OfflineImages
 from rvlm.methods.prompts import LAB, PromptConfig, PromptMethod
 from rvlm.models import Clip, ZeroShotClassifier
@@ -86,9 +86,9 @@ class APT(PromptMethod):
     def _against(self, batch: Batch) -> Tensor:
         """The head of a context that was moved to raise the loss of the clean batch."""
         rows = self.student.adapter.context
-        with scoring(self.student):
+        with scoring(self.student), mixed(self.student, self.config.precision):
             embedding = self.student.encode_pixels(batch.x)
-        loss = ops.attack_loss(embedding @ self.head, batch.y)[0].sum()
+        loss = ops.attack_loss(embedding.float() @ self.head, batch.y)[0].sum()
         step = self.config.prompt_step * torch.autograd.grad(loss, rows, retain_graph=True)[0].sign()
         with torch.no_grad():
             return self.class_head(rows + step)

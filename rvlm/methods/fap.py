@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rvlm import ops
 from rvlm.attacks import scoring
-from rvlm.methods.base import Batch, accuracy, register
+from rvlm.methods.base import Batch, accuracy, mixed, register
 from rvlm.methods.prompt_tuning import BOTH
 from rvlm.methods.prompts import LAB, PromptConfig, PromptMethod
 
@@ -49,8 +49,9 @@ class FAP(PromptMethod):
 
     def attack(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         head = self.encode_text().detach()
-        with scoring(self.student):
-            clean = (self.student.encode_pixels(batch.x) @ head)[None]
+        with scoring(self.student), mixed(self.student, self.config.precision):
+            clean = self.student.encode_pixels(batch.x)
+        clean = (clean.float() @ head)[None]
         return lambda embedding: ops.multi_teacher_kl(embedding @ head, clean, [1.0])[0]
 
     def loss(self, out_adv: Tensor | None, out_clean: Tensor | None, batch: Batch) -> dict[str, Tensor]:

@@ -176,5 +176,6 @@ class _Coupled(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(**widths) for _ in rows[first:])
 
     def forward(self, rows: Tensor) -> Tensor:
-        mapped = [of(self.source[number]) for number, of in enumerate(self.maps, self.first)]
-        return torch.cat([rows[: self.first], torch.stack(mapped)])
+        with torch.autocast(rows.device.type, enabled=False):  # prompts stay in fp32, whoever asks for them
+            mapped = [of(self.source[number]) for number, of in enumerate(self.maps, self.first)]
+            return torch.cat([rows[: self.first], torch.stack(mapped)])

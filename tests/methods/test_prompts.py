@@ -189,6 +189,23 @@ def test_coupled_rows_are_linear_maps(data, name, derived, source):
     assert torch.equal(getattr(adapter, derived), rows) and not hasattr(adapter, "parametrizations")
 
 
+def test_coupled_rows_are_not_rounded(scene):
+    adapter = scene("advmaple")[0].student.adapter
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = adapter.prompts
+    assert torch.equal(rows, adapter.prompts)
+
+
+@pytest.mark.parametrize("name, settings", [("fap", {}), ("apd", {"inner_loss": "kl_self"})])
+def test_an_attack_in_16_bits_begins_at_the_clean_image_as_it_is_there(scene, name, settings):
+    """The same tower in the same arithmetic: no divergence."""
+    method, batch, *_ = scene(name, precision="bf16", **settings)
+    with scoring(method.student), torch.autocast("cpu", torch.bfloat16):
+        embedding = method.student(batch.x)
+    with torch.no_grad():
+        assert method.attack(batch)(embedding.float()).abs().max() < 1e-7
+
+
 def test_text_is_encoded_once_a_step(data, monkeypatch):
     calls = []
     monkeypatch.setattr("rvlm.methods.prompts.encode", lambda *args: (calls.append(1), encode(*args))[1])
