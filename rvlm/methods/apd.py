@@ -82,6 +82,8 @@ class APDConfig(PromptConfig):
             detach=("both", "none"),
             inner_loss=("ce", "kl_teacher", "kl_self"),
         )
+        if self.inner_loss == "kl_self":
+            self.from_noise("inner_loss kl_self")
         if self.beta is None:
             self.beta = 0.5 if self.beta_mode == "convex" else 1.0
         for name in ("beta", "ce_weight", "clean_weight"):

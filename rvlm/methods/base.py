@@ -130,6 +130,11 @@ class MethodConfig:
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
 
+    def from_noise(self, what: str) -> None:
+        """Refuses an attack on a divergence from the model's own output that starts where it has no slope."""
+        if not self.random_start:
+            raise ValueError(f"{what} has no slope at the clean image: random_start must be True")
+
 
 class Method:
     """Base of all methods. The order of calls: setup, prepare, stages, then per batch attack and loss."""

@@ -45,6 +45,7 @@ class FAREConfig(MethodConfig):
             raise ValueError(f"distance must be l2 or cosine, got {self.distance!r}")
         if not 0 <= self.clean_weight <= 1:
             raise ValueError(f"clean_weight must be a share, got {self.clean_weight}")
+        self.from_noise("the distance from the embedding that fare begins with")
 
 
 @register

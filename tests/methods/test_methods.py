@@ -420,6 +420,7 @@ def test_the_precision_of_teachers(data):
 @pytest.mark.parametrize("name, settings, message", [
     ("fare", {"distance": "l1"}, "distance must be l2 or cosine"),
     ("fare", {"clean_weight": 2.0}, "clean_weight must be a share"),
+    ("fare", {"random_start": False}, "no slope at the clean image"),
     ("pmg_aft", {"reduction": "none"}, "reduction must be mean or sum"),
     ("hpt_gpd", {"stages": "three"}, "stages must be one of both, hpt, ga, clean"),
     ("hpt_gpd", {"direction": "both"}, "direction must be one of"),

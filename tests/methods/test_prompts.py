@@ -409,6 +409,8 @@ def test_bad_settings_and_towers(data):
         ("advmaple", {"visual_depth": 3}, "needs text_depth to be at least visual_depth"),
         ("fap", {"visual_depth": 1}, "needs visual_depth to be at least text_depth"),
         ("fap", {"trade_off": -1.0}, "trade_off must be at least 0"),
+        ("fap", {"random_start": False}, "fap's attack has no slope at the clean image"),
+        ("apd", {"inner_loss": "kl_self", "random_start": False}, "no slope at the clean image"),
         ("apd", {"beta": -1.0}, "beta must be at least 0"),
         ("apd", {"beta": 2.0, "beta_mode": "convex"}, "a beta of at most 1"),
         ("advpt", {"momentum": 0.9}, "momentum must be 0"),
