@@ -136,9 +136,15 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_mix(seed, 0, -(2**20)))  # for what draws from torch's own generator: low-rank starts
         began = time.perf_counter()
-        with ranks.first_before_others():  # what the first writes to caches, the others find
-            method.setup(student, data)
-        method.prepare(ranks)
+        bare = student.adapter is None
+        try:
+            with ranks.first_before_others():  # what the first writes to caches, the others find
+                method.setup(student, data)
+            method.prepare(ranks)
+        except BaseException:
+            if bare and student.adapter is not None:
+                student.adapter.detach(student)
+            raise
         setup_seconds = time.perf_counter() - began
         if student.adapter is not None and any(p.requires_grad for p in student.model.parameters()):
             raise ValueError(f"{method.name} trains weights of {student.name}, which has an adapter: start without it")

@@ -429,6 +429,10 @@ def test_bad_settings_and_towers(data):
         with pytest.raises(ValueError, match=message):
             train(load_clip(student), data, build("advvlp", **settings), progress=False)
     student = load_clip("tiny-vit")
+    for settings in ({"text_tokens": 14}, {"teacher": lambda x: x.flatten(1)[:, :3]}):
+        with pytest.raises(ValueError, match="context and longest text|digits has 10 classes"):
+            train(student, data, build("apd", **settings), progress=False)
+        assert student.adapter is None, "prompts of a run that never began"
     train(student, data, build("advvp"), progress=False)
     with pytest.raises(ValueError, match="has an adapter already"):
         train(student, data, build("advvp"), progress=False)
