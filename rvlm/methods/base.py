@@ -77,7 +77,8 @@ class MethodConfig:
     """Images a step, of all processes together."""
     accumulate: int = 1
     """Parts that a step's images are cut into to save memory; their gradients add up to that of the whole. Batch norm,
-    dropout and the shares of mmt_ard's mtard see each part by itself."""
+    dropout, the shares of mmt_ard's mtard and the context that apt's adversary perturbed moves see each part (and each
+    process's) by itself."""
     optimizer: str = "adamw"
     """adamw or sgd (momentum 0.9)."""
     lr: float = 1e-5
