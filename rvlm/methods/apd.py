@@ -156,7 +156,8 @@ class APD(PromptMethod):
         if config.teacher != "fine_tuned":
             return [student]
         epochs = config.epochs if config.teacher_epochs is None else config.teacher_epochs
-        return [Stage(epochs, self.learning(), schedule, "teacher", on_epoch_start=self._begin_teacher), student]
+        teacher = Stage(epochs, self.learning(), schedule, "teacher", on_epoch_start=self._begin_teacher, defends=False)
+        return [teacher, student]
 
     def _begin_teacher(self, epoch: int) -> None:
         """Stage 1 tunes the student's prompts on clean images; then they are the teacher's."""

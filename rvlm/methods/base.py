@@ -56,6 +56,8 @@ class Stage:
         name: for logs.
         lr: peak learning rate; None means the config's.
         on_epoch_start, on_epoch_end: called with the number of the epoch in the stage; they may change weights.
+        defends: whether the student becomes what is to be kept, and may be the best so far; not where it stands in for
+            a teacher.
     """
 
     length: int
@@ -65,6 +67,7 @@ class Stage:
     lr: float | None = None
     on_epoch_start: Callable[[int], None] | None = None
     on_epoch_end: Callable[[int], None] | None = None
+    defends: bool = True
 
 
 @dataclasses.dataclass(kw_only=True)

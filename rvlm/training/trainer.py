@@ -240,9 +240,10 @@ class _Run:
         if self.validate is not None:
             with self._kept() as student:
                 row |= self.validate(student)
-                if self.out is not None and self.ranks.first and row["val_robust"] > at.best:
+                better = stage.defends and row["val_robust"] > at.best
+                if self.out is not None and self.ranks.first and better:
                     student.save(self.out / "best", lora.plain_state(student.model))
-            at.best = max(at.best, row["val_robust"])
+            at.best = row["val_robust"] if better else at.best
         at.history.append(row)
         at.epoch, at.batch, at.sums, at.count = epoch + 1, 0, {}, 0
         if self.out is not None and self.ranks.first:

@@ -375,6 +375,16 @@ def test_one_tower_alone(data):
     assert student.adapter.context is None and student.adapter.prompts.shape == (2, 3, 96)
 
 
+def test_the_best_student_is_no_teacher(data, tmp_path, monkeypatch):
+    robust = iter((0.9, 0.8, 0.2))
+    monkeypatch.setattr(
+        "rvlm.training.trainer._accuracies", lambda *args: {"val_clean": 1.0, "val_robust": next(robust)}
+    )
+    student, method = load_clip("tiny-vit"), build("apd", teacher="fine_tuned", teacher_epochs=2, lr=2e-2)
+    train(student, data, method, progress=False, out=tmp_path, validation=data)
+    assert torch.equal(load_clip(str(tmp_path / "best")).adapter.context, student.adapter.context)
+
+
 def test_a_teacher_with_visual_prompts_alone_is_tuned_first(data):
     method = build("apd", teacher="fine_tuned", text_tokens=0)
     train(load_clip("tiny-vit"), data, method, progress=False)
