@@ -180,7 +180,7 @@ setup(
         "rvlm.recipes": ["**/*.yaml"],
         "rvlm.data": ["*.yaml"],
         "rvlm.report": ["*.html"],
-        "rvlm": ["_build_info.json", "protocols/*.yaml"],
+        "rvlm": ["_build_info.json", "protocols/*.yaml", "published/*.yaml"],
     },
     # The sources are listed for the sdist; BuildExt replaces this entry by what the machine can build.
     ext_modules=[Extension("rvlm._C", ["csrc/module.cpp"])],

@@ -294,8 +294,10 @@ class ReportArgs(Arguments):
     """Run folders, folders of runs or of records, records (RUN/result/NAME.json), summary.json, metrics.jsonl."""
     out: str | None = None
     """FILE.html, .md, .csv or .tex; figures lie beside it in FILE-figures. Without, tables are printed as Markdown."""
-    title: str = "Clean and robust"
+    title: str | None = None
     """Heading."""
+    published: bool = False
+    """Published figures, each with its source and how far to trust it, and those of the runs beside them."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -360,19 +360,26 @@ def compare(args: CompareArgs) -> int:
 def report(args: ReportArgs) -> int:
     from rvlm import report as pages
 
-    if not args.runs:
+    if not args.runs and not args.published:
         raise ValueError("report takes runs: rvlm report RUN ... --out FILE.html|.md|.csv|.tex")
+    if args.out is not None:
+        pages.check_format(args.out)
     found = pages.gather(args.runs)
-    tables = pages.result_tables(found)
+    tables = pages.published_tables(found) if args.published else pages.result_tables(found)
     for name, reason in found.left_out.items():
         print(f"LEFT OUT {name}: {reason}", file=sys.stderr)
     if args.out is None:
-        print(*(f"{table.title}\n\n{pages.markdown(table.rows, table.columns)}" for table in tables), sep="\n")
+        for table in tables:
+            print(
+                "\n\n".join(filter(None, (f"## {table.title}", table.note, pages.markdown(table.rows, table.columns))))
+            )
         return 0
-    out = Path(args.out)
-    pages.check_format(out)
-    drawn = pages.figures(found, out.with_name(f"{out.stem}-figures")) if out.suffix in (".html", ".md") else []
-    print(f"written to {pages.write_report(out, args.title, tables, drawn, pages.facts(found))}")
+    out, drawn = Path(args.out), []
+    if out.suffix in (".html", ".md") and not args.published:
+        drawn = pages.figures(found, out.with_name(f"{out.stem}-figures"))
+    title = args.title or ("Published figures" if args.published else "Clean and robust")
+    legend = pages.published.LEGEND if args.published else pages.html.LEGEND
+    print(f"written to {pages.write_report(out, title, tables, drawn, pages.facts(found), legend=legend)}")
     return 0
 
 

@@ -64,6 +64,7 @@ def test_the_wheel_runs_elsewhere(source, tmp_path):
         "rvlm/kernels/steps.py",
         "rvlm/recipes/digits/tecoa.yaml",
         "rvlm/report/report.html",
+        "rvlm/published/hpt_gpd.yaml",
         "rvlm/ops/steps.py",
     ):
         assert part in names

@@ -13,6 +13,7 @@ from rvlm.report.plots import (
     training_curves,
     transfer_heat_map,
 )
+from rvlm.report.published import load_published, published_tables
 from rvlm.report.tables import (
     Table,
     comparison_table,
@@ -40,11 +41,13 @@ __all__ = [
     "image_grid",
     "latency_table",
     "latex",
+    "load_published",
     "maps",
     "markdown",
     "pareto",
     "phase_table",
     "protocol_table",
+    "published_tables",
     "result_tables",
     "rich_table",
     "training_curves",

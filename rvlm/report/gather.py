@@ -161,10 +161,10 @@ def _run_folder(file: Path) -> Path:
 def _run_names(folders: list[Path]) -> dict[Path, str]:
     """Last parts of the folders' names, as many as it takes to tell them apart."""
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+    depth, names = 0, []
+    while len(set(names)) < len(folders):
+        depth += 1
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(names)) == len(names):
-            break
     return dict(zip(folders, names, strict=True))
 
 

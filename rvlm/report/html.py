@@ -8,7 +8,17 @@ from rvlm.report.tables import Table, cell
 
 __all__ = ["write_html"]
 
-WORDS = ("data", "attack", "target", "footnote", "venue", "authors", "checks")  # columns that are not of numbers
+WORDS = (
+    "data",
+    "attack",
+    "target",
+    "footnote",
+    "venue",
+    "authors",
+    "checks",
+    "trust",
+    "says",
+)  # columns that are not of numbers
 LEGEND = (
     'Accuracies in per cent with their 95 % Wilson interval. "white-box": the attack sees all of the model that is '
     'scored; "transfer": its images were made on another model.'

@@ -74,7 +74,8 @@ def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
 def facts(found: Found) -> dict[str, str]:
     """Where the numbers come from, what was left out, and every check that failed."""
     versions = sorted({f"rvlm {env['rvlm']}, torch {env['torch']}, {env['device']}" for env in found.environments})
-    lines = {"records": str(len({row["record"] for row in found.rows})), "made with": "; ".join(versions) or "unknown"}
+    lines = {"records": str(len({row["record"] for row in found.rows}))}
+    lines |= {"made with": "; ".join(versions)} if versions else {}
     lines |= {f"left out: {name}": reason for name, reason in found.left_out.items()}
     for row in found.rows:
         for check in row["failed"]:
@@ -115,9 +116,9 @@ def write_report(
     return write_bytes(path, texts.get(path.suffix, lambda: latex(tables))().encode())
 
 
-def check_format(path: Path) -> None:
+def check_format(path: str | Path) -> None:
     """Raises ValueError if the file's ending names no format."""
-    if path.suffix not in FORMATS:
+    if Path(path).suffix not in FORMATS:
         raise ValueError(f"cannot write {path}: expected a file that ends in {', '.join(FORMATS)}")
 
 
