@@ -296,6 +296,8 @@ class ReportArgs(Arguments):
     """FILE.html, .md, .csv or .tex; figures lie beside it in FILE-figures. Without, tables are printed as Markdown."""
     title: str | None = None
     """Heading."""
+    leaderboard: bool = False
+    """Rank the models of one folder of records, with what its *.yaml say of them (see rvlm/report/leaderboard.py)."""
     published: bool = False
     """Published figures, each with its source and how far to trust it, and those of the runs beside them."""
 

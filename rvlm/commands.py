@@ -360,12 +360,22 @@ def compare(args: CompareArgs) -> int:
 def report(args: ReportArgs) -> int:
     from rvlm import report as pages
 
+    if args.leaderboard and (args.published or len(args.runs) != 1 or not Path(args.runs[0]).is_dir()):
+        raise ValueError("a leaderboard is of one folder: rvlm report FOLDER --leaderboard --out FILE")
     if not args.runs and not args.published:
         raise ValueError("report takes runs: rvlm report RUN ... --out FILE.html|.md|.csv|.tex")
     if args.out is not None:
         pages.check_format(args.out)
     found = pages.gather(args.runs)
-    tables = pages.published_tables(found) if args.published else pages.result_tables(found)
+    title, legend, drawn = "Clean and robust", pages.html.LEGEND, []
+    if args.leaderboard:
+        title, legend = "Leaderboard", pages.leaderboard.LEGEND
+        tables, unranked = pages.leaderboards(found, pages.load_entries(args.runs[0]))
+        found.left_out |= unranked
+    elif args.published:
+        title, legend, tables = "Published figures", pages.published.LEGEND, pages.published_tables(found)
+    else:
+        tables = pages.result_tables(found)
     for name, reason in found.left_out.items():
         print(f"LEFT OUT {name}: {reason}", file=sys.stderr)
     if args.out is None:
@@ -374,12 +384,11 @@ def report(args: ReportArgs) -> int:
                 "\n\n".join(filter(None, (f"## {table.title}", table.note, pages.markdown(table.rows, table.columns))))
             )
         return 0
-    out, drawn = Path(args.out), []
+    out = Path(args.out)
     if out.suffix in (".html", ".md") and not args.published:
         drawn = pages.figures(found, out.with_name(f"{out.stem}-figures"))
-    title = args.title or ("Published figures" if args.published else "Clean and robust")
-    legend = pages.published.LEGEND if args.published else pages.html.LEGEND
-    print(f"written to {pages.write_report(out, title, tables, drawn, pages.facts(found), legend=legend)}")
+    about = pages.facts(found)
+    print(f"written to {pages.write_report(out, args.title or title, tables, drawn, about, legend=legend)}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from rvlm.report.gather import Found, gather
 from rvlm.report.html import write_html
+from rvlm.report.leaderboard import Entry, leaderboards, load_entries
 from rvlm.report.pages import check_format, facts, figures, result_tables, write_report
 from rvlm.report.plots import (
     accuracy_over_eps,
@@ -27,6 +28,7 @@ from rvlm.report.tables import (
 )
 
 __all__ = [
+    "Entry",
     "Found",
     "Table",
     "accuracy_over_eps",
@@ -41,6 +43,8 @@ __all__ = [
     "image_grid",
     "latency_table",
     "latex",
+    "leaderboards",
+    "load_entries",
     "load_published",
     "maps",
     "markdown",

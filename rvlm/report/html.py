@@ -8,17 +8,11 @@ from rvlm.report.tables import Table, cell
 
 __all__ = ["write_html"]
 
-WORDS = (
-    "data",
-    "attack",
-    "target",
-    "footnote",
-    "venue",
-    "authors",
-    "checks",
-    "trust",
-    "says",
-)  # columns that are not of numbers
+# Columns of words; the others are of numbers and stand at the right.
+WORDS = {
+    "architecture", "attack", "authors", "checks", "data", "footnote", "link", "name", "says", "target", "title",
+    "trust", "venue",
+}  # fmt: skip
 LEGEND = (
     'Accuracies in per cent with their 95 % Wilson interval. "white-box": the attack sees all of the model that is '
     'scored; "transfer": its images were made on another model.'

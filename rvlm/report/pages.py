@@ -8,17 +8,21 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rvlm.files import write_bytes
 from rvlm.report.gather import Case, Found, cases, differences, shared_means
 from rvlm.report.html import LEGEND, write_html
-from rvlm.report.plots import accuracy_over_eps, bars, pareto, training_curves
+from rvlm.report.plots import accuracy_over_eps, bars, heat_map, pareto, training_curves
 from rvlm.report.tables import Table, csv_text, latex, markdown
 
 __all__ = ["check_format", "facts", "figures", "result_tables", "write_report"]
 
+MOST_BARS = 40  # of one figure; more are a heat map
 FORMATS = (".html", ".md", ".csv", ".tex")
 RESULT = {"clean": "clean %", "robust": "robust %", "samples": "samples"}
 
@@ -65,7 +69,12 @@ def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
         if len(shared) > 1:
             of = {(row["name"], row["data"]): row for row in rows}
             values = {name: [100 * of[name, data]["robust"] for data in shared] for name in means}
-            add("By data set", bars, values, shared, about, "robust, %")
+            if len(shared) * len(values) <= MOST_BARS:
+                add("By data set", bars, values, shared, about, "robust, %")
+            else:
+                shares, title = torch.tensor([*values.values()]) / 100, f"robust %; {about}"
+                table = dict(rows=[*values], columns=shared, ylabel="model", xlabel="data", title=title, percent=True)
+                add("By data set", partial(heat_map, **table), shares)
     if found.histories:
         add("Training", training_curves, found.histories)
     return drawn
@@ -79,7 +88,7 @@ def facts(found: Found) -> dict[str, str]:
     lines |= {f"left out: {name}": reason for name, reason in found.left_out.items()}
     for row in found.rows:
         for check in row["failed"]:
-            lines[f"WARNING {check['id']}, {row['name']} on {row['data']}"] = f"{Case.of(row)}: {check['detail']}"
+            lines[f"WARNING {check['id']}: {row['name']} on {row['data']}, {Case.of(row)}"] = check["detail"]
     return lines
 
 

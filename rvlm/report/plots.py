@@ -36,7 +36,7 @@ def accuracy_over_eps(
         curves: name -> points (eps as text, accuracy, lower, upper), fractions; bounds may be NaN.
         title: heading.
     """
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     ticks = sorted({point[0] for points in curves.values() for point in points}, key=Eps)
     for k, (name, points) in enumerate(curves.items()):
@@ -48,10 +48,10 @@ def accuracy_over_eps(
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xticks([float(Eps(tick)) for tick in ticks], ticks)
     axes.set(xlabel="eps (pixel range [0, 1])", ylabel="accuracy, %", ylim=(-3, 103))
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_lines(title), loc="left", fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     rows = [[name, *point] for name, points in curves.items() for point in points]
     return _write(path, figure, ["name", "eps", "accuracy", "ci_low", "ci_high"], rows)
 
@@ -136,7 +136,7 @@ def heat_map(
     axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=20, ha="right")
     axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_lines(title), loc="left", fontsize=11)
     axes.spines[:].set_visible(False)
     table = [[name, *line] for name, line in zip(rows, values.tolist(), strict=True)]
     return _write(path, figure, [ylabel, *columns], table)
@@ -154,7 +154,7 @@ def bars(path: str | Path, values: dict[str, list[float]], names: list[str], tit
         axes.bar(places, heights, width, color=_look(k)[0], edgecolor="white", hatch=hatch, label=_short(label))
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right")
     axes.set(ylabel=ylabel)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_lines(title), loc="left", fontsize=11)
     axes.grid(alpha=0.3, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
     if len(values) > 1:
@@ -183,7 +183,7 @@ def pareto(path: str | Path, points: dict[str, tuple[float, float]], title: str)
         axes.plot(100 * clean, 100 * robust, marker, color=colour, markersize=8, label=_short(name))
     axes.set(xlabel="clean, %", ylabel="robust, %")
     axes.margins(0.12)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_lines(title), loc="left", fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
@@ -220,7 +220,7 @@ def training_curves(path: str | Path, histories: dict[str, list[dict]], title: s
         lower.plot([], [], styles[key], color="#555555", label=key)
     upper.set(ylabel="loss")
     lower.set(xlabel="epoch", ylabel="accuracy, %", ylim=(-3, 103))
-    upper.set_title(title, loc="left", fontsize=11)
+    upper.set_title(_lines(title), loc="left", fontsize=11)
     for axes in (upper, lower):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -261,6 +261,11 @@ def maps(path: str | Path, rows: dict[str, list[Tensor]], columns: list[str], ti
 def _look(k: int) -> tuple[str, str]:
     """Colour and marker of the k-th curve; the 8th has the first colour again, and another marker."""
     return PALETTE[k % len(PALETTE)], MARKERS[(k + k // len(PALETTE)) % len(MARKERS)]
+
+
+def _lines(title: str) -> str:
+    """A title in lines that fit the narrowest figure."""
+    return textwrap.fill(title, width=68, break_on_hyphens=False)
 
 
 def _short(name: str) -> str:

@@ -30,6 +30,6 @@ def write_record(
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def record():
     return write_record

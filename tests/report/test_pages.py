@@ -116,7 +116,25 @@ def test_failed_checks_stand_in_the_table_and_under_it(tmp_path, record):
     found = gather([tmp_path])
     [table] = result_tables(found)
     assert table.rows[0]["checks"] == "loss_increases" and "checks" in table.columns
-    assert facts(found)["WARNING loss_increases, clip on digits"].endswith("it fell")
+    about = "WARNING loss_increases: clip on digits, pgd-10, Linf 8/255, white-box"
+    assert facts(found)[about] == "it fell"
+
+
+def test_cells_of_a_transfer_matrix_go_by_their_source(tmp_path):
+    record = {
+        "schema": "rvlm.transfer/1", "status": "complete", "data": {"name": "digits", "n_used": 10, "fingerprint": "f"},
+        "threat": {"norm": "linf", "eps_str": "8/255", "target": "transfer"}, "attack": {"name": "pgd-10", "seed": 0},
+        "sources": ["vit", "rn"], "targets": ["vit", "rn"], "clean_acc": [0.9, 0.8], "robust_acc": [[0.1, 0.7], [0.6, 0.2]],
+        "checks": [], "perf": {"wall_s": 1.0}, "env": {"rvlm": "0", "torch": "2", "device": "cpu"},
+    }  # fmt: skip
+    (tmp_path / "transfer.json").write_text(json.dumps(record))
+    tables = {table.title: table.rows for table in result_tables(gather([tmp_path]))}
+    found = {title: [(row["name"], row["clean"], row["robust"]) for row in rows] for title, rows in tables.items()}
+    assert found == {
+        "pgd-10, Linf 8/255, white-box": [("rn", 0.8, 0.2), ("vit", 0.9, 0.1)],
+        "pgd-10, Linf 8/255, transfer from vit": [("rn", 0.8, 0.7)],
+        "pgd-10, Linf 8/255, transfer from rn": [("vit", 0.9, 0.6)],
+    }
 
 
 def test_what_is_no_record_is_named(tmp_path, record):
