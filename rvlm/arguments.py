@@ -89,7 +89,8 @@ class DataArgs(Arguments):
 class ModelArgs(DataArgs):
     model: str = "digits-vit"
     """ARCH[:PRETRAINED] of open_clip, hf-hub:ORG/NAME, hf:PATH_OR_NAME (a CLIPModel of transformers), a checkpoint or
-    run folder, digits-vit, digits-rn, digits-vit-tecoa, or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
+    run folder, digits-vit, digits-rn, digits-vit-tecoa, any of these with +weights=FILE (what another training script
+    saved of it), or FILE.py:NAME, a callable from pixels in [0, 1] to logits."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -303,6 +304,23 @@ class ReportArgs(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
+class ConvertArgs(Arguments):
+    """Write a CLIP for another library, with a model card: open_clip, hf (a CLIPModel of transformers), or visual (the
+    vision tower alone, as RobustVLM loads it)."""
+
+    src: str = ""
+    """A model as --model elsewhere; or, with --base, a checkpoint file of another training script."""
+    dst: str = ""
+    """Folder to write; it must be empty, or not be there."""
+    to: str = "open_clip"
+    """open_clip, hf or visual."""
+    base: str | None = None
+    """The CLIP that the weights of a file belong onto, such as ViT-B-32:openai; the same as BASE+weights=FILE."""
+    runs: str | None = None
+    """Run folders, separated by commas, whose records of these weights the card shows; default SRC, if it is one."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class LvlmArgs(Arguments):
     """Attack what an LVLM says about images, and score its answers before and after; with an adapter, those too."""
 
@@ -350,6 +368,7 @@ COMMANDS: dict[str, type] = {
     "eval": EvalArgs,
     "check": CheckArgs,
     "compare": CompareArgs,
+    "convert": ConvertArgs,
     "analyze": AnalyzeArgs,
     "train": TrainArgs,
     "profile": ProfileArgs,

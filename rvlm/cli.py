@@ -23,7 +23,7 @@ __all__ = ["main"]
 # The settings that words before the first flag stand for; * takes all that are left.
 WORDS = {
     "train": ("method",), "ls": ("what",), "data": ("what", "names*"), "check": ("model",), "analyze": ("what",),
-    "profile": ("what",), "compare": ("a", "b"), "report": ("runs*",),
+    "profile": ("what",), "compare": ("a", "b"), "report": ("runs*",), "convert": ("src", "dst"),
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from rvlm.arguments import (
     BenchArgs,
     CheckArgs,
     CompareArgs,
+    ConvertArgs,
     DataArgs,
     DataToolArgs,
     DemoArgs,
@@ -46,8 +47,8 @@ from rvlm.ranks import Ranks, joined
 from rvlm.units import Eps
 
 __all__ = [
-    "analyze", "attack", "bench", "check", "compare", "data", "demo", "eval", "info", "ls", "lvlm", "profile", "report",
-    "train",
+    "analyze", "attack", "bench", "check", "compare", "convert", "data", "demo", "eval", "info", "ls", "lvlm",
+    "profile", "report", "train",
 ]  # fmt: skip
 
 
@@ -390,6 +391,28 @@ def report(args: ReportArgs) -> int:
     about = pages.facts(found)
     print(f"written to {pages.write_report(out, args.title or title, tables, drawn, about, legend=legend)}")
     return 0
+
+
+def convert(args: ConvertArgs) -> int:
+    """Writes the model and its card, loads it back and says by how much its embeddings differ."""
+    from rvlm.files import write_bytes
+    from rvlm.models import convert as write_model
+    from rvlm.models import load_clip
+    from rvlm.models.convert import difference, read_back
+    from rvlm.report import model_card
+
+    if not (args.src and args.dst):
+        raise ValueError("convert takes a model and a folder: rvlm convert SRC DST --to hf")
+    if args.base is None and Path(args.src).is_file():
+        raise ValueError(f"{args.src} holds weights alone: give the CLIP that they belong onto, --base ViT-B-32:openai")
+    spec = args.src if args.base is None else f"{args.base}+weights={args.src}"
+    clip = load_clip(spec)
+    folder = write_model(clip, args.dst, args.to)
+    runs = args.runs.split(",") if args.runs else [args.src] if Path(args.src, "result").is_dir() else []
+    write_bytes(folder / "README.md", model_card(clip, args.to, runs).encode())
+    gap = difference(clip, read_back(clip, folder, args.to))
+    print(f"written to {folder}; loaded back, embeddings differ by at most {gap:.1g}")
+    return 0 if gap <= 1e-5 else CHECK_FAILED
 
 
 def attack(args: AttackArgs) -> int:

@@ -7,8 +7,9 @@ logits = classifier(x)
 
 from rvlm.models.adapter import Adapter, apply_adapter
 from rvlm.models.clip import Clip
+from rvlm.models.convert import convert
 from rvlm.models.ensemble import Ensemble
 from rvlm.models.load import load_clip
 from rvlm.models.zero_shot import ZeroShotClassifier
 
-__all__ = ["Adapter", "Clip", "Ensemble", "ZeroShotClassifier", "apply_adapter", "load_clip"]
+__all__ = ["Adapter", "Clip", "Ensemble", "ZeroShotClassifier", "apply_adapter", "convert", "load_clip"]

@@ -67,8 +67,18 @@ def load(source: str) -> Clip:
         raise FileNotFoundError(f"{missing} ({error})") from error
     try:
         processor = CLIPImageProcessor.from_pretrained(source)
-        model.visual.preprocess_cfg = {"mean": processor.image_mean, "std": processor.image_std}
+        model.visual.preprocess_cfg = _preprocess(processor)
     except OSError:
         pass  # Clip knows OpenAI's
     name = f"hf:{Path(source).resolve()}" if Path(source).is_dir() else f"hf:{source}"
     return Clip(model, Tokenizer(tokenizer, model.config.text_config.max_position_embeddings), name=name)
+
+
+def _preprocess(processor: CLIPImageProcessor) -> dict:
+    """What it does to images, in open_clip's words."""
+    return {
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+        "interpolation": {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic"),
+        "resize_mode": "shortest" if "shortest_edge" in processor.size else "squash",
+    }

@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import torch
 
 from rvlm.models import tiny, zoo
 from rvlm.models.adapter import ADAPTER_CONFIG, Adapter, apply_adapter
+from rvlm.models.checkpoints import load_weights, read_weights
 from rvlm.models.clip import CONFIG, WEIGHTS, Clip
 from rvlm.models.weights import weights_sha
 
@@ -23,17 +25,25 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
             hub), a folder with open_clip_model.safetensors and open_clip_config.json or with an adapter (or a run
             folder with such a `checkpoint`), `tiny-vit` or `tiny-rn` (random weights, 32 px), or `digits-vit`,
             `digits-rn`, `digits-vit-tecoa` (trained on first use, then cached). Any of these may be followed by
-            `+adapter=FOLDER`.
+            `+weights=FILE`, weights of the same architecture that another training script saved, a vision tower alone
+            or all (see `rvlm.models.checkpoints`), and by `+adapter=FOLDER`.
         device: where to put it.
         seed: of random weights.
 
     Raises:
-        FileNotFoundError: no such folder. ImportError: hf: without transformers. ValueError: unknown architecture or
-            tag; QuickGELU in the checkpoint and not in the architecture, or the reverse.
+        FileNotFoundError: no such folder or file. ImportError: hf: without transformers. ValueError: unknown
+            architecture or tag; weights of another architecture; QuickGELU in the checkpoint and not in the
+            architecture, or the reverse.
     """
     base, plus, adapter = spec.partition("+adapter=")
     if plus:
         clip = apply_adapter(load_clip(base, device, seed=seed), adapter)
+        clip.name = spec
+        return clip
+    base, plus, file = spec.rpartition("+weights=")
+    if plus:
+        clip = load_clip(base, device, seed=seed)
+        load_weights(clip.model, file)
         clip.name = spec
         return clip
     if spec in zoo.NAMES:
@@ -68,7 +78,10 @@ def _from_folder(folder: Path, name: str) -> Clip:
         return clip
     missing = [file for file in (WEIGHTS, CONFIG) if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: expected a folder written by Clip.save")
+        theirs = f"; if it is one of transformers, hf:{folder}" if (folder / "config.json").is_file() else ""
+        raise FileNotFoundError(
+            f"{folder} lacks {' and '.join(missing)}: expected a folder written by Clip.save{theirs}"
+        )
     model = open_clip.create_model(f"local-dir:{folder}")
     config = json.loads((folder / CONFIG).read_text())
     return Clip(model, _tokenizer(config, f"local-dir:{folder}"), name=name, config=config)
@@ -104,13 +117,31 @@ def _from_architecture(spec: str, seed: int) -> Clip:
     quick_gelu = _quick_gelu(arch, pretrained, model_cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = open_clip.create_model(arch, pretrained=pretrained or None, force_quick_gelu=quick_gelu)
+        model = _built(arch, pretrained, quick_gelu)
     if quick_gelu:
         model_cfg = model_cfg | {"quick_gelu": True}
     keys = ("mean", "std", "interpolation", "resize_mode")
     preprocess = {key: value for key, value in model.visual.preprocess_cfg.items() if key in keys}
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     return Clip(model, open_clip.get_tokenizer(arch), name=spec, config=config)
+
+
+def _built(arch: str, pretrained: str, quick_gelu: bool):
+    import open_clip
+
+    try:
+        return open_clip.create_model(arch, pretrained=pretrained or None, force_quick_gelu=quick_gelu)
+    except (RuntimeError, AssertionError, pickle.UnpicklingError):  # what open_clip has to say of keys
+        if not Path(pretrained).is_file():
+            raise
+    if read_weights(pretrained)[1]:
+        raise ValueError(
+            f"{pretrained} holds a vision tower alone; its text tower is that of the CLIP it was trained from: name "
+            f"that one, such as {arch}:openai+weights={pretrained}"
+        )
+    model = open_clip.create_model(arch, force_quick_gelu=quick_gelu)
+    load_weights(model, pretrained)
+    return model
 
 
 def _quick_gelu(arch: str, pretrained: str, model_cfg: dict) -> bool:

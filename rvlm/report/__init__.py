@@ -1,5 +1,6 @@
 """Reports: tables, plots with their numbers as CSV beside them, and a self-contained HTML page."""
 
+from rvlm.report.card import model_card
 from rvlm.report.gather import Found, gather
 from rvlm.report.html import write_html
 from rvlm.report.leaderboard import Entry, leaderboards, load_entries
@@ -48,6 +49,7 @@ __all__ = [
     "load_published",
     "maps",
     "markdown",
+    "model_card",
     "pareto",
     "phase_table",
     "protocol_table",

@@ -2,8 +2,6 @@
 
 import copy
 import importlib.util
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from rvlm.analysis import attention_map, cka_matrix
 from rvlm.attacks import pgd
 from rvlm.data import load_data
 from rvlm.methods import build_method
-from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, load_clip, tiny
+from rvlm.models import Adapter, Clip, ZeroShotClassifier, apply_adapter, convert, load_clip, tiny
 from rvlm.models.adapter import AdapterConfig
 from rvlm.models.towers import SITES, attention_output, tower_of
 from rvlm.models.weights import weights_sha
@@ -73,74 +71,11 @@ def next_open_clip() -> Clip:
     return clip
 
 
-def transformers_folder(folder: Path, clip: Clip) -> Path:
-    """Writes an open_clip ViT as a CLIPModel of transformers, with a tokenizer that says the same."""
-    transformers = pytest.importorskip("transformers")
-    model, tower = clip.model, clip.visual
-    width, text_width = tower.conv1.out_channels, model.token_embedding.weight.shape[1]
-
-    def about(width, blocks, **other):
-        heads, quick = blocks[0].attn.num_heads, type(blocks[0].mlp.gelu).__name__ == "QuickGELU"
-        return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads,
-                "num_hidden_layers": len(blocks), "hidden_act": "quick_gelu" if quick else "gelu", **other}  # fmt: skip
-
-    config = transformers.CLIPConfig(
-        projection_dim=model.text_projection.shape[1],
-        vision_config=about(
-            width, tower.transformer.resblocks, image_size=clip.size, patch_size=tower.conv1.kernel_size[0]
-        ),
-        text_config=about(
-            text_width, model.transformer.resblocks, vocab_size=len(model.token_embedding.weight),
-            max_position_embeddings=len(model.positional_embedding), bos_token_id=49406, eos_token_id=49407,
-            pad_token_id=0,
-        ),
-    )  # fmt: skip
-    state = {
-        "logit_scale": model.logit_scale,
-        "visual_projection.weight": tower.proj.T,
-        "text_projection.weight": model.text_projection.T,
-        "vision_model.embeddings.class_embedding": tower.class_embedding,
-        "vision_model.embeddings.patch_embedding.weight": tower.conv1.weight,
-        "vision_model.embeddings.position_embedding.weight": tower.positional_embedding,
-        "text_model.embeddings.token_embedding.weight": model.token_embedding.weight,
-        "text_model.embeddings.position_embedding.weight": model.positional_embedding,
-    }
-    norms = {
-        "vision_model.pre_layrnorm": tower.ln_pre,
-        "vision_model.post_layernorm": tower.ln_post,
-        "text_model.final_layer_norm": model.ln_final,
-    }
-    for side, blocks in (("vision", tower.transformer.resblocks), ("text", model.transformer.resblocks)):
-        for k, block in enumerate(blocks):
-            at = f"{side}_model.encoder.layers.{k}"
-            norms |= {f"{at}.layer_norm1": block.ln_1, f"{at}.layer_norm2": block.ln_2,
-                      f"{at}.mlp.fc1": block.mlp.c_fc, f"{at}.mlp.fc2": block.mlp.c_proj,
-                      f"{at}.self_attn.out_proj": block.attn.out_proj}  # fmt: skip
-            for part in ("weight", "bias"):
-                thirds = getattr(block.attn, f"in_proj_{part}").chunk(3)
-                for name, third in zip("qkv", thirds, strict=True):
-                    state[f"{at}.self_attn.{name}_proj.{part}"] = third
-    for name, module in norms.items():
-        state |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
-    theirs = transformers.CLIPModel(config)
-    theirs.load_state_dict({name: t.detach().clone() for name, t in state.items()})
-    theirs.save_pretrained(folder)
-    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {renamed.get(word, word): number for word, number in clip.tokenizer.encoder.items()}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    merges = "\n".join(" ".join(pair) for pair in clip.tokenizer.bpe_ranks)
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    names = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    transformers.CLIPTokenizer(**names).save_pretrained(folder)
-    mean, std = (t.flatten().tolist() for t in (clip.mean, clip.std))
-    transformers.CLIPImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def transformers_clip(tmp_path_factory) -> str:
     """Spec of tiny-vit as a CLIPModel of transformers."""
-    return f"hf:{transformers_folder(tmp_path_factory.mktemp('hf'), load_clip('tiny-vit'))}"
+    pytest.importorskip("transformers")
+    return f"hf:{convert(load_clip('tiny-vit'), tmp_path_factory.mktemp('hf'), 'hf')}"
 
 
 TOWERS = {
@@ -369,7 +304,7 @@ def test_a_clip_of_transformers_says_what_open_clips_says(transformers_clip, x):
 def test_a_vit_b_32_of_transformers_says_what_open_clips_says(tmp_path):
     """At the size of OpenAI's, with its activation and its tokenizer's context."""
     ours = load_clip("ViT-B-32-quickgelu")
-    theirs = load_clip(f"hf:{transformers_folder(tmp_path, ours)}")
+    theirs = load_clip(f"hf:{convert(ours, tmp_path, 'hf')}")
     x, texts = torch.rand(2, 3, 224, 224), ["a photo of a cat.", "two dogs on a beach"]
     with torch.no_grad():
         torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
