@@ -304,6 +304,26 @@ class ReportArgs(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
+class ReproArgs(Arguments):
+    """Rerun the evaluation of a record and say whether it holds; other weights or samples than its own are refused."""
+
+    record: str = ""
+    """RUN/result/NAME.json, of eval, attack or train."""
+    model: str | None = None
+    """Where its model is now, as --model elsewhere; default where it was."""
+    source: str | None = None
+    """The same of the model that its images were made on."""
+    data: str | None = None
+    """The same of its data, as --data elsewhere."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    json: bool = False
+    """Print JSON."""
+    out: str | None = None
+    """Run folder of the new record; default runs/repro-DATE."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class ConvertArgs(Arguments):
     """Write a CLIP for another library, with a model card: open_clip, hf (a CLIPModel of transformers), or visual (the
     vision tower alone, as RobustVLM loads it)."""
@@ -369,6 +389,7 @@ COMMANDS: dict[str, type] = {
     "check": CheckArgs,
     "compare": CompareArgs,
     "convert": ConvertArgs,
+    "repro": ReproArgs,
     "analyze": AnalyzeArgs,
     "train": TrainArgs,
     "profile": ProfileArgs,

@@ -24,6 +24,7 @@ __all__ = ["main"]
 WORDS = {
     "train": ("method",), "ls": ("what",), "data": ("what", "names*"), "check": ("model",), "analyze": ("what",),
     "profile": ("what",), "compare": ("a", "b"), "report": ("runs*",), "convert": ("src", "dst"),
+    "repro": ("record",),
 }  # fmt: skip
 
 

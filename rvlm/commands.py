@@ -40,6 +40,7 @@ from rvlm.arguments import (
     LvlmArgs,
     ProfileArgs,
     ReportArgs,
+    ReproArgs,
     TrainArgs,
     recipes,
 )
@@ -48,7 +49,7 @@ from rvlm.units import Eps
 
 __all__ = [
     "analyze", "attack", "bench", "check", "compare", "convert", "data", "demo", "eval", "info", "ls", "lvlm",
-    "profile", "report", "train",
+    "profile", "report", "repro", "train",
 ]  # fmt: skip
 
 
@@ -391,6 +392,50 @@ def report(args: ReportArgs) -> int:
     about = pages.facts(found)
     print(f"written to {pages.write_report(out, args.title or title, tables, drawn, about, legend=legend)}")
     return 0
+
+
+def repro(args: ReproArgs) -> int:
+    """Runs a record's evaluation again: OUT/repro.json, and a record of its own."""
+    from rvlm.evaluation import read_recorded, write_evaluation
+    from rvlm.models import load_clip
+
+    if not args.record:
+        raise ValueError("repro takes a record: rvlm repro RUN/result/NAME.json")
+    old, device = read_recorded(args.record), _device(args.device)
+
+    def load(spec: str | None, role: str):
+        if spec is None:
+            return None
+        model = _from_file(spec) if ".py:" in spec else load_clip(spec)
+        return old.classifier(model.to(device) if isinstance(model, torch.nn.Module) else model, data, role)
+
+    with _together(args) as ranks:
+        with ranks.first_before_others():  # models of the zoo are trained on first use
+            data = old.samples(args.data or old.data)
+            model = load(args.model or old.model, "model")
+            source = load(old.source and (args.source or old.source), "source")
+        run = _Run("repro", args) if ranks.first else None
+        found = old.run(model, data, source, device)
+        if run is None:
+            return 0
+        result, record = old.compare(found), old.record
+        mark = record["protocol"] and record["protocol"] | {"status": record["status"]}
+        about = {"method": record["model"]["method"], "processes": ranks.size, "source": source, "protocol": mark}
+        rows = [write_evaluation(run.out, record["name"], found, data, model, **about)]
+        run.write_json(run.out / "repro.json", {"record": str(old.path), **dataclasses.asdict(result)})
+        run.finish(rows, json.dumps(dataclasses.asdict(result), indent=1) if args.json else _reproduced(result))
+        return 0 if result.holds else CHECK_FAILED
+
+
+def _reproduced(result) -> str:
+    lines = [
+        f"{what:<7} {100 * result.recorded[what]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) recorded, "
+        f"{100 * result.again[what]:.1f} % again; {result.changed[what]} of {result.n} verdicts changed"
+        for what, (low, high) in result.interval.items()
+    ]
+    lines += [f"not as it was: {line}" for line in result.differs]
+    rule = "every verdict must be the same" if result.exact else "accuracies must lie in the recorded intervals"
+    return "\n".join([*lines, f"{'holds' if result.holds else 'DOES NOT HOLD'}: here {rule}"])
 
 
 def convert(args: ConvertArgs) -> int:

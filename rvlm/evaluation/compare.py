@@ -15,13 +15,14 @@ import numpy as np
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.records import RETRIEVAL
 
-__all__ = ["Comparison", "compare", "mcnemar", "setting"]
+__all__ = ["Comparison", "compare", "mcnemar", "read_record", "right_samples", "setting"]
 
 ALIKE = {
     "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"),
     "resizing": ("data", "resized"), "size": ("input", "attack_res"), "norm": ("threat", "norm"),
     "eps": ("threat", "eps"), "target": ("threat", "target"), "source": ("source", "sha256"),
     "attack": ("attack", "name"), "stages": ("attack", "stages"), "seed": ("attack", "seed"),
+    "quantize": ("attack", "quantize"),
 }  # fmt: skip
 
 
@@ -55,14 +56,14 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
         FileNotFoundError: no such record, or no such per-sample file. ValueError: they differ in more than the model,
         so that their numbers say nothing about it; all that differs is named.
     """
-    records = [_record(Path(path)) for path in (a, b)]
+    records = [read_record(Path(path)) for path in (a, b)]
     here, there = (setting(record) for record in records)
     differ = [
         f"{name} is {_short(here[name])} and {_short(there[name])}" for name in ALIKE if here[name] != there[name]
     ]
     if differ:
         raise ValueError(f"{a} and {b} cannot be compared: {'; '.join(differ)}. Only the model may differ.")
-    right = [_right(record, Path(path)) for record, path in zip(records, (a, b), strict=True)]
+    right = [right_samples(record, Path(path))[0] for record, path in zip(records, (a, b), strict=True)]
     return [_compared(what, right[0][what], right[1][what]) for what in right[0]]
 
 
@@ -84,7 +85,12 @@ def _compared(what: str, a: np.ndarray, b: np.ndarray) -> Comparison:
     return Comparison(what, n, *sides[0], *sides[1], only_a, only_b, mcnemar(only_a, only_b))
 
 
-def _record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of an evaluation.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no record {path}: expected a file RUN/result/NAME.json")
     record = json.loads(path.read_text())
@@ -93,8 +99,8 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _right(record: dict[str, Any], path: Path) -> dict[str, np.ndarray]:
-    """By measure: which samples are right, bool [N]."""
+def right_samples(record: dict[str, Any], path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """By measure, which samples are right, bool [N], from the file beside the record at `path`; and their numbers."""
     file = path.parents[1] / record["samples"]
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}: the record's samples lie beside its result/ folder")
@@ -102,9 +108,9 @@ def _right(record: dict[str, Any], path: Path) -> dict[str, np.ndarray]:
         if record["schema"] == RETRIEVAL:
             names = {"text_clean": "clean text_r@1", "text_adv": "robust text_r@1"}
             names |= {"image_clean": "clean image_r@1", "image_adv": "robust image_r@1"}
-            return {what: columns[column] < 1 for column, what in names.items()}
-        broken = columns["broken_by"]
-    return {"clean": broken != -2, "robust": broken == -1}
+            return {what: columns[column] < 1 for column, what in names.items()}, columns["index"]
+        broken, index = columns["broken_by"], columns["index"]
+    return {"clean": broken != -2, "robust": broken == -1}, index
 
 
 def _at(record: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -53,6 +53,7 @@ class Evaluation:
         margin: largest other logit minus the label's, on x_adv.
         x_adv: adversarial images [N, 3, H, W] if they were asked for (clean ones where no stage attacked).
         checks: list of {"id", "ok", "detail"}.
+        quantize: levels of the images' grid, None: floats.
     """
 
     attack: str
@@ -77,6 +78,7 @@ class Evaluation:
     forwards: int
     backwards: int
     seconds: float
+    quantize: int | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -156,7 +158,7 @@ def evaluate(
         attack, stages, [], eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]),
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
         linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
-        x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0,
+        x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0, quantize=quantize,
     )  # fmt: skip
     ranks = Ranks()
     keeper = Keeper(

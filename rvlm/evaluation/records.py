@@ -38,8 +38,8 @@ from rvlm.models.weights import weights_sha
 from rvlm.units import Eps
 
 __all__ = [
-    "environment", "measured_before", "record_rows", "record_stem", "summary_row", "write_evaluation", "write_json",
-    "write_retrieval", "write_transfer",
+    "environment", "measured_before", "record_rows", "record_stem", "summary_row", "weights_of", "write_evaluation",
+    "write_json", "write_retrieval", "write_transfer",
 ]  # fmt: skip
 
 SCHEMA, RETRIEVAL = "rvlm.result/1", "rvlm.retrieval/1"
@@ -97,6 +97,7 @@ def write_evaluation(
             "refused": evaluation.refused,
             "seed": evaluation.seed,
             "batch": evaluation.batch_size,
+            "quantize": evaluation.quantize,
             "precision": "fp32",
         },
         "metrics": {
@@ -224,9 +225,14 @@ def measured_before(
         record["status"], record["protocol"], record["data"]["fingerprint"], record["model"]["sha256"],
         (record.get("source") or {}).get("sha256"),
     ]  # fmt: skip
-    shas = [clip and weights_sha(getattr(clip, "clip", clip)) for clip in (model, source)]
-    here = [protocol["status"], _protocol(protocol), data.fingerprint, *shas]
+    here = [protocol["status"], _protocol(protocol), data.fingerprint, weights_of(model), weights_of(source)]
     return summary_row(record, f"result/{stem}.json") if there == here else None
+
+
+def weights_of(model: Callable[[Tensor], Tensor] | None) -> str | None:
+    """Hash of the weights as records hold it: of a classifier its Clip's, of a plain callable None."""
+    model = getattr(model, "clip", model)
+    return weights_sha(model) if isinstance(model, nn.Module) else None
 
 
 def record_stem(*parts: str) -> str:
@@ -271,9 +277,8 @@ def _describe(
     """The sections model, input and text of a record; what cannot be seen of a foreign callable is None."""
     names = _sha(data.class_names)
     if not isinstance(classifier, ZeroShotClassifier):
-        weights = weights_sha(classifier) if isinstance(classifier, nn.Module) else None
         name = getattr(classifier, "__qualname__", type(classifier).__name__)
-        model = {"source": "callable", "name": name, "sha256": weights, "method": method}
+        model = {"source": "callable", "name": name, "sha256": weights_of(classifier), "method": method}
         return {"model": model, "input": {"attack_res": resolution}, "text": {"classnames_sha": names}}
     clip = classifier.clip
     return _describe_clip(clip, resolution, method) | {
