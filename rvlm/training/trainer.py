@@ -289,7 +289,7 @@ class _Run:
                 batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler) if made is None else made
         with profiling.phase("student forward"), parametrize.cached(), mixed(student, method.config.precision):
             outputs = _forward(self.forward, method, batch)
-        with profiling.phase("loss and teachers"):
+        with profiling.phase("loss and teachers"), parametrize.cached():
             losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
         values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
         if not abs(values["total"]) < float("inf"):

@@ -124,7 +124,8 @@ def test_cells_of_a_transfer_matrix_go_by_their_source(tmp_path):
     record = {
         "schema": "rvlm.transfer/1", "status": "complete", "data": {"name": "digits", "n_used": 10, "fingerprint": "f"},
         "threat": {"norm": "linf", "eps_str": "8/255", "target": "transfer"}, "attack": {"name": "pgd-10", "seed": 0},
-        "sources": ["vit", "rn"], "targets": ["vit", "rn"], "clean_acc": [0.9, 0.8], "robust_acc": [[0.1, 0.7], [0.6, 0.2]],
+        "sources": ["vit", "rn"], "targets": ["vit", "rn"], "clean_acc": [0.9, 0.8],
+        "robust_acc": [[0.1, 0.7], [0.6, 0.2]],
         "checks": [], "perf": {"wall_s": 1.0}, "env": {"rvlm": "0", "torch": "2", "device": "cpu"},
     }  # fmt: skip
     (tmp_path / "transfer.json").write_text(json.dumps(record))
