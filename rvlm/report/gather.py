@@ -47,7 +47,7 @@ class Found:
     """What was found.
 
     Attributes:
-        rows: summary rows of all records, with protocol, status, method, run, weights, set-up and failed checks.
+        rows: summary rows of all records, with protocol, status, method, run, weights, setting and failed checks.
         histories: rows of metrics.jsonl by the name of the run.
         left_out: files that hold no clean and robust figure, with the reason.
         environments: of the records, without repetition.

@@ -38,7 +38,7 @@ COLUMNS = {
     "name": "model", "rank": "#", "clean_acc": "clean", "best_known": "best known", "robust_acc": "robust",
     "reported": "reported", "external": "external", "unreliable": "unreliable", "additional_data": "more data",
     "architecture": "architecture", "title": "paper", "authors": "authors", "venue": "venue", "link": "link",
-    "footnote": "footnote",
+    "setup": "set-up", "footnote": "footnote",
 }  # fmt: skip
 
 
@@ -124,13 +124,15 @@ def _board(case: Case, rows: list[dict[str, Any]], entries: list[Entry]) -> Tabl
         for entry in sorted(entries, key=lambda entry: entry.data is not None):  # what is said of one board goes last
             if entry.is_of(name, data, case.norm, case.eps):
                 about |= {key: value for key, value in dataclasses.asdict(entry).items() if value is not None}
-        failed = sorted({check["id"] for row in rows if row["name"] == name for check in row["failed"]})
+        own = [row for row in rows if row["name"] == name]
+        failed = sorted({check["id"] for row in own for check in row["failed"]})
         footnotes = [about.get("footnote"), f"failed checks: {', '.join(failed)}" if failed else None]
         line = about | dataclasses.asdict(case) | {
             "name": name, "data": data, "clean_acc": 100 * clean, robust_acc: 100 * robust,
             "best_known": min(100 * robust, about.get("external", 100.0)),
             "additional_data": {True: "yes", False: "no"}.get(about.get("additional_data"), ""),
             "unreliable": "yes" if failed or about.get("unreliable") else "",
+            "setup": ", ".join(row["setup"] for row in own if row["setup"]),
             "footnote": "; ".join(filter(None, footnotes)),
         }  # fmt: skip
         lines.append(line)

@@ -1,7 +1,9 @@
 """Reports as files: the same tables as HTML, Markdown, CSV or LaTeX, the first two with figures.
 
-found = gather(["runs/clip", "runs/tecoa"])
-write_report("report.html", "Two models", result_tables(found), figures(found, "report-figures"), facts(found))
+    found = gather(["runs/clip", "runs/tecoa"])
+    write_report("report.html", "Two models", result_tables(found), figures(found, "report-figures"), facts(found))
+
+Every format has one writer; what differs between a report of runs, a leaderboard and published figures is the tables.
 """
 
 import dataclasses

@@ -97,8 +97,8 @@ def _ours(table: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, A
     """Our rows: one for each model and what it was measured under, eps aside, that has a figure for some column."""
     by_model: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["norm"] == table.get("norm"):
-            case = Case.of(row)
+        case = Case.of(row)
+        if case.norm == table.get("norm"):
             by_model[row["name"], case.protocol, case.attack, case.target, case.source, case.status].append(row)
     found = []
     for (name, protocol, attack, target, source, status), some in by_model.items():

@@ -37,6 +37,12 @@ def test_an_external_figure_moves_a_model_down(folder):
     assert second["reported"] == 45.9 and second["additional_data"] == "no" and second["title"] == "Robust CLIP"
 
 
+def test_a_rank_by_another_set_up_says_so(folder, record):
+    record(folder / "lucky", "lucky", 0.5, attack="autoattack", fingerprint="other images")
+    [board], _ = boards(folder)
+    assert [row["setup"] for row in board.rows] == ["b", "a", "a", "a"] and board.note.endswith("(digits: data).")
+
+
 def test_only_whole_white_box_records_are_ranked(folder, record):
     record(folder / "moved", "moved", 0.99, attack="autoattack", target="transfer", source="clip")
     record(folder / "cut", "cut", 0.99, attack="autoattack", status="partial", n=10)
