@@ -93,6 +93,9 @@ def gather(paths: list[str | Path]) -> Found:
             raise ValueError(f"{file} is no record: expected a JSON object with a schema")
         else:
             _read_record(found, content, file, run)
+    if found.left_out and not (found.rows or found.histories):
+        file, reason = next(iter(found.left_out.items()))
+        raise FileNotFoundError(f"nothing to report in {len(found.left_out)} files: {file}: {reason}")
     _tell_apart(found.rows)
     return found
 

@@ -149,6 +149,8 @@ def test_what_is_no_record_is_named(tmp_path, record):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no record"):
         gather([tmp_path / "empty"])
+    with pytest.raises(FileNotFoundError, match="nothing to report in 1 files: .*cka.json"):
+        gather([tmp_path / "run" / "result" / "cka.json"])
     (tmp_path / "run" / "result" / "half.json").write_text('{"schema": "rvlm.result/1", "na')
     with pytest.raises(ValueError, match="half.json is no JSON"):
         gather([tmp_path])
