@@ -113,6 +113,9 @@ class AttackArgs(ModelArgs):
     """linf, l2 or l1."""
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
+    format: str = "safetensors"
+    """How the images are kept, for rvlm eval --images: safetensors, npz, or wds (tars of PNGs, valid uint8 by the
+    attack)."""
     save_png: bool = False
     """Also write PNGs of the images that fool the model (valid uint8 by the attack) and score them as read back."""
     out: str | None = None
@@ -133,6 +136,8 @@ class EvalArgs(ModelArgs):
     """linf, l2 or l1."""
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
+    images: str | None = None
+    """Score images that rvlm attack saved, instead of attacking: FILE.safetensors, FILE.npz or a folder of tars."""
     protocol: str | None = None
     """Measure on all data sets of a protocol (`rvlm ls protocols`, or a YAML file), which then says what is attacked
     and how."""

@@ -202,6 +202,8 @@ def eval(args: EvalArgs) -> int:
 
     if args.protocol is not None:
         return _eval_protocol(args)
+    if args.images is not None:
+        return _eval_images(args)
     radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
     if holds_captions(args.data):
         return _eval_retrieval(args, radii)
@@ -233,6 +235,25 @@ def eval(args: EvalArgs) -> int:
         code = run.finish(rows)
         shutil.rmtree(run.out / "state")
         return code
+
+
+def _eval_images(args: EvalArgs) -> int:
+    """Saved adversarial images, shown to a model."""
+    from rvlm.evaluation import evaluate, load_images, write_evaluation
+
+    images = load_images(args.images)
+    told = ("attack", "eps", "norm", "seed", "source", "limit")
+    if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
+        raise ValueError(f"{args.images} says what --{changed[0]} is: leave it out")
+    with _together(args) as ranks:
+        data, model, _ = _load(args, ranks)
+        data = images.samples(data)
+        run = _Run("eval", args) if ranks.first else None
+        found = evaluate(model, data, images=images, batch_size=args.batch_size, device=_device(args.device))
+        if run is None:
+            return 0
+        _warn(found.checks)
+        return run.finish([write_evaluation(run.out, args.model, found, data, model, processes=ranks.size)])
 
 
 def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
@@ -271,7 +292,7 @@ def _eval_protocol(args: EvalArgs) -> int:
     from rvlm.report import protocol_table
 
     protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
-    told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed")
+    told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed", "images")
     if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
         raise ValueError(
             f"protocol {protocol.name} says what --{changed[0]} is: leave it out, or write another protocol"
@@ -467,19 +488,22 @@ def attack(args: AttackArgs) -> int:
 
     args.eps.check(args.norm)
     parse_attack(args.attack, args.norm)
+    files = {"safetensors": "adversarial.safetensors", "npz": "adversarial.npz", "wds": "adversarial"}
+    if args.format not in files:
+        raise ValueError(f"unknown format {args.format!r}: expected {', '.join(files)}")
     with _together(args) as ranks:
         data, model, source = _load(args, ranks)
         run = _Run("attack", args) if ranks.first else None
         found = evaluate(
             model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
             batch_size=args.batch_size, seed=args.seed, device=_device(args.device), keep_images=True,
-            quantize=255 if args.save_png else None,
+            quantize=255 if args.save_png or args.format == "wds" else None,
         )  # fmt: skip
         if run is None:
             return 0
         row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
         _warn(found.checks)
-        save_images(run.out / "adversarial.safetensors", found)
+        save_images(run.out / files[args.format], found, data, source or model, args.source or args.model)
         if args.save_png:
             pngs = save_pngs(run.out / "png", found, model)
             print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")

@@ -48,6 +48,19 @@ class Data:
         """The samples at `rows`, which keep their numbers."""
         return dataclasses.replace(self, y=self.y[rows], index=self.index[rows], index_rule=rule)
 
+    def numbered(self, index: Tensor, rule: str) -> "Data":
+        """The samples with these numbers, in this order.
+
+        Raises:
+            ValueError: some are not there.
+        """
+        place = {number: row for row, number in enumerate(self.index.tolist())}
+        if lacks := [number for number in index.tolist() if number not in place]:
+            raise ValueError(
+                f"{self.name}, {self.split} lacks {len(lacks)} of {len(index)} samples, such as {lacks[0]}"
+            )
+        return self.subset(torch.tensor([place[number] for number in index.tolist()]), rule)
+
     def limited(self, n: int | None, seed: int = 0) -> "Data":
         """n samples drawn without replacement, in their old order: the same ones for any batch size."""
         if n is None or n >= len(self):

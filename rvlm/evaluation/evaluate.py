@@ -25,6 +25,7 @@ from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.resume import Keeper, Tally
+from rvlm.evaluation.saved import SavedImages
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
@@ -54,6 +55,7 @@ class Evaluation:
         x_adv: adversarial images [N, 3, H, W] if they were asked for (clean ones where no stage attacked).
         checks: list of {"id", "ok", "detail"}.
         quantize: levels of the images' grid, None: floats.
+        images: that were made before, if there was no attack.
     """
 
     attack: str
@@ -79,6 +81,7 @@ class Evaluation:
     backwards: int
     seconds: float
     quantize: int | None = None
+    images: SavedImages | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -123,6 +126,7 @@ def evaluate(
     quantize: int | None = None,
     progress: bool = True,
     state: str | Path | None = None,
+    images: SavedImages | None = None,
 ) -> Evaluation:
     """Evaluates a classifier under an attack.
 
@@ -140,6 +144,9 @@ def evaluate(
         progress: show a bar.
         state: file to save progress in, at every chunk of a stage (at most once a second); an evaluation that finds
             one goes on there, with the same result. Delete it when it is no longer needed.
+        images: score these, which were saved (`rvlm.evaluation.load_images`), instead of attacking; their facts say
+            what attack, eps, norm, seed and quantize are. "white-box" if they were made on the classifier so, else
+            "transfer". data are their samples (`SavedImages.samples`).
 
     In a process group (see `rvlm.ranks`) every process calls this with the same arguments and gets the same result.
 
@@ -151,14 +158,22 @@ def evaluate(
         raise ValueError(f"{data.name} has no samples to evaluate")
     if state is not None and keep_images:
         raise ValueError("keep_images holds images in memory, which a state file does not save: choose one")
-    stages, eps = parse_attack(attack, norm), Eps(eps).check(norm)
-    n, target = len(data), "white-box" if source is None else "transfer"
+    if images is not None and (state is not None or source is not None):
+        raise ValueError("saved images have their source already, and are scored too fast to need a state file")
+    if images is None:
+        stages, white_box = parse_attack(attack, norm), source is None
+    else:
+        stages, white_box = [images], images.white_box_of(classifier)
+        attack, eps, norm, seed = (images.facts[name] for name in ("attack", "eps", "norm", "seed"))
+        seed, quantize = int(seed), int(images.facts["quantize"]) or None
+    eps = Eps(eps).check(norm)
+    n, target = len(data), "white-box" if white_box else "transfer"
     none = torch.full((n,), -1)
     result = Evaluation(
         attack, stages, [], eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]),
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
         linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
-        x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0, quantize=quantize,
+        x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0, quantize=quantize, images=images,
     )  # fmt: skip
     ranks = Ranks()
     keeper = Keeper(
@@ -189,7 +204,7 @@ def evaluate(
             source or classifier,
             x.to(device),
             y.to(device),
-            transfer=source is not None,
+            transfer=not white_box,
             eps=float(eps),
             norm=norm,
             # One seed per restart; stages that differ in the loss alone start from the same points.
@@ -199,7 +214,7 @@ def evaluate(
         )
         part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images)
         part.spent(found)
-        if source is None:
+        if white_box:
             part.disagreements = int(((part.pred != y) != found.success.cpu()).sum())
         return part
 

@@ -1,6 +1,7 @@
-"""Adversarial images on disk: safetensors, and PNGs that are read back and scored again."""
+"""Adversarial images on disk: safetensors, npz, WebDataset tars, and PNGs that are read back and scored again."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,25 +10,54 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks import scoring
+from rvlm.data import Data
+from rvlm.data.make_wds import make_wds
 from rvlm.evaluation.evaluate import Evaluation
+from rvlm.evaluation.saved import ABOUT, COLUMNS, FACTS
 from rvlm.files import write_bytes
+from rvlm.models.weights import weights_of
 
 __all__ = ["read_png", "save_images", "save_pngs"]
 
 
-def save_images(path: str | Path, evaluation: Evaluation) -> Path:
-    """One safetensors file: x_adv fp32 [N, 3, H, W], y, index, broken_by, with the threat model as metadata."""
+def save_images(path: str | Path, evaluation: Evaluation, data: Data, made_on: Callable, model: str) -> Path:
+    """The images of an evaluation, its samples' y, index and broken_by, and the facts of `rvlm.evaluation.saved`.
+
+    Args:
+        path: FILE.safetensors (facts as metadata) or FILE.npz (facts as JSON), both with x_adv fp32 [N, 3, H, W]; or a
+            folder for WebDataset tars of PNGs, which `wds:PATH` reads, too, with the rest in adversarial.json.
+        evaluation: with its images; for PNGs with quantize=255, so that they are what the attack made.
+        data: what was evaluated on.
+        made_on, model: what the attack saw, and its name.
+
+    Raises:
+        ValueError: PNGs of images that 8 bits do not hold.
+    """
     from safetensors.torch import save
 
-    tensors = {"x_adv": evaluation.x_adv.contiguous(), "y": evaluation.y, "index": evaluation.index}
-    tensors["broken_by"] = evaluation.broken_by
-    facts = {
-        "attack": evaluation.attack,
-        "eps": str(evaluation.eps),
-        "norm": evaluation.norm,
-        "target": evaluation.target,
-    }
-    return write_bytes(path, save(tensors, metadata=facts))
+    path = Path(path)
+    told = (
+        evaluation.attack, evaluation.eps, evaluation.norm, evaluation.target, evaluation.seed,
+        evaluation.quantize or 0, model, weights_of(made_on), data.name, data.split, data.fingerprint,
+    )  # fmt: skip
+    facts = {name: str(fact) for name, fact in zip(FACTS, told, strict=True)}
+    columns = {name: getattr(evaluation, name) for name in COLUMNS}
+    if path.suffix == ".safetensors":
+        return write_bytes(path, save({"x_adv": evaluation.x_adv.contiguous(), **columns}, metadata=facts))
+    if path.suffix == ".npz":
+        buffer = io.BytesIO()
+        arrays = {name: column.numpy() for name, column in ({"x_adv": evaluation.x_adv} | columns).items()}
+        np.savez_compressed(buffer, facts=json.dumps(facts), **arrays)
+        return write_bytes(path, buffer.getvalue())
+    if evaluation.quantize != 255:
+        raise ValueError("PNGs hold 8 bits, which would undo some of the attack: make the images with quantize=255")
+    pixels = (evaluation.x_adv * 255).round().to(torch.uint8)
+    rows = torch.arange(len(pixels))
+    adversarial = Data(data.name, "test", data.class_names, data.y, rows, lambda i: pixels[i], data.template, len(rows))
+    make_wds(adversarial, path)
+    about = {"facts": facts, **{name: columns[name].tolist() for name in ("index", "broken_by")}}
+    write_bytes(path / ABOUT, (json.dumps(about) + "\n").encode())
+    return path
 
 
 def save_pngs(folder: str | Path, evaluation: Evaluation, classifier: Callable[[Tensor], Tensor]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rvlm
 from rvlm.data import Data, Fit
@@ -34,12 +34,12 @@ from rvlm.evaluation.retrieval import Retrieval
 from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.models import Clip, ZeroShotClassifier
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import weights_of, weights_sha
 from rvlm.units import Eps
 
 __all__ = [
-    "environment", "measured_before", "record_rows", "record_stem", "summary_row", "weights_of", "write_evaluation",
-    "write_json", "write_retrieval", "write_transfer",
+    "environment", "measured_before", "record_rows", "record_stem", "summary_row", "write_evaluation", "write_json",
+    "write_retrieval", "write_transfer",
 ]  # fmt: skip
 
 SCHEMA, RETRIEVAL = "rvlm.result/1", "rvlm.retrieval/1"
@@ -88,9 +88,10 @@ def write_evaluation(
         "name": name,
         "protocol": _protocol(protocol),
         **_describe(classifier, data, evaluation.resolution, method),
-        "source": source and _describe(source, data, evaluation.resolution, None)["model"],
+        "source": _source(evaluation, data, source),
         "data": _describe_data(data),
         "threat": _threat(evaluation.norm, evaluation.eps, evaluation.target),
+        "images": evaluation.images and evaluation.images.facts,
         "attack": {
             "name": evaluation.attack,
             "stages": [stage.record() for stage in evaluation.stages],
@@ -229,12 +230,6 @@ def measured_before(
     return summary_row(record, f"result/{stem}.json") if there == here else None
 
 
-def weights_of(model: Callable[[Tensor], Tensor] | None) -> str | None:
-    """Hash of the weights as records hold it: of a classifier its Clip's, of a plain callable None."""
-    model = getattr(model, "clip", model)
-    return weights_sha(model) if isinstance(model, nn.Module) else None
-
-
 def record_stem(*parts: str) -> str:
     """What the files of a record are called: NAME[-DATA]-TARGET-ATTACK-EPS."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
@@ -265,6 +260,14 @@ def _resized(data: Data) -> dict[str, Any] | None:
     """How images are brought to one size before anything else; None where they are left as they are."""
     fit = data.read.size if isinstance(data.read, Reader) else None
     return fit and dataclasses.asdict(fit if isinstance(fit, Fit) else Fit(fit))
+
+
+def _source(evaluation: Evaluation, data: Data, source: Callable[[Tensor], Tensor] | None) -> dict[str, Any] | None:
+    """What the images were made on, if it is not what was evaluated."""
+    if evaluation.images is not None and evaluation.target == "transfer":
+        facts = evaluation.images.facts
+        return {"source": "images", "name": facts["model"], "sha256": facts["sha256"]}
+    return source and _describe(source, data, evaluation.resolution, None)["model"]
 
 
 def _threat(norm: str, eps: Eps, target: str) -> dict[str, Any]:

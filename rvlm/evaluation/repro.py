@@ -18,8 +18,9 @@ from rvlm.data import Data, Fit, load_data
 from rvlm.data.registry import data_root
 from rvlm.evaluation.compare import read_record, right_samples
 from rvlm.evaluation.evaluate import Evaluation, evaluate
-from rvlm.evaluation.records import SCHEMA, environment, weights_of
+from rvlm.evaluation.records import SCHEMA, environment
 from rvlm.models import Clip, ZeroShotClassifier
+from rvlm.models.weights import weights_of
 
 __all__ = ["Recorded", "Reproduction", "read_recorded"]
 
@@ -78,11 +79,7 @@ class Recorded:
         size = Fit(**about["resized"]) if about["resized"] else None
         if size is None and spec.partition(":")[0].partition("+")[0] in ("digits", "npz") and side[0] == side[1]:
             size = side[0]
-        whole = load_data(spec, about["split"], size=size)
-        place = {number: row for row, number in enumerate(whole.index.tolist())}
-        if lacks := [number for number in self.index.tolist() if number not in place]:
-            raise ValueError(f"{spec} lacks {len(lacks)} of the {len(self.index)} recorded samples")
-        data = whole.subset(torch.tensor([place[number] for number in self.index.tolist()]), about["index_rule"])
+        data = load_data(spec, about["split"], size=size).numbered(self.index, about["index_rule"])
         if data.fingerprint != about["fingerprint"]:
             raise ValueError(
                 f"{spec} is not the recorded data: {data.name}, {data.split} has the fingerprint {data.fingerprint}, "
@@ -147,6 +144,8 @@ def read_recorded(path: str | Path) -> Recorded:
     record = read_record(path)
     if record["schema"] != SCHEMA:
         raise ValueError(f"{path} is a record {record['schema']}: only {SCHEMA}, of a classification, can be rerun")
+    if record.get("images"):
+        raise ValueError(f"{path} is of images that were saved before: score those again, rvlm eval --images FILE")
     right, index = right_samples(record, path)
     file = path.parents[1] / "config.yaml"
     told = yaml.safe_load(file.read_text()) if file.is_file() else {}

@@ -327,7 +327,7 @@ def test_images_on_disk(data, tmp_path):
     from safetensors.torch import load_file
 
     found = run(data, keep_images=True, quantize=255, eps="9/255")
-    tensors = load_file(save_images(tmp_path / "adv.safetensors", found))
+    tensors = load_file(save_images(tmp_path / "adv.safetensors", found, data, Threshold(), "toy"))
     assert torch.equal(tensors["x_adv"], found.x_adv) and tensors["broken_by"].tolist() == found.broken_by.tolist()
     report = save_pngs(tmp_path / "png", found, Threshold())
     assert report["written"] == report["still_fool"] == int((found.broken_by >= 0).sum()) > 0

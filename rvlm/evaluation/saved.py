@@ -1,0 +1,117 @@
+"""Adversarial images that were saved (`rvlm.evaluation.images.save_images`), to be shown to any model."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rvlm.attacks import AttackResult
+from rvlm.data import Data
+from rvlm.data.wds import load_wds
+from rvlm.models.weights import weights_of
+
+__all__ = ["ABOUT", "COLUMNS", "FACTS", "SavedImages", "load_images"]
+
+COLUMNS = ("y", "index", "broken_by")
+FACTS = ("attack", "eps", "norm", "target", "seed", "quantize", "model", "sha256", "data", "split", "fingerprint")
+ABOUT = "adversarial.json"  # beside the tars
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedImages:
+    """A stage of an evaluation (see `rvlm.attacks.stages.Stage`) that hands out what was made before.
+
+    Attributes:
+        path: where they were read.
+        x_adv: fp32 [N, 3, H, W] in [0, 1].
+        y, index, broken_by: int64 [N]: labels, sample numbers, and the stage that fooled the model (-1: none, -2: wrong
+            when clean).
+        facts: the threat and what the images were made on; names in FACTS. `model` and `sha256` are of the model that
+            the attack saw.
+    """
+
+    path: Path
+    x_adv: Tensor
+    y: Tensor
+    index: Tensor
+    broken_by: Tensor
+    facts: dict[str, str]
+
+    name = attack = "saved"
+    classes = 2
+    restart = 0
+
+    def __call__(self, model: Callable, x: Tensor, y: Tensor, *, sample_ids: Tensor, **_: Any) -> AttackResult:
+        place = {number: row for row, number in enumerate(self.index.tolist())}
+        rows = torch.tensor([place[number] for number in sample_ids.tolist()])
+        nothing = torch.zeros(len(rows), device=x.device)
+        success = (self.broken_by[rows] != -1).to(x.device)
+        return AttackResult(self.x_adv[rows].to(x.device), success, nothing, None, nothing.long(), 0, 0)
+
+    def cost(self, classes: int) -> int:
+        return 1
+
+    def record(self) -> dict[str, Any]:
+        return {"name": self.name, "attack": self.attack, "settings": self.facts, "restart": self.restart}
+
+    def white_box_of(self, classifier: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the attack saw this very model; of a plain callable nobody knows."""
+        sha = weights_of(classifier)
+        return sha is not None and self.facts["target"] == "white-box" and self.facts["sha256"] == sha
+
+    def samples(self, whole: Data) -> Data:
+        """The clean samples of the images out of the data that they were made from.
+
+        Raises:
+            ValueError: they are not in it, or have other names, labels or sizes.
+        """
+        rule = "all" if len(self.index) == len(whole) else f"those of {self.path.name}"
+        data = whole.numbered(self.index, rule)
+        if data.fingerprint != self.facts["fingerprint"]:
+            raise ValueError(
+                f"{self.path} was made from {self.facts['data']}, {self.facts['split']} with the fingerprint "
+                f"{self.facts['fingerprint']}; {data.name}, {data.split} has {data.fingerprint}"
+            )
+        shape = data.batch(slice(0, 1))[0].shape[1:]
+        if self.x_adv.shape[1:] != shape:
+            raise ValueError(
+                f"{self.path} holds images {list(self.x_adv.shape[1:])}, the data {list(shape)}: see --size"
+            )
+        return data
+
+
+def load_images(path: str | Path) -> SavedImages:
+    """Reads FILE.safetensors, FILE.npz or a folder of tars that `rvlm attack` wrote.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: it lacks arrays or facts, or images and labels do not fit.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    elif path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "facts"}
+            facts = json.loads(str(file["facts"])) if "facts" in file.files else {}
+    elif (path / ABOUT).is_file():
+        about = json.loads((path / ABOUT).read_text())
+        data, facts = load_wds(str(path), "test"), about["facts"]
+        arrays = {name: torch.tensor(about[name]) for name in ("index", "broken_by")}
+        arrays |= {"x_adv": data.batch(slice(None))[0], "y": data.y}
+    else:
+        raise FileNotFoundError(f"no images at {path}: expected FILE.safetensors, FILE.npz or a folder with {ABOUT}")
+    if lacks := [name for name in ("x_adv", *COLUMNS) if name not in arrays] + [f for f in FACTS if f not in facts]:
+        raise ValueError(f"{path} lacks {', '.join(lacks)}: expected what rvlm attack --format writes")
+    x_adv, columns = arrays["x_adv"], [arrays[name] for name in COLUMNS]
+    if x_adv.dim() != 4 or any(column.shape != (len(x_adv),) for column in columns):
+        shapes = ", ".join(f"{name} {list(arrays[name].shape)}" for name in ("x_adv", *COLUMNS))
+        raise ValueError(f"{path}: expected x_adv [N, 3, H, W] and a number of each for every image, got {shapes}")
+    return SavedImages(path, x_adv.float(), *columns, facts)
