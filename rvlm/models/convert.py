@@ -146,7 +146,7 @@ def _save_hf(clip: Clip, folder: Path) -> Path:
         from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
     except ImportError as error:
         raise ImportError(f'converting to hf needs transformers: pip install "rvlm[hf]" ({error})') from error
-    told = _hf_config(clip.name, clip.config["model_cfg"])
+    told, processor = _hf_config(clip.name, clip.config["model_cfg"]), CLIPImageProcessor(**_processor(clip))
     if clip.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") or not hasattr(clip.tokenizer, "bpe_ranks"):
         raise ValueError(f"{clip.name} has a tokenizer of its own: a CLIPModel is written with CLIP's")
     ours, state = dict(clip.model.state_dict()), {}
@@ -159,13 +159,12 @@ def _save_hf(clip: Clip, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(CLIPConfig(**told))
     model.load_state_dict(state)
-    model.save_pretrained(folder)
-    merges = [tuple(pair) for pair in clip.tokenizer.bpe_ranks]
-    length = told["text_config"]["max_position_embeddings"]
-    CLIPTokenizer(vocab=_their_vocabulary(clip.tokenizer), merges=merges, model_max_length=length).save_pretrained(
-        folder
-    )
-    CLIPImageProcessor(**_processor(clip)).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(
+        vocab=_their_vocabulary(clip.tokenizer), merges=[tuple(pair) for pair in clip.tokenizer.bpe_ranks],
+        model_max_length=told["text_config"]["max_position_embeddings"],
+    )  # fmt: skip
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder)
     return folder
 
 

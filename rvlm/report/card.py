@@ -60,7 +60,8 @@ def model_card(clip: Clip, to: str, runs: Sequence[str | Path] = ()) -> str:
     mean, std = (", ".join(f"{v:.4g}" for v in values.flatten().tolist()) for values in (clip.mean, clip.std))
     facts = [
         f"Written by rvlm {rvlm.__version__} from `{clip.name}`, {parameters:.1f} M parameters, weights `{sha}`.",
-        f"Images of {clip.size} x {clip.size} pixels, mean {mean}, std {std}.",
+        f"Images of {clip.size} x {clip.size} pixels, mean {mean}, std {std}; "
+        f"{'QuickGELU' if 'QuickGELU' in repr(clip.model) else 'GELU'} in its transformers.",
     ]
     if trained:
         facts.insert(0, f"Base: `{trained['student']}`. Method: {trained['method']}, preset {trained['preset']}.")

@@ -149,7 +149,10 @@ def train(
         if student.adapter is not None and any(p.requires_grad for p in student.model.parameters()):
             raise ValueError(f"{method.name} trains weights of {student.name}, which has an adapter: start without it")
         if out is not None and student.config is None and student.adapter is None:
-            raise ValueError(f"{student.name} has no open_clip config, so it could not be saved once it is trained")
+            raise ValueError(
+                f"{student.name} has no open_clip config, so it could not be saved once it is trained: rvlm convert "
+                "makes an open_clip model of a CLIPModel"
+            )
         try:
             run = _Run(student, data, method, seed, out, key, ranks, parallel)
             if tensorboard and ranks.first:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import open_clip
 import pytest
@@ -107,6 +108,10 @@ def test_what_transformers_has_no_place_for(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             convert(built(**config), tmp_path / "no", "hf")
+    clip = built()
+    clip.config["preprocess_cfg"]["resize_mode"] = "longest"
+    with pytest.raises(ValueError, match="images resized by longest, bilinear"):
+        convert(clip, tmp_path / "no", "hf")
     assert not (tmp_path / "no").exists()
 
 
@@ -119,7 +124,7 @@ def test_what_cannot_be_converted(tmp_path, monkeypatch):
         convert(clip, tmp_path, "open_clip")
     with pytest.raises(ValueError, match="has no open_clip config"):
         convert(Clip.wrap(clip.model, None), tmp_path / "new", "visual")
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install "rvlm\[hf\]"'):
         convert(clip, tmp_path / "new", "hf")
     with pytest.raises(ValueError, match="has an adapter.*convert its base"):
@@ -232,6 +237,7 @@ def test_the_command_writes_a_model_card(tmp_path, capsys):
     assert run("convert", trained, tmp_path / "open", "--runs", runs) == 0
     assert "embeddings differ by at most 0" in capsys.readouterr().out
     card = (tmp_path / "open" / "README.md").read_text()
+    assert "std 0.5, 0.5, 0.5; GELU in its transformers." in card
     assert "Base: `tiny-vit`. Method: tecoa, preset rvlm." in card and "library_name: open_clip" in card
     rows = [line for line in card.splitlines() if line.startswith("| digits")]
     assert len(rows) == 2 and "| fgsm | white-box | 20 | partial |" in rows[0], "of these weights alone"
