@@ -245,6 +245,8 @@ def evaluate(
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
     slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * data.batch(slice(0, 1))[0].numel()}[norm]  # an ulp of every pixel
     result.checks = _checks(result, tally, slack)
+    if images is not None and not white_box:
+        result.checks.append(images.as_transfer(result.broken_by != -2))
     result.seconds = keeper.seconds()
     return result
 

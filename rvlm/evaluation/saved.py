@@ -64,6 +64,18 @@ class SavedImages:
         sha = weights_of(classifier)
         return sha is not None and self.facts["target"] == "white-box" and self.facts["sha256"] == sha
 
+    def as_transfer(self, right: Tensor) -> dict[str, Any]:
+        """A check for a record of another model: whether these are as strong as images made for transfer.
+
+        right: bool [N], which samples that model gets right when clean.
+        """
+        untouched = int((right & (self.broken_by == -2)).sum())
+        white_box = self.facts["target"] == "white-box"
+        why = [f"{untouched} images were never attacked, as the clean ones had been read wrongly"] if untouched else []
+        why += ["made white-box, they stop where they fool their own model"] if white_box else []
+        weaker = f"{'; '.join(why)}: rvlm eval --source makes stronger ones"
+        return {"id": "made_for_transfer", "ok": not why, "detail": weaker if why else "images were made for transfer"}
+
     def samples(self, whole: Data) -> Data:
         """The clean samples of the images out of the data that they were made from.
 

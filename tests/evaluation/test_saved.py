@@ -57,9 +57,24 @@ def test_on_another_model_it_is_transfer(made, tmp_path, capsys):
     assert run(*argv, "--out", tmp_path / "made") == 0
     saved, made_now = record(tmp_path / "saved"), record(tmp_path / "made")
     assert saved["threat"] == made_now["threat"] and saved["source"]["sha256"] == made_now["source"]["sha256"]
+    weak = next(check for check in saved["checks"] if check["id"] == "made_for_transfer")
+    assert not weak["ok"] and "stop where they fool their own model: rvlm eval --source" in weak["detail"]
+    assert "WARNING made_for_transfer" in capsys.readouterr().err
     assert saved["metrics"]["clean_acc"] == made_now["metrics"]["clean_acc"]
     path = next((tmp_path / "saved" / "result").glob("*.json"))
     assert run("repro", path) == 2 and "rvlm eval --images FILE" in capsys.readouterr().err
+
+
+def test_images_made_for_transfer_are_as_strong_on_the_model_that_they_were_made_for(tmp_path):
+    threat = ["--model", "tiny-rn", "--source", "tiny-vit", "--limit", "40", "--attack", "pgd-3"]
+    assert run("attack", *threat, "--out", tmp_path / "made") == 0
+    file = tmp_path / "made" / FILES["safetensors"]
+    assert run("eval", "--images", file, "--model", "tiny-rn", "--out", tmp_path / "saved") == 0
+    made, saved = record(tmp_path / "made"), record(tmp_path / "saved")
+    assert saved["threat"] == made["threat"] and saved["metrics"]["robust_acc"] == made["metrics"]["robust_acc"]
+    assert saved["source"]["sha256"] == made["source"]["sha256"] and all(check["ok"] for check in saved["checks"])
+    other = load_images(file).as_transfer(torch.ones(40, dtype=torch.bool))
+    assert not other["ok"] and "images were never attacked" in other["detail"]
 
 
 def test_images_that_break_their_word_are_named(made, tmp_path):
