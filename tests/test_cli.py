@@ -155,7 +155,7 @@ def test_processes_with_different_settings_are_refused(monkeypatch, capsys):
         def gather(self, mine):
             return [mine, mine + "seed: 1"]
 
-    monkeypatch.setattr("rvlm.commands.joined", lambda: contextlib.nullcontext(Two()))
+    monkeypatch.setattr("rvlm.commands.shared.joined", lambda: contextlib.nullcontext(Two()))
     assert run("eval") == 2
     assert "different settings" in capsys.readouterr().err
 

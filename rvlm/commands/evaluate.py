@@ -1,0 +1,221 @@
+"""eval and attack: accuracy under attack, of one data set, of retrieval, of saved images, of a protocol."""
+
+import itertools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rvlm.arguments import CHECK_FAILED, DATA_MISSING, AttackArgs, EvalArgs
+from rvlm.commands.shared import Run, device_of, load, together, warn
+from rvlm.ranks import Ranks
+from rvlm.units import Eps
+
+__all__ = ["attack", "eval"]
+
+
+def eval(args: EvalArgs) -> int:
+    from rvlm.data.captions import holds_captions
+    from rvlm.evaluation import evaluate, over_radii, parse_attack, write_evaluation
+    from rvlm.report import accuracy_over_eps
+
+    if args.protocol is not None:
+        return _eval_protocol(args)
+    if args.images is not None:
+        return _eval_images(args)
+    radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
+    if holds_captions(args.data):
+        return _eval_retrieval(args, radii)
+    parse_attack(args.attack, args.norm)
+    with together(args) as ranks:
+        data, model, source = load(args, ranks)
+        run = Run("eval", args) if ranks.first else None
+        rows, seen, curve = [], [], []
+        for eps in radii:
+            found = evaluate(
+                model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
+                batch_size=args.batch_size, seed=args.seed, device=device_of(args.device),
+                # A run that was killed goes on with the same command.
+                state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
+            )  # fmt: skip
+            seen.append(found)
+            found.checks += over_radii(seen)
+            if run is not None:
+                rows.append(
+                    write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
+                )
+                curve.append((str(eps), found.robust, *found.robust_ci))
+                warn(found.checks)
+        if run is None:
+            return 0
+        if len(radii) > 1:
+            zero = [("0", found.clean, *found.clean_ci)]
+            accuracy_over_eps(run.out / "accuracy.png", {f"{args.model}, {args.attack}": zero + curve})
+        code = run.finish(rows)
+        shutil.rmtree(run.out / "state")
+        return code
+
+
+def _eval_images(args: EvalArgs) -> int:
+    """Saved adversarial images, shown to a model."""
+    from rvlm.evaluation import evaluate, load_images, write_evaluation
+
+    images = load_images(args.images)
+    told = ("attack", "eps", "norm", "seed", "source", "limit")
+    if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
+        raise ValueError(f"{args.images} says what --{changed[0]} is: leave it out")
+    with together(args) as ranks:
+        data, model, _ = load(args, ranks)
+        data = images.samples(data)
+        run = Run("eval", args) if ranks.first else None
+        found = evaluate(model, data, images=images, batch_size=args.batch_size, device=device_of(args.device))
+        if run is None:
+            return 0
+        warn(found.checks)
+        return run.finish([write_evaluation(run.out, args.model, found, data, model, processes=ranks.size)])
+
+
+def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
+    """Recall on images with captions, clean and attacked: a record for each radius."""
+    from rvlm.data.captions import load_captions
+    from rvlm.evaluation import retrieve, write_retrieval
+    from rvlm.evaluation.retrieval import parse_retrieval_attack
+    from rvlm.models import load_clip
+
+    parse_retrieval_attack(args.attack)
+    with together(args) as ranks:
+        with ranks.first_before_others():
+            data = load_captions(args.data, args.split, size=args.size, limit=args.limit)
+            clip, source = (spec and load_clip(spec, device_of(args.device)) for spec in (args.model, args.source))
+        run = Run("eval", args) if ranks.first else None
+        rows, tables = [], []
+        for eps in radii:
+            found = retrieve(
+                clip, data, attack=args.attack, eps=eps, norm=args.norm, source=source, batch_size=args.batch_size,
+                seed=args.seed, device=device_of(args.device),
+            )  # fmt: skip
+            if run is not None:
+                rows.append(
+                    write_retrieval(run.out, args.model, found, data, clip, processes=ranks.size, source=source)
+                )
+                tables.append(found.markdown(f"{args.model} on {data.name}, {len(data)} images"))
+                warn(found.checks)
+        return 0 if run is None else run.finish(rows, "\n\n".join(tables))
+
+
+def _eval_protocol(args: EvalArgs) -> int:
+    """All data sets of a protocol that are there: a record for each, its attacks, radii and targets."""
+    from rvlm.data.registry import data_root
+    from rvlm.evaluation import load_protocol
+    from rvlm.models import load_clip
+    from rvlm.report import protocol_table
+
+    protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
+    told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed", "images")
+    if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
+        raise ValueError(
+            f"protocol {protocol.name} says what --{changed[0]} is: leave it out, or write another protocol"
+        )
+    if ("transfer" in protocol.targets) != (args.source is not None):
+        raise ValueError(
+            f"protocol {protocol.name} measures {' and '.join(protocol.targets)}: "
+            + ("leave --source out" if args.source else "give the model that images are made on as --source")
+        )
+    with together(args) as ranks:
+        with ranks.first_before_others():
+            models = [spec and load_clip(spec, device_of(args.device)) for spec in (args.model, args.source)]
+        run = Run("eval", args) if ranks.first else None
+        rows, missing, broken = [], [], []
+        for part in protocol.parts:
+            data, error = None, None
+            with ranks.first_before_others():
+                try:
+                    data = protocol.open(part, root, args.limit)
+                except (FileNotFoundError, ValueError, ImportError) as found:
+                    error = found
+            if error := next((theirs for theirs in ranks.gather(error) if theirs is not None), None):
+                (missing if isinstance(error, FileNotFoundError) else broken).append(part.data)
+                if run is not None:
+                    print(f"NOT MEASURED {part.data}: {error}", file=sys.stderr)
+                continue
+            rows += _measured(args, protocol, part, data, models, ranks, run)
+        if run is None:
+            return 0
+        run.manifest |= {"protocol": {"name": protocol.name, "sha": protocol.sha}, "missing": missing, "broken": broken}
+        table = protocol_table(rows, f"{protocol.name} {protocol.sha}", len(protocol.parts))
+        run.finish(rows, table, status="incomplete" if missing or broken else "complete")
+        shutil.rmtree(run.out / "state", ignore_errors=True)
+        for title, names in (("missing", missing), ("not what they should be", broken)):
+            if names:
+                print(f"{title}: {', '.join(names)}. Rerun with --out {run.out} when they are there.", file=sys.stderr)
+        return DATA_MISSING if missing else CHECK_FAILED if broken else 0
+
+
+def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "Run | None") -> list[dict[str, Any]]:
+    """Rows of one data set of a protocol; records that an earlier attempt wrote are taken as they are."""
+    from rvlm.data.captions import Captions
+    from rvlm.evaluation import evaluate, retrieve, write_evaluation, write_retrieval
+    from rvlm.evaluation.records import measured_before, record_stem
+    from rvlm.models import ZeroShotClassifier
+
+    mark, rows, checks = protocol.mark(part, data), [], []
+    settings = dict(norm=protocol.norm, batch_size=args.batch_size, seed=protocol.seed, device=device_of(args.device))
+    if not isinstance(data, Captions):
+        prompts, check = protocol.prompts(part, data)
+        checks = [check]
+        models = [clip and ZeroShotClassifier(clip, data.class_names, prompts).eval() for clip in models]
+    for attack, radii in (part.attacks or protocol.attacks).items():
+        for eps, target in itertools.product(radii, protocol.targets):
+            stem = record_stem(args.model, data.name, target, attack, eps)
+            model, source = models[0], models[1] if target == "transfer" else None
+            row = run and measured_before(run.out, stem, data, model, source, mark)
+            if (row := ranks.share(row)) is not None:
+                rows.append(row)
+                continue
+            if isinstance(data, Captions):
+                found = retrieve(model, data, attack=attack, eps=eps, source=source, **settings)
+                write = write_retrieval
+            else:
+                state = run and run.out / "state" / f"{stem}.npz"
+                found = evaluate(model, data, attack=attack, eps=eps, source=source, state=state, **settings)
+                found.checks += checks
+                write = write_evaluation
+            if run is not None:
+                about = {"processes": ranks.size, "source": source, "protocol": mark}
+                rows.append(write(run.out, args.model, found, data, model, **about))
+                (run.out / "state" / f"{stem}.npz").unlink(missing_ok=True)
+                warn(found.checks)
+    return rows
+
+
+def attack(args: AttackArgs) -> int:
+    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+    from rvlm.evaluation.images import save_images, save_pngs
+    from rvlm.report.plots import class_words, image_grid, pick_rows
+
+    args.eps.check(args.norm)
+    parse_attack(args.attack, args.norm)
+    files = {"safetensors": "adversarial.safetensors", "npz": "adversarial.npz", "wds": "adversarial"}
+    if args.format not in files:
+        raise ValueError(f"unknown format {args.format!r}: expected {', '.join(files)}")
+    with together(args) as ranks:
+        data, model, source = load(args, ranks)
+        run = Run("attack", args) if ranks.first else None
+        found = evaluate(
+            model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
+            batch_size=args.batch_size, seed=args.seed, device=device_of(args.device), keep_images=True,
+            quantize=255 if args.save_png or args.format == "wds" else None,
+        )  # fmt: skip
+        if run is None:
+            return 0
+        row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
+        warn(found.checks)
+        save_images(run.out / files[args.format], found, data, source or model, args.source or args.model)
+        if args.save_png:
+            pngs = save_pngs(run.out / "png", found, model)
+            print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
+            row["png"] = pngs
+        some = pick_rows(found.broken_by, found.y)
+        words = [class_words(data.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
+        image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
+        return run.finish([row])
