@@ -143,7 +143,15 @@ def few_digits(root: str | None, images: int | None) -> Task:
     return dataclasses.replace(digits(root, images), settings=dict.fromkeys(PROMPTS, few), shots=16)
 
 
-TASKS = {"digits": digits, "digits-16-shots": few_digits, "cifar10": cifar10}
+def few_digits_resnet(root: str | None, images: int | None) -> Task:
+    """The same for a ResNet, which takes a context and no visual prompts; the ViT is its proxy."""
+    task = few_digits(root, images)
+    return dataclasses.replace(task, student=task.proxy, proxy=task.student)
+
+
+TASKS = {
+    "digits": digits, "digits-16-shots": few_digits, "digits-16-shots-resnet": few_digits_resnet, "cifar10": cifar10,
+}  # fmt: skip
 
 
 def _made(folder: Path, start: str | Callable[[], Clip], data: Data, method: str, settings: dict) -> Clip:
@@ -339,13 +347,14 @@ def main(argv: list[str] | None = None) -> int:
         return 4
     commits = sorted({str(row["env"]["git"])[:12] + ("+" if row["env"]["dirty"] else "") for row in rows})
     proxy = f"{100 * measured[0]['proxy clean']:.1f}"
+    kind, other = ("Tiny ResNet", "ViT") if args.data.endswith("resnet") else ("Tiny ViT", "ResNet")
     title = "Methods" if args.out.name == args.data else args.out.name
     text = f"""# {title} on {args.data}
 
-Tiny ViT CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
+{kind} CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
 {measured[0]["few"]} of them; means over seeds ± half the spread. Not white-box are: "transfer", {args.transfer} on the
 undefended model, scored on the row's, and "tifgsm", tifgsm-10 there; "joint", PGD-{JOINT_STEPS} on student and proxy
-together (for APD, its teacher), scored on the student; "proxy", a vanilla ResNet CLIP ({proxy} clean) on the images
+together (for APD, its teacher), scored on the student; "proxy", a vanilla {other} CLIP ({proxy} clean) on the images
 that {args.transfer} made for the student. "lowfreq" is PGD-{JOINT_STEPS} whose change passed R-Adapt's filter. "images"
 are different training images, "seen" counts epochs, "numbers kept" are those of an adapter.
 
