@@ -3,8 +3,9 @@
     text recall@k    the share of images with a caption of their own among the k nearest captions
     image recall@k   the share of captions whose image is among the k nearest images
 
-The attack moves every image away from its own captions; then all images of the gallery are adversarial ones. Ties count
-against the model. `white-box`: made on the model that is measured. `transfer`: made on another one, `source`.
+The attack moves every image away from its own captions; then all images of the gallery are adversarial ones. Ties, and
+embeddings with NaN, count against the model. `white-box`: made on the model that is measured. `transfer`: made on
+another one, `source`.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ class Retrieval:
         image_clean, image_adv: int64 [T], how many other images lie nearer to a caption than its own.
         linf, distance: |x_adv - x| [N], the largest pixel and in the threat's norm, in float64.
         outside: how far a pixel lies outside [0, 1].
+        nonfinite: images whose embedding has NaN, clean or adversarial.
     """
 
     attack: str
@@ -57,6 +59,7 @@ class Retrieval:
     linf: Tensor
     distance: Tensor
     outside: float
+    nonfinite: int
     seconds: float
 
     @property
@@ -79,6 +82,11 @@ class Retrieval:
         return [
             {"id": "eps_respected", "ok": over <= slack, "detail": f"largest excess over eps {over:.2e}"},
             {"id": "box_respected", "ok": self.outside <= 0, "detail": f"largest distance outside {self.outside:.2e}"},
+            {
+                "id": "embeddings_finite",
+                "ok": not self.nonfinite,
+                "detail": f"{self.nonfinite} images with NaN, ranked last",
+            },
         ]
 
     def markdown(self, name: str) -> str:
@@ -160,7 +168,7 @@ def retrieve(
     return Retrieval(
         attack, eps, norm, "white-box" if source is None else "transfer", seed, batch_size, resolution,
         text_clean, text_adv, image_clean, image_adv, linf, distance, max(outside.max().item(), 0.0),
-        time.perf_counter() - began,
+        int((clean.isnan() | adv.isnan()).any(1).sum()), time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -171,16 +179,16 @@ def _encode_texts(clip: Clip, texts: list[str]) -> Tensor:
 
 def _ranks(images: Tensor, texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of embeddings [N, D], [T, D]: how many captions of others lie nearer than the own ones [N], and how many other
-    images nearer than the own [T]."""
+    images nearer than the own [T]. "Not farther" instead of "nearer" is what makes ties, and NaN, count against it."""
     of_images, of_texts = [], []
     for chunk in torch.arange(len(images)).split(ROWS):
         similar, own = images[chunk] @ texts.T, rows == chunk[:, None]
         best = similar.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        of_images.append(((similar >= best) & ~own).sum(1))
+        of_images.append((~(similar < best) & ~own).sum(1))
     for chunk in torch.arange(len(texts)).split(ROWS):
         similar = texts[chunk] @ images.T
         own = similar.gather(1, rows[chunk, None])
-        of_texts.append((similar >= own).sum(1) - 1)
+        of_texts.append((~(similar < own)).sum(1) - 1)
     return torch.cat(of_images), torch.cat(of_texts)
 
 

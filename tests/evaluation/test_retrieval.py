@@ -77,6 +77,22 @@ def test_recall_falls_under_attack(data, attack):
     assert none["clean"] == none["robust"] == clean
 
 
+def test_embeddings_with_nan_count_against_the_model(data):
+    class Overflows(Toy):
+        def encode_pixels(self, x):
+            off_the_grid = (x * 255 - (x * 255).round()).abs().flatten(1).amax(1) > 0.01
+            return super().encode_pixels(x) * torch.where(off_the_grid, torch.nan, 1.0)[:, None]
+
+        def encode_text(self, texts):
+            return Toy().encode_text(texts)
+
+    own = retrieve(Toy(), data, attack="pgd-1", eps="1.5/255", progress=False)
+    found = retrieve(Overflows(), data, attack="pgd-1", eps="1.5/255", source=Toy(), progress=False)
+    assert found.metrics["clean"] == own.metrics["clean"] and found.nonfinite == N
+    assert (found.text_adv >= len(data.texts) - 3).all() and (found.image_adv == N - 1).all()
+    assert [check["id"] for check in found.checks if not check["ok"]] == ["embeddings_finite"]
+
+
 def test_batches_and_processes_change_nothing(data, monkeypatch):
     whole = retrieve(Toy(), data, attack="pgd-3", eps="4/255", progress=False)
     small = retrieve(Toy(), data, attack="pgd-3", eps="4/255", batch_size=5, progress=False)
