@@ -66,6 +66,7 @@ class Keeper:
             "schema": SCHEMA, "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
             "target": result.target, "seed": result.seed, "batch_size": result.batch_size, "data": data.name,
             "fingerprint": data.fingerprint, "samples": _sha(json.dumps(data.index.tolist()).encode()),
+            "first_image": _sha(data.batch(slice(0, 1))[0].numpy().tobytes()),  # its size and how it was resized, too
             **{role: _name(model) for role, model in models.items()}, **settings,
         }  # fmt: skip
         if self.path.exists():
@@ -126,11 +127,12 @@ class Keeper:
 
 
 def _name(model: Any) -> str | None:
-    """Class and weights; of a plain callable its name alone, since nothing else can be seen."""
+    """Class, weights and prompts; of a plain callable its name alone, since nothing else can be seen."""
     if model is None:
         return None
     name = getattr(model, "__qualname__", type(model).__qualname__)
-    return f"{name} {weights_sha(model)}" if isinstance(model, nn.Module) else name
+    prompts = _sha(json.dumps(getattr(model, "templates", [])).encode())
+    return f"{name} {weights_sha(model)} {prompts}" if isinstance(model, nn.Module) else name
 
 
 def _sha(content: bytes) -> str:

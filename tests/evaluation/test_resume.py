@@ -1,5 +1,6 @@
 """An evaluation that is killed goes on where it was, with the same result; a state of another one is refused."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -150,6 +151,20 @@ def test_another_evaluation_is_refused(data, tmp_path, change, word):
     with pytest.raises(ValueError, match=f"belongs to another evaluation .*{word}"):
         run(change.pop("model", Net()), data, state=path, **change)
     assert path.read_bytes() == before
+
+
+def test_other_prompts_and_other_pixels_are_another_evaluation(data, tmp_path):
+    class Zero(Net):
+        templates = ("a {}.",)
+
+    path, pixels = tmp_path / "state.npz", data.read(data.index)
+    run(Zero(), data, state=path)
+    Zero.templates = ("a photo of a {}.",)
+    with pytest.raises(ValueError, match="belongs to another evaluation .classifier was"):
+        run(Zero(), data, state=path)
+    Zero.templates = ("a {}.",)
+    with pytest.raises(ValueError, match="belongs to another evaluation .first_image was"):
+        run(Zero(), dataclasses.replace(data, read=lambda i: 255 - pixels[i]), state=path)
 
 
 def test_what_is_no_state_is_named(data, tmp_path):
