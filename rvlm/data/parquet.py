@@ -2,6 +2,8 @@
 
 import bisect
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label", "cls")
 
 def load_parquet(path: str, split: str, size: int | Fit | None = None) -> Data:
     """ROOT/**/SPLIT-*.parquet or ROOT/**/SPLIT/*.parquet, in the order of their names; or one file, whatever the split.
+    Of files called ...-K-of-N.parquet all N must be there.
 
     Columns: image or img, the bytes of an image file, plain or as a struct with the field `bytes`; label (or labels,
     fine_label, cls), integers. Names of classes stand in the files' metadata; without, they are called "0", "1", ...
@@ -86,7 +89,22 @@ def _files(root: Path, split: str) -> list[Path]:
         raise FileNotFoundError(f"no Parquet files in {root}: expected {root}/data/{split}-00000-of-00001.parquet ...")
     of = {file: _split_of(file, root) for file in files}
     folder = split_folder(split, {name for name in of.values() if name}, root)
-    return [file for file in files if of[file] == folder]
+    chosen = [file for file in files if of[file] == folder]
+    _check_whole(chosen)
+    return chosen
+
+
+def _check_whole(files: list[Path]) -> None:
+    """Raises ValueError if one of NAME-00000-of-0000N.parquet ... is not there; old ones have a hash before the dot."""
+    there: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(-[0-9a-f]+)?\.parquet", str(file)):
+            there[match[1], int(match[3])].add(int(match[2]))
+    for (name, n), numbers in there.items():
+        if absent := sorted(set(range(n)) - numbers):
+            raise ValueError(
+                f"{len(absent)} of {n} files {name}-*.parquet are missing, the first is number {absent[0]}. Fetch them."
+            )
 
 
 def _split_of(file: Path, root: Path) -> str:
