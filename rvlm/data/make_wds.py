@@ -29,8 +29,8 @@ def make_wds(data: Data, folder: str | Path, *, count: int = 10_000, megabytes: 
         The tars.
 
     Raises:
-        ValueError: no samples, an image that cannot be read, a class name that is no single line, or a split that is
-        there already, or that tars do not have.
+        ValueError: no samples, an image that cannot be read, a class name that is no single line, a split that is
+        there already, or that tars do not have, or splits beside it that have other classes.
     """
     from tqdm import tqdm
 
@@ -43,7 +43,11 @@ def make_wds(data: Data, folder: str | Path, *, count: int = 10_000, megabytes: 
         raise ValueError(f"{data.name}: class name {bad[0]!r} does not fit on a line of {NAMES}")
     if into.is_dir() and any(into.iterdir()):
         raise ValueError(f"{into} is not empty: give another folder, or remove it")
+    names = "\n".join(data.class_names) + "\n"
+    if (folder / NAMES).is_file() and (folder / NAMES).read_text(encoding="utf-8") != names:
+        raise ValueError(f"{folder / NAMES} names other classes than {data.name}: give another folder")
     into.mkdir(parents=True, exist_ok=True)
+    (into / "nshards.txt").write_text("unfinished\n")  # without the file, tars would be read as they are
     tars: list[Path] = []
     samples = enumerate(tqdm(_encoded(data), desc="writing", total=len(data), disable=None, leave=False, unit="image"))
     while chunk := next(samples, None):
@@ -55,10 +59,9 @@ def make_wds(data: Data, folder: str | Path, *, count: int = 10_000, megabytes: 
                 held += 1
                 full = held == count or archive.offset >= megabytes * 10**6
                 chunk = None if full else next(samples, None)
-    (folder / NAMES).write_text("\n".join(data.class_names) + "\n", encoding="utf-8")
+    (folder / NAMES).write_text(names, encoding="utf-8")
     words = [template.replace("{}", "{c}") for template in templates(data.template)]
     (folder / TEMPLATES).write_text("\n".join(words) + "\n", encoding="utf-8")
-    # Last: what was not finished has tars that cannot be mistaken for all of them.
     (into / "nshards.txt.part").write_text(f"{len(tars)}\n")
     os.replace(into / "nshards.txt.part", into / "nshards.txt")
     return tars

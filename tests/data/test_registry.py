@@ -255,6 +255,12 @@ def test_parquet_as_on_the_hub(tmp_path, plain):
     assert torch.equal(data.read(data.index), ALL)
     order = torch.tensor([5, 0, 3])
     assert torch.equal(data.read(order), ALL[order]) and len(load_data(f"parquet:{tmp_path}", "train")) == 1
+    first = tmp_path / "data" / "test-00000-of-00002.parquet"
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 files .*data/test-\*.parquet are missing, the first is number 0"):
+        load_data(f"parquet:{tmp_path}", "test")
+    first.write_bytes(content)
     one = load_data(f"parquet:{tmp_path}/data/test-00001-of-00002.parquet")
     assert torch.equal(one.read(one.index), ALL[3:])
     describe(tmp_path / "root")
@@ -430,6 +436,26 @@ def test_make_wds_from_the_command_line(tmp_path, capsys):
     assert torch.equal(data.read(data.index), ALL) and torch.equal(ALL[3], decoded(3))
     assert run("make-wds", "zoo") == 2 and "takes a data spec and a folder" in capsys.readouterr().err
     assert run("bake", "zoo") == 2 and "expected check, get, make-wds" in capsys.readouterr().err
+
+
+def test_tars_that_were_not_finished_are_refused(tmp_path):
+    """Also where writing ended between two of them, so that each is whole."""
+    for i in range(6):
+        write(tmp_path / "set" / "a" / f"{i}.png", encoded(PIXELS[i], "png") if i != 4 else b"broken")
+    with pytest.raises(ValueError, match="cannot decode a/4.png"):
+        make_wds(load_data(f"folder:{tmp_path}/set"), tmp_path / "out", count=2)
+    assert len([*(tmp_path / "out" / "test").glob("*.tar")]) == 2
+    with pytest.raises(ValueError, match="nshards.txt holds 'unfinished': expected the number of tars"):
+        load_data(f"wds:{tmp_path / 'out'}")
+
+
+def test_splits_of_one_folder_have_the_same_classes(tmp_path):
+    test, train = load_data("digits", limit=4), load_data("digits", "train", limit=4)
+    make_wds(test, tmp_path)
+    with pytest.raises(ValueError, match="classnames.txt names other classes"):
+        make_wds(train.of_classes("base"), tmp_path)
+    make_wds(train, tmp_path)
+    assert [len(load_data(f"wds:{tmp_path}", split)) for split in ("train", "test")] == [4, 4]
 
 
 def test_a_tar_is_closed_when_it_is_full(tmp_path):
