@@ -181,16 +181,21 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
     norm = told.get("norm", "linf")
     if norm not in ORDER:
         raise ValueError(f"{file}: unknown norm {norm!r}, expected {', '.join(ORDER)}")
-    for attacks in [told["attacks"], *(part["attacks"] for part in parts if part.get("attacks"))]:
-        for attack, radii in attacks.items():
-            _check_attack(attack, norm)
-            for eps in radii:
-                Eps(eps).check(norm)
+    for holder in [told, *(part for part in parts if part.get("attacks"))]:
+        holder["attacks"] = {name: _radii(file, name, radii, norm) for name, radii in holder["attacks"].items()}
     if unknown := set(told.get("targets", ())) - {"white-box", "transfer"}:
         raise ValueError(f"{file}: unknown target {', '.join(unknown)}, expected white-box or transfer")
     told |= {key: tuple(told[key]) for key in ("targets", "native") if key in told}
     fit = Fit(**told.pop("fit")) if told.get("fit") else told.pop("fit", None)
     return Protocol(sha=sha, parts=tuple(Part(**part) for part in parts), fit=fit, **told)
+
+
+def _radii(file: Path, attack: str, radii: Any, norm: str) -> list[str]:
+    """The radii of an attack, as records write them."""
+    _check_attack(attack, norm)
+    if not isinstance(radii, list) or not radii:
+        raise ValueError(f"{file}: {attack} must have a list of radii, such as [4/255], got {radii!r}")
+    return [str(Eps(eps).check(norm)) for eps in radii]
 
 
 def _check_attack(name: str, norm: str) -> None:

@@ -123,6 +123,8 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
     ({"parts": [{"data": "digits", "limit": 3}]}, "must have data"),
     ({"attacks": {"pgdd-2": ["1/255"]}}, "unknown attack 'pgdd-2'"),
     ({"attacks": {"pgd-2": ["4"]}}, "did you mean 4/255"),
+    ({"attacks": {"pgd-2": "4/255"}}, "pgd-2 must have a list of radii"),
+    ({"attacks": {"pgd-2": []}}, "pgd-2 must have a list of radii"),
     ({"parts": [{"data": "coco", "attacks": {"sgaa-3": ["1/255"]}}]}, "unknown attack 'sgaa-3'"),
     ({"norm": "l3"}, "unknown norm 'l3'"),
     ({"targets": ["grey-box"]}, "unknown target grey-box"),
@@ -132,6 +134,12 @@ def test_broken_files_are_named(tmp_path, change, message):
     file = write_protocol(tmp_path, **({"parts": ["digits"]} | change))
     with pytest.raises(ValueError, match=message):
         load_protocol(file)
+
+
+def test_radii_may_be_numbers(tmp_path):
+    parts = [{"data": "digits", "attacks": {"pgd-3": [0.05]}}]
+    protocol = load_protocol(write_protocol(tmp_path, parts=parts, attacks={"pgd-2": [8 / 255, "2/255"]}))
+    assert protocol.attacks == {"pgd-2": ["8/255", "2/255"]} and protocol.parts[0].attacks == {"pgd-3": ["0.05"]}
 
 
 def test_every_fact_is_in_the_hash(tmp_path):
