@@ -124,7 +124,7 @@ def _figure(column: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     by_data: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         same_eps = column.get("clean") or abs(Eps(row["eps"]) - Eps(column["eps"])) < 1e-9
-        if same_eps and row["metric"] == column["metric"]:
+        if same_eps and row["metric"] == column["metric"] and "+classes=" not in row["data"]:  # half of a set is no set
             by_data[row["data"].partition("@")[0]].append(row[key])
     if any(name not in by_data for name in names):
         return None

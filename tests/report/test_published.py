@@ -43,6 +43,13 @@ def test_ours_stand_beside_theirs_where_data_norm_and_radius_are_the_same(tmp_pa
     assert not [row for row in rows if row["trust"] == "ours"], "a mean over fewer sets is another figure"
 
 
+def test_half_of_the_classes_is_not_the_set(tmp_path, record):
+    record(tmp_path, "half", 0.9, data="cifar10@wds+classes=base", eps="1/255")
+    assert not [row for table in published_tables(gather([tmp_path])) for row in table.rows if row["trust"] == "ours"]
+    record(tmp_path, "whole", 0.9, data="cifar10@wds", eps="1/255")
+    assert [row for table in published_tables(gather([tmp_path])) for row in table.rows if row["trust"] == "ours"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
