@@ -4,6 +4,7 @@ import itertools
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, DATA_MISSING, AttackArgs, EvalArgs
@@ -178,7 +179,7 @@ def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "
             else:
                 state = run and run.out / "state" / f"{stem}.npz"
                 found = evaluate(model, data, attack=attack, eps=eps, source=source, state=state, **settings)
-                found.checks += checks
+                found.checks += checks + _beside(rows, found)
                 write = write_evaluation
             if run is not None:
                 about = {"processes": ranks.size, "source": source, "protocol": mark}
@@ -186,6 +187,18 @@ def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "
                 (run.out / "state" / f"{stem}.npz").unlink(missing_ok=True)
                 warn(found.checks)
     return rows
+
+
+def _beside(rows: list[dict[str, Any]], found) -> list[dict[str, Any]]:
+    """Checks of an evaluation beside rows of the same data, of other radii and of the other target."""
+    from rvlm.evaluation import both_targets, over_radii
+
+    others = [SimpleNamespace(**row | {"eps": Eps(row["eps"])}) for row in rows if row["attack"] == found.attack]
+    checks = over_radii([*(one for one in others if one.target == found.target), found])
+    for other in others:
+        if other.target != found.target and other.eps == found.eps:
+            checks += both_targets(*sorted((other, found), key=lambda one: one.target == "transfer"))
+    return checks
 
 
 def attack(args: AttackArgs) -> int:

@@ -290,19 +290,27 @@ def test_broken_data_is_named_and_does_not_stop_the_rest(root, model, tmp_path, 
 
 
 def test_white_box_and_transfer(root, model, tmp_path, capsys):
-    file = write_protocol(tmp_path, parts=["b@wds"], targets=["white-box", "transfer"], attacks={"pgd-2": ["8/255"]})
+    file = write_protocol(tmp_path, parts=["b@wds"], targets=["white-box", "transfer"])
     argv = ["eval", "--protocol", file, "--model", model, "--root", root, "--out", tmp_path / "run"]
     assert run(*argv) == 2 and "give the model that images are made on as --source" in capsys.readouterr().err
     assert run(*argv, "--source", "tiny-rn") == 0
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
-    assert [row["target"] for row in rows] == ["white-box", "transfer"]
+    assert [(row["target"], row["eps"]) for row in rows] == [
+        ("white-box", "2/255"), ("transfer", "2/255"), ("white-box", "8/255"), ("transfer", "8/255"),
+    ]  # fmt: skip
     records = [json.loads((tmp_path / "run" / row["record"]).read_text()) for row in rows]
     assert records[0]["source"] is None and records[1]["source"]["name"] == "tiny-rn"
+    compared = {"robust_beyond_transfer", "white_box_is_strongest", "eps_matters"}
+    assert [sorted(compared & {check["id"] for check in record["checks"]}) for record in records] == [
+        [], ["robust_beyond_transfer", "white_box_is_strongest"], ["eps_matters"], sorted(compared),
+    ]  # fmt: skip
+    said = next(check for check in records[1]["checks"] if check["id"] == "robust_beyond_transfer")["detail"]
+    assert f"{rows[0]['robust']:.1%} white-box, {rows[1]['robust']:.1%} on images of" in said
     # Another source: the transfer record is measured anew, the white-box one is not.
     before = [(tmp_path / "run" / row["record"]).stat().st_mtime_ns for row in rows]
     assert run(*argv, "--source", model) == 0
     after = [(tmp_path / "run" / row["record"]).stat().st_mtime_ns for row in rows]
-    assert after[0] == before[0] and after[1] > before[1]
+    assert after[0] == before[0] and after[1] > before[1] and after[2] == before[2] and after[3] > before[3]
 
 
 def test_what_the_protocol_says_cannot_be_said_twice(tmp_path, capsys):
