@@ -31,9 +31,9 @@ FROZEN = {
     "digits-demo": "8819f20f64e32008",
     "radapt18": "6098e953f2780460",
     "robustbench-in5k": "c56388c642535836",
-    "robustvlm-aa1000": "440020ee80d9b60b",
+    "robustvlm-aa1000": "2a9e99948877b3b9",
     "rvlm-fast6": "4d7c75af7a95cbde",
-    "tecoa15-pgd10": "5694b6f86c708a49",
+    "tecoa15-pgd10": "e2991f1cc1a8ff3e",
 }
 
 ABOUT = {"name": "mine", "about": "a test", "attacks": {"pgd-2": ["2/255", "8/255"]}}
