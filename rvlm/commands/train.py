@@ -48,10 +48,12 @@ def train(args: tuple[TrainArgs, Any]) -> int:
             )  # fmt: skip
             found.checks += checks(found)
             if run is not None:
-                trained_by = None if name == "before" else args.method
-                rows.append(
-                    write_evaluation(run.out, name, found, test, classifier, method=trained_by, processes=ranks.size)
-                )
+                about = {
+                    "method": None if name == "before" else args.method,
+                    "processes": ranks.size,
+                    "source": made_on,
+                }
+                rows.append(write_evaluation(run.out, name, found, test, classifier, **about))
                 warn(found.checks)
             return found
 

@@ -146,6 +146,8 @@ def read_recorded(path: str | Path) -> Recorded:
         raise ValueError(f"{path} is a record {record['schema']}: only {SCHEMA}, of a classification, can be rerun")
     if record.get("images"):
         raise ValueError(f"{path} is of images that were saved before: score those again, rvlm eval --images FILE")
+    if record["threat"]["target"] == "transfer" and not record["source"]:
+        raise ValueError(f"{path} is of transfer, but does not say from which model: it cannot be rerun")
     right, index = right_samples(record, path)
     file = path.parents[1] / "config.yaml"
     told = yaml.safe_load(file.read_text()) if file.is_file() else {}

@@ -128,6 +128,20 @@ def test_of_training_the_trained_model(tmp_path):
         assert run("repro", path, "--out", tmp_path / name) == 0
 
 
+def test_of_training_a_defence_under_transfer(tmp_path, capsys):
+    argv = ["train", "r_adapt", "--student", "tiny-vit", "--epochs", "1", "--batch_size", "32", "--steps", "1"]
+    argv += ["--limit", "32", "--eval_limit", "20", "--eval_attack", "fgsm", "--out", tmp_path / "run"]
+    assert run(*argv) == 0
+    path = next((tmp_path / "run" / "result").glob("after-transfer*.json"))
+    record = json.loads(path.read_text())
+    assert record["source"]["sha256"] != record["model"]["sha256"] and record["source"]["name"] == "tiny-vit"
+    assert run("repro", path, "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())["rows"][0]
+    assert (again["target"], again["robust"]) == ("transfer", record["metrics"]["robust_acc"]["v"])
+    path.write_text(json.dumps(record | {"source": None}))
+    assert run("repro", path) == 2 and "does not say from which model" in capsys.readouterr().err
+
+
 def test_a_part_of_a_protocol(tmp_path):
     argv = ["eval", "--protocol", "digits-demo", "--model", "tiny-vit", "--limit", "10", "--out", tmp_path / "run"]
     assert run(*argv) == 0
