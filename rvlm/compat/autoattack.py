@@ -345,7 +345,8 @@ class AutoAttack:
         return part.perturb(x.to(self.device), y.to(self.device))
 
     def _predicted(self, x: Tensor) -> Tensor:
-        return self.get_logits(x.to(self.device)).argmax(1)
+        with untouched(self.model, "keep"):
+            return self.get_logits(x.to(self.device)).argmax(1)
 
     def _share(self, flags: Tensor) -> str:
         return f"{flags.double().mean().item():.2%}"

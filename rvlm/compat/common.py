@@ -7,8 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from rvlm.attacks.ball import Noise, rowwise
+from rvlm.attacks.contract import untouched
 
-__all__ = ["Draws", "GlobalDraws", "Preprocessed", "SquareDraws", "l2_start", "linf_start", "per_sample_loss", "within"]
+__all__ = [
+    "Draws", "GlobalDraws", "Preprocessed", "SquareDraws", "l2_start", "linf_start", "per_sample_loss", "predicted",
+    "within",
+]  # fmt: skip
 
 
 class Draws(Noise):
@@ -101,6 +105,12 @@ def within(x: Tensor, x_adv: Tensor, eps: Tensor | float, order: float) -> Tenso
         return x + delta.clamp(-eps, eps)
     length = rowwise(delta.flatten(1).norm(order, dim=1), x).clamp(min=1e-12)
     return x + delta * (eps / length).clamp(max=1)
+
+
+def predicted(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Classes of x by the model in the mode that it is in, which is left as it was."""
+    with untouched(model, "keep"), torch.no_grad():
+        return model(x).argmax(1)
 
 
 def per_sample_loss(loss: Callable[[Any, Any], Tensor] | None, y: Any) -> str | Callable[[Any, Any], Tensor]:

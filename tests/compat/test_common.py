@@ -6,6 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from rvlm.attacks import apgd, square
+from rvlm.compat import foolbox as fb
+from rvlm.compat import torchattacks
+from rvlm.compat.advertorch.attacks import LinfPGDAttack
+from rvlm.compat.autoattack import AutoAttack
+from rvlm.compat.cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 from rvlm.compat.common import Draws, SquareDraws, per_sample_loss, within
 
 
@@ -55,6 +60,26 @@ def test_losses_per_sample_have_the_same_gradient(loss):
 def test_plain_cross_entropies_are_ours():
     assert per_sample_loss(None, None) == per_sample_loss(nn.CrossEntropyLoss(), torch.arange(3)) == "ce"
     assert callable(per_sample_loss(nn.CrossEntropyLoss(), torch.rand(3, 5))), "distributions"
+
+
+@pytest.mark.parametrize("attack", [
+    lambda m, x, y: fb.attacks.LinfPGD(steps=2)(fb.PyTorchModel(m, (0, 1), "cpu"), x, y, epsilons=0.1),
+    lambda m, x, y: fb.attacks.L2DeepFoolAttack(steps=2)(fb.PyTorchModel(m, (0, 1), "cpu"), x, y, epsilons=0.1),
+    lambda m, x, y: LinfPGDAttack(m, nb_iter=2).perturb(x),
+    lambda m, x, y: projected_gradient_descent(m, x, 0.1, 0.05, 2, torch.inf),
+    lambda m, x, y: AutoAttack(
+        m, eps=0.1, version="custom", attacks_to_run=["apgd-ce"], device="cpu"
+    ).run_standard_evaluation(x, y, bs=3),
+    lambda m, x, y: AutoAttack(m, device="cpu").clean_accuracy(x, y),
+    lambda m, x, y: torchattacks.TPGD(m, steps=2)(x),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the model is in training mode")
+def test_batch_norm_in_training_mode_keeps_its_statistics(attack):
+    """Also where the clean images and the verdict are looked at, which is no attack yet or any more."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(100, 6)).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    attack(model, torch.rand(6, 3, 12, 12), torch.arange(6))
+    assert model[1].training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_within():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rvlm.attacks.ball import rowwise
 from rvlm.attacks.pgd import pgd
-from rvlm.compat.common import per_sample_loss, within
+from rvlm.compat.common import per_sample_loss, predicted, within
 
 __all__ = [
     "FGSM",
@@ -41,9 +41,7 @@ class _Attack:
         if y is None and self.targeted:
             raise ValueError("a targeted attack needs target labels y, got None")
         x = x.detach()
-        if y is None:
-            with torch.no_grad():
-                y = self.predict(x).argmax(1)
+        y = predicted(self.predict, x) if y is None else y
         return pgd(
             self.predict, x, y, eps=self.eps, alpha=getattr(self, "eps_iter", self.eps),
             steps=getattr(self, "nb_iter", 1), norm="linf" if self.ord == torch.inf else "l2", targeted=self.targeted,

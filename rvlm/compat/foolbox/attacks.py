@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks.ball import ORDER, rowwise
+from rvlm.attacks.contract import untouched
 from rvlm.attacks.cw import cw
 from rvlm.attacks.deepfool import deepfool
 from rvlm.attacks.fmn import fmn
@@ -66,7 +67,8 @@ class _Attack:
         several = isinstance(epsilons, Iterable)
         radii = list(epsilons) if several else [epsilons]
         x = inputs.detach()
-        raw, clipped, success = self._runs(model, x, self._criterion(criterion), radii)
+        with untouched(model.model, "keep"):
+            raw, clipped, success = self._runs(model, x, self._criterion(criterion), radii)
         return (raw, clipped, success) if several else (raw[0], clipped[0], success[0])
 
     def repeat(self, times: int) -> "Repeated":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks.pgd import pgd
-from rvlm.compat.common import within
+from rvlm.compat.common import predicted, within
 
 __all__ = ["projected_gradient_descent"]
 
@@ -61,9 +61,7 @@ def projected_gradient_descent(
         reach = eps if rand_minmax is None else rand_minmax
         noisy = x + torch.zeros_like(x).uniform_(-reach, reach)
         start = within(x, noisy, eps, norm).clamp(lo, hi)
-    if y is None:
-        with torch.no_grad():
-            y = model_fn(x).argmax(1)
+    y = predicted(model_fn, x) if y is None else y
     return pgd(
         model_fn, x, y, eps=eps, alpha=eps_iter, steps=nb_iter, norm="linf" if norm == torch.inf else "l2",
         targeted=targeted, random_start=False, x_init=start, bounds=(lo, hi), model_mode="keep",
