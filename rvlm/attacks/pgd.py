@@ -125,6 +125,11 @@ def pgd(
             raise ValueError(f"low_frequency needs images [B, C, H, W], got {list(x.shape)}")
     if early_stop == "cycle" and norm != "linf":
         raise ValueError("early_stop='cycle' is exact for norm='linf' only; use 'compact', 'freeze' or None")
+    if early_stop == "cycle" and eot > 1:
+        raise ValueError(
+            f"eot={eot} is for models that draw random numbers, whose trajectories do not repeat for good: "
+            "early_stop='cycle' would cut the attack short; use 'compact', 'freeze' or None"
+        )
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
     leave = early_stop == "compact" or (early_stop == "cycle" and engine != "compile" and not callable(loss))
