@@ -320,7 +320,10 @@ class _Plan:
     def rows(self) -> Tensor:
         """The block's prompts [P, D], as its tokens are."""
         rows = self.adapter.prompts[self.number]
-        return self.ln_pre(rows) if self.number == 0 else rows
+        if self.number > 0:
+            return rows
+        weight = next(self.ln_pre.parameters(), rows)  # some norms take no wider input than their weights
+        return self.ln_pre(rows.to(weight.dtype))
 
     def by_image(self, x: Tensor) -> Tensor:
         return by_image(x, self.adapter.anchor.shape[-2])

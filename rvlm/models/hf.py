@@ -13,6 +13,8 @@ from rvlm.models.clip import Clip
 
 __all__ = ["HFClip", "load"]
 
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+
 
 class HFClip(CLIPModel):
     """A CLIPModel that is asked as open_clip's models are; names and values of its weights are the original's."""
@@ -52,7 +54,7 @@ def load(source: str) -> Clip:
     """A CLIP from a folder or a name on the hub; without a preprocessor_config.json it has OpenAI's mean and std.
 
     Raises:
-        FileNotFoundError: neither is there. ValueError: it is no CLIP.
+        FileNotFoundError: neither is there. ValueError: it is no CLIP, or its images are prepared in another way.
     """
     missing = f"no CLIPModel with its tokenizer at {source}: expected a folder of transformers, or a name on its hub"
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -67,18 +69,26 @@ def load(source: str) -> Clip:
         raise FileNotFoundError(f"{missing} ({error})") from error
     try:
         processor = CLIPImageProcessor.from_pretrained(source)
-        model.visual.preprocess_cfg = _preprocess(processor)
     except OSError:
         pass  # Clip knows OpenAI's
+    else:
+        model.visual.preprocess_cfg = _preprocess(source, processor)
     name = f"hf:{Path(source).resolve()}" if Path(source).is_dir() else f"hf:{source}"
     return Clip(model, Tokenizer(tokenizer, model.config.text_config.max_position_embeddings), name=name)
 
 
-def _preprocess(processor: CLIPImageProcessor) -> dict:
+def _preprocess(source: str, processor: CLIPImageProcessor) -> dict:
     """What it does to images, in open_clip's words."""
+    levels, kind = 1 / processor.rescale_factor, INTERPOLATIONS.get(int(processor.resample))
+    if not (processor.do_rescale and processor.do_normalize) or round(levels) != 255 or kind is None:
+        raise ValueError(
+            f"hf:{source} has an image processor with do_rescale={processor.do_rescale}, rescale_factor=1/{levels:g}, "
+            f"do_normalize={processor.do_normalize}, resample={int(processor.resample)}: expected one that rescales by "
+            f"1/255, normalises and resizes by {' or '.join(INTERPOLATIONS.values())}"
+        )
     return {
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),
-        "interpolation": {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic"),
+        "interpolation": kind,
         "resize_mode": "shortest" if "shortest_edge" in processor.size else "squash",
     }

@@ -142,6 +142,18 @@ def test_prompts_on_every_tower(tower_clip, x, depth, both_ways):
             both_ways(tower_clip, x, lambda s=site: adapter(tower_clip, s, (1, 4), alpha=0.5, block=2))
 
 
+@needs_transformers
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_prompts_on_a_model_of_16_bits(transformers_clip, x, depth):
+    clip, narrow = load_clip(transformers_clip), load_clip(transformers_clip)
+    narrow.model.bfloat16()
+    plain = (clip(x) - narrow(x)).norm()
+    for fused in (True, False):
+        for one in (clip, narrow):
+            adapter(clip, "out", (depth, 4), alpha=0.5, block=2).attach(one, fused)
+        assert 0 < (clip(x) - narrow(x)).norm() < 2 * plain
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_a_white_image_and_its_own_anchor(tower_clip, site):
     """Mixing a response with itself changes nothing, for any strength; of strength 0 nothing changes any image."""
@@ -352,6 +364,21 @@ def test_what_is_no_clip_of_transformers(tmp_path):
         load_clip(f"hf:{tmp_path}")
     (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
     with pytest.raises(ValueError, match="is a siglip: expected a CLIPModel"):
+        load_clip(f"hf:{tmp_path}")
+
+
+@needs_transformers
+@pytest.mark.parametrize("change", [
+    {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"resample": 1},
+])  # fmt: skip
+def test_images_that_a_clip_of_transformers_prepares_in_another_way(transformers_clip, tmp_path, change):
+    import json
+    import shutil
+
+    shutil.copytree(transformers_clip.removeprefix("hf:"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"image processor with .*{next(iter(change))}=.*expected one that rescales"):
         load_clip(f"hf:{tmp_path}")
 
 
