@@ -9,7 +9,7 @@ from rvlm.data.base import Data
 from rvlm.data.captions import load_captions
 from rvlm.data.images import Reader
 from rvlm.data.load import is_plain, load_data
-from rvlm.data.registry import complaints, data_root, entries, find
+from rvlm.data.registry import SETTINGS, complaints, data_root, entries, find
 
 __all__ = ["Audit", "audit"]
 
@@ -50,8 +50,12 @@ def audit(spec: str, split: str = "test", images: bool = True) -> list[Audit]:
     if is_plain(spec) or head == "captions":
         load = load_captions if head == "captions" else load_data
         return [_looked_through(spec, "", None, functools.partial(load, spec, split), lambda data: [], images)]
+    if "+classes=" in spec:
+        raise ValueError(f"{spec}: whole sets are looked through, leave +classes= out")
     if (entry := entries(root).get(name)) is None:
         load_data(spec)  # says what is wrong with the name
+    if kind and kind not in SETTINGS:
+        raise ValueError(f"unknown layout {kind!r}: expected {', '.join(SETTINGS)}")
     audits = []
     for found in find(entry, root, kind or None):
         line, expected = f"{name}@{found.layout.kind}", found.layout.counts.get(split)

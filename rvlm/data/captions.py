@@ -102,7 +102,7 @@ def _read(file: Path, folders: list[Path], name: str, split: str, size: int | Fi
         chosen = [image for image in images if image["split"] in wanted]
         paths = [str(Path(image.get("filepath", "")) / image["filename"]) for image in chosen]
         sentences = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in chosen]
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{file}: expected images with filename, split and sentences with raw, as Karpathy's files have ({error!r})"
         ) from None

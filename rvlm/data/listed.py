@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rvlm.data.base import Data
-from rvlm.data.files import load_folder
+from rvlm.data.files import SPLITS, load_folder
 from rvlm.data.images import Fit, Reader
 
 __all__ = ["Files", "load_aircraft", "load_coop", "load_tiny", "read_json"]
@@ -60,6 +60,8 @@ def load_tiny(root: Path, split: str, size: int | Fit | None, listing: str) -> D
     The test split of the archive has no labels, so test is val. Classes are the sorted synsets, called by the first of
     their words in ROOT/words.txt.
     """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected {', '.join(SPLITS)}")
     words = dict(line.split("\t")[:2] for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
     if split == "train":
         data = load_folder(str(root), split, size)

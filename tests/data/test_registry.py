@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -208,6 +209,8 @@ def test_tiny_imagenet_as_it_is_distributed(tmp_path):
     write(root / "val" / "val_annotations.txt", "val_0.JPEG")
     with pytest.raises(ValueError, match="'val_0.JPEG' has no synset"):
         load_data(f"zoo:{tmp_path}")
+    with pytest.raises(ValueError, match="unknown split 'tset': expected train, test, val"):
+        load_data(f"zoo@tiny:{tmp_path}", "tset")
 
 
 def test_folders_of_imagenet_get_the_names_that_clip_uses(tmp_path):
@@ -436,6 +439,16 @@ def test_make_wds_from_the_command_line(tmp_path, capsys):
     assert torch.equal(data.read(data.index), ALL) and torch.equal(ALL[3], decoded(3))
     assert run("make-wds", "zoo") == 2 and "takes a data spec and a folder" in capsys.readouterr().err
     assert run("bake", "zoo") == 2 and "expected check, get, make-wds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("pets@bogus", "unknown layout 'bogus': expected wds, folder"),
+    ("pets+classes=base", "leave .classes= out"), ("digits+classes=new", "leave .classes= out"),
+    ("petz", "did you mean pets"),
+])  # fmt: skip
+def test_what_cannot_be_looked_through(tmp_path, capsys, spec, message):
+    assert run("check", spec, "--root", tmp_path) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_tars_that_were_not_finished_are_refused(tmp_path):

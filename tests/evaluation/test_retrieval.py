@@ -216,6 +216,7 @@ def drop(key):
 @pytest.mark.parametrize("change, message", [
     (drop("sentences"), "expected images with filename, split and sentences"),
     (drop("filename"), "expected images with filename, split and sentences"),
+    (lambda images: images[0]["sentences"].append({"raw": None}), "expected images with filename, split and sentences"),
     (lambda images: images.append(images[0]), "lists 1 images twice for test: 0.jpg"),
     (lambda images: images[1].update(sentences=[]), "1 images have no caption, the first is 1.jpg"),
     (lambda images: images[2].update(filename="9.jpg"), "1 of 6 images are not in"),
