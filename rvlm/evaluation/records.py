@@ -217,16 +217,19 @@ def measured_before(
     source: Callable[[Tensor], Tensor] | None,
     protocol: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """The summary row of FOLDER/result/STEM.json, if it is of these samples, weights and protocol."""
+    """The summary row of FOLDER/result/STEM.json, if it is of these samples, weights, prompts and protocol."""
     path = Path(folder) / "result" / f"{stem}.json"
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
     there = [
         record["status"], record["protocol"], record["data"]["fingerprint"], record["model"]["sha256"],
-        (record.get("source") or {}).get("sha256"),
+        (record.get("source") or {}).get("sha256"), (record.get("text") or {}).get("templates"),
     ]  # fmt: skip
-    here = [protocol["status"], _protocol(protocol), data.fingerprint, weights_of(model), weights_of(source)]
+    here = [
+        protocol["status"], _protocol(protocol), data.fingerprint, weights_of(model), weights_of(source),
+        getattr(model, "templates", None),
+    ]  # fmt: skip
     return summary_row(record, f"result/{stem}.json") if there == here else None
 
 

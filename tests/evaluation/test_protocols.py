@@ -237,6 +237,20 @@ def test_a_run_measures_what_is_there_names_what_is_not_and_goes_on(root, model,
     )
 
 
+def test_other_prompts_are_measured_anew(root, model, tmp_path):
+    own = shutil.copytree(root, tmp_path / "root")
+    file = write_protocol(tmp_path, parts=["b@wds"], attacks={"pgd-2": ["8/255"]})
+    argv = ["eval", "--protocol", file, "--model", model, "--root", own, "--out", tmp_path / "run"]
+    for prompts in (["a scan of the digit {}."], ["the number {}."]):
+        lines = [prompt.replace("{}", "{c}") for prompt in prompts]
+        (own / "wds_b" / "zeroshot_classification_templates.txt").write_text("\n".join(lines))
+        assert run(*argv) == 0
+        (path,) = (tmp_path / "run" / "result").glob("*.json")
+        assert json.loads(path.read_text())["text"]["templates"] == prompts
+    before = path.stat().st_mtime_ns
+    assert run(*argv) == 0 and path.stat().st_mtime_ns == before
+
+
 def test_a_run_that_was_interrupted_goes_on_with_the_same_numbers(root, model, tmp_path, monkeypatch):
     from rvlm.evaluation import evaluate as whole
 
