@@ -12,7 +12,7 @@ from rvlm.data.registry import entries, load_registered
 from rvlm.data.torchvision_sets import load_torchvision
 from rvlm.data.wds import load_wds
 
-__all__ = ["is_plain", "load_data"]
+__all__ = ["is_plain", "load_data", "rooted"]
 
 LOADERS = {"npz": load_npz, "folder": load_folder, "wds": load_wds, "parquet": load_parquet}
 
@@ -20,6 +20,13 @@ LOADERS = {"npz": load_npz, "folder": load_folder, "wds": load_wds, "parquet": l
 def is_plain(spec: str) -> bool:
     """Whether a spec says itself how the data is to be read, instead of naming a set of the registry."""
     return spec == "digits" or spec.partition(":")[0] in (*LOADERS, "torchvision")
+
+
+def rooted(spec: str, root: str | Path) -> str:
+    """The spec of a set of the registry, with the folder where it lies; others as they are."""
+    spec, halved, part = spec.partition("+classes=")
+    named = not (is_plain(spec) or spec.startswith("captions:"))
+    return f"{spec}:{root}{halved}{part}" if named else f"{spec}{halved}{part}"
 
 
 def load_data(spec: str, split: str = "test", *, size: int | Fit | None = None, limit: int | None = None) -> Data:

@@ -22,6 +22,7 @@ from rvlm.attacks.stages import parse_attack
 from rvlm.data import Data, Fit, load_data
 from rvlm.data.captions import Captions, holds_captions, load_captions
 from rvlm.data.images import Reader
+from rvlm.data.load import rooted
 from rvlm.data.prompts import fingerprint, templates
 from rvlm.evaluation.retrieval import parse_retrieval_attack
 from rvlm.units import Eps
@@ -36,7 +37,7 @@ class Part:
     """One data set of a protocol.
 
     Attributes:
-        data: its spec, without a root.
+        data: its spec; of a set of the registry without its root.
         split: of it.
         templates: id of the prompts, a list of them, or None for the data's own.
         prompts: hash of the prompts, where it is known.
@@ -99,7 +100,7 @@ class Protocol:
         Raises:
             FileNotFoundError: not there. ValueError: not what it should be, or other samples than the frozen ones.
         """
-        spec = part.data if root is None or part.data == "digits" else f"{part.data}:{root}"
+        spec = part.data if root is None else rooted(part.data, root)
         load = load_captions if holds_captions(spec) else load_data
         data = load(spec, part.split, size=None if part.name in self.native else self.fit)
         data = data.limited(part.n or self.n, self.seed) if self.ids is None else self._named(data, root)

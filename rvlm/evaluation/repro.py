@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rvlm.data import Data, Fit, load_data
+from rvlm.data.load import rooted
 from rvlm.data.registry import data_root
 from rvlm.evaluation.compare import read_record, right_samples
 from rvlm.evaluation.evaluate import Evaluation, evaluate
@@ -163,7 +164,7 @@ def _specs(record: Mapping[str, Any], told: Mapping[str, Any], run: Path) -> tup
     if "student" in told and model["method"]:
         spec = str(run)
     if told.get("protocol"):
-        data = name if name == "digits" else f"{name}:{told.get('root') or data_root()}"
+        data = rooted(name, told.get("root") or data_root())
     else:
         data = told.get("eval_data") or told.get("data") or name
     return spec, source and (told.get("source") or source["name"]), data

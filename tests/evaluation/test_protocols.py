@@ -237,6 +237,19 @@ def test_a_run_measures_what_is_there_names_what_is_not_and_goes_on(root, model,
     )
 
 
+def test_halves_and_files_may_be_parts(root, model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", x=pixels, y=np.arange(6))
+    parts = ["b@wds+classes=new", f"npz:{tmp_path}/mine.npz", "digits+classes=base"]
+    file = write_protocol(tmp_path, parts=parts, n=8, attacks={"pgd-2": ["8/255"]})
+    argv = ["eval", "--protocol", file, "--model", model, "--root", root, "--out", tmp_path / "run"]
+    assert run(*argv) == 0
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [row["data"] for row in rows] == ["b@wds+classes=new", "npz:mine.npz", "digits+classes=base"]
+    for row in (rows[0], rows[2]):
+        assert run("repro", tmp_path / "run" / row["record"], "--out", tmp_path / "again") == 0
+
+
 def test_other_prompts_are_measured_anew(root, model, tmp_path):
     own = shutil.copytree(root, tmp_path / "root")
     file = write_protocol(tmp_path, parts=["b@wds"], attacks={"pgd-2": ["8/255"]})
