@@ -92,7 +92,7 @@ class Recorded:
         """The recorded model, or its source, from the one that was loaded.
 
         Raises:
-            ValueError: it has other weights.
+            ValueError: it has other weights, or normalises images otherwise.
         """
         sha, recorded = weights_of(model), self.record[role]["sha256"]
         if sha != recorded:
@@ -101,6 +101,10 @@ class Recorded:
             )
         if not isinstance(model, Clip):
             return model
+        for name in ("mean", "std") if role == "model" else ():
+            values, told = getattr(model, name).flatten().tolist(), self.record["input"][name]
+            if values != told:
+                raise ValueError(f"the model is not the recorded one: it normalises with {name} {values}, not {told}")
         told = data.template if self.templates == "auto" else self.templates
         return ZeroShotClassifier(model, data.class_names, self.record["text"].get("templates", told)).eval()
 

@@ -99,6 +99,19 @@ def test_other_weights_and_other_samples_are_refused(recorded, tmp_path, capsys)
     assert "is not the recorded data" in capsys.readouterr().err
 
 
+def test_another_normalisation_is_another_model(tmp_path, capsys):
+    load_clip("tiny-vit").save(tmp_path / "model")
+    argv = ["eval", "--model", tmp_path / "model", "--limit", "10", "--attack", "fgsm", "--out", tmp_path / "run"]
+    assert run(*argv) == 0
+    path = next((tmp_path / "run" / "result").glob("*.json"))
+    file = tmp_path / "model" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"]["mean"] = [0.25, 0.25, 0.25]
+    file.write_text(json.dumps(config))
+    assert run("repro", path) == 2
+    assert "it normalises with mean [0.25, 0.25, 0.25], not [0.5" in capsys.readouterr().err
+
+
 def test_what_is_no_record(recorded, tmp_path, capsys):
     assert run("repro") == 2 and "repro takes a record" in capsys.readouterr().err
     assert run("repro", tmp_path / "none.json") == 3
