@@ -112,3 +112,8 @@ class Data:
         """Hash of names, labels and sample numbers: equal for equal evaluations."""
         text = json.dumps([self.name, self.split, self.class_names, self.y.tolist(), self.index.tolist()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def first_image(self) -> str:
+        """Hash of the first sample's pixels, by which data that differ in their images alone are told apart."""
+        return hashlib.sha256(self.read(self.index[:1]).contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -255,6 +255,7 @@ def _describe_data(data: Data) -> dict[str, Any]:
         "index_rule": data.index_rule,
         "index_sha": _sha(data.index.tolist()),
         "fingerprint": data.fingerprint,
+        "first_image": data.first_image,
         "resized": _resized(data),
     }
 

@@ -74,7 +74,7 @@ class Recorded:
         """The recorded samples out of a data set.
 
         Raises:
-            ValueError: some are not there, or they have other names or labels than the recorded ones.
+            ValueError: some are not there, or they have other names, labels or pixels than the recorded ones.
         """
         about, side = self.record["data"], self.record["input"]["attack_res"]
         size = Fit(**about["resized"]) if about["resized"] else None
@@ -86,6 +86,8 @@ class Recorded:
                 f"{spec} is not the recorded data: {data.name}, {data.split} has the fingerprint {data.fingerprint}, "
                 f"{about['name']}, {about['split']} had {about['fingerprint']}"
             )
+        if about.get("first_image") not in (None, data.first_image):
+            raise ValueError(f"{spec} is not the recorded data: its first image is another one")
         return data
 
     def classifier(self, model: Clip | Callable[[Tensor], Tensor], data: Data, role: str = "model"):

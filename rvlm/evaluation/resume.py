@@ -66,7 +66,7 @@ class Keeper:
             "schema": SCHEMA, "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
             "target": result.target, "seed": result.seed, "batch_size": result.batch_size, "data": data.name,
             "fingerprint": data.fingerprint, "samples": _sha(json.dumps(data.index.tolist()).encode()),
-            "first_image": _sha(data.batch(slice(0, 1))[0].numpy().tobytes()),  # its size and how it was resized, too
+            "first_image": data.first_image,
             **{role: _name(model) for role, model in models.items()}, **settings,
         }  # fmt: skip
         if self.path.exists():

@@ -112,6 +112,20 @@ def test_another_normalisation_is_another_model(tmp_path, capsys):
     assert "it normalises with mean [0.25, 0.25, 0.25], not [0.5" in capsys.readouterr().err
 
 
+def test_data_of_one_name_with_other_pixels_are_told_apart(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 200, (10, 32, 32, 3), dtype=np.uint8)
+    for kind, x in (("clean", pixels), ("bright", pixels + 50)):
+        (tmp_path / kind).mkdir()
+        np.savez(tmp_path / kind / "test.npz", x=x, y=np.arange(10))
+        argv = ["eval", "--model", "tiny-vit", "--data", f"npz:{tmp_path}/{kind}/test.npz", "--attack", "fgsm"]
+        assert run(*argv, "--out", tmp_path / kind) == 0
+    clean, bright = (next((tmp_path / kind / "result").glob("*.json")) for kind in ("clean", "bright"))
+    assert run("compare", clean, bright) == 2 and "first image is" in capsys.readouterr().err
+    assert run("compare", clean, clean) == 0
+    assert run("repro", clean, "--data", f"npz:{tmp_path}/bright/test.npz", "--out", tmp_path / "again") == 2
+    assert "its first image is another one" in capsys.readouterr().err
+
+
 def test_what_is_no_record(recorded, tmp_path, capsys):
     assert run("repro") == 2 and "repro takes a record" in capsys.readouterr().err
     assert run("repro", tmp_path / "none.json") == 3
