@@ -54,7 +54,7 @@ def model_card(clip: Clip, to: str, runs: Sequence[str | Path] = ()) -> str:
             record = json.loads(path.read_text())
             if record.get("schema") in (SCHEMA, RETRIEVAL) and record["model"]["sha256"] == sha:
                 rows.append(summary_row(record, path.name) | {"status": record["status"]})
-                trained = _settings(run) if record["model"]["method"] else trained
+                trained = trained or (_settings(run) if record["model"]["method"] else None)
     front = {"open_clip": "library_name: open_clip\n", "hf": "library_name: transformers\n", "visual": ""}[to]
     parameters = sum(p.numel() for p in clip.model.parameters()) / 1e6
     mean, std = (", ".join(f"{v:.4g}" for v in values.flatten().tolist()) for values in (clip.mean, clip.std))

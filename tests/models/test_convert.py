@@ -233,6 +233,8 @@ def test_the_command_writes_a_model_card(tmp_path, capsys):
         == run("eval", "--model", "tiny-vit", *more[:-1], tmp_path / "other")
         == 0
     )
+    (record,) = (trained / "result").glob("after*.json")
+    assert run("repro", record, "--out", tmp_path / "repro") == 0
     runs = f"{trained},{tmp_path / 'eval'},{tmp_path / 'other'}"
     assert run("convert", trained, tmp_path / "open", "--runs", runs) == 0
     assert "embeddings differ by at most 0" in capsys.readouterr().out
@@ -242,6 +244,8 @@ def test_the_command_writes_a_model_card(tmp_path, capsys):
     rows = [line for line in card.splitlines() if line.startswith("| digits")]
     assert len(rows) == 2 and "| fgsm | white-box | 20 | partial |" in rows[0], "of these weights alone"
     assert "| 4/255 | linf | pgd-2 | white-box | 20 |" in rows[1] and "batch_size:" in card and "device" not in card
+    assert run("convert", trained, tmp_path / "rerun", "--runs", f"{trained},{tmp_path / 'repro'}") == 0
+    assert "Method: tecoa" in (tmp_path / "rerun" / "README.md").read_text(), "a rerun trains nothing"
     assert run("convert", tmp_path / "open", tmp_path / "tower", "--to", "visual") == 0
     assert "Not measured" in (tmp_path / "tower" / "README.md").read_text()
     tower = tmp_path / "tower" / "visual.pt"
