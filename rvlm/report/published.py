@@ -101,17 +101,36 @@ def _ours(table: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, A
         if case.norm == table.get("norm"):
             by_model[row["name"], case.protocol, case.attack, case.target, case.source, case.status].append(row)
     found = []
-    for (name, protocol, attack, target, source, status), some in by_model.items():
+    whole = [(key, layout, some) for key, rows in by_model.items() for layout, some in _by_layout(rows)]
+    for (name, protocol, attack, target, source, status), layout, some in whole:
         figures = {column["heading"]: _figure(column, some) for column in table["columns"]}
         if any(value is not None for value in figures.values()):
             samples = sorted({row["samples"] for row in some})
             counted = str(samples[0]) if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
-            words = [attack, f"{target} from {source}" if source else target, f"{counted} samples", status, protocol]
+            words = [
+                attack,
+                f"{target} from {source}" if source else target,
+                f"{counted} samples",
+                layout,
+                status,
+                protocol,
+            ]
             label = f"ours: {name} ({', '.join(word for word in words if word not in ('', 'complete'))})"
             found.append(
                 {"name": label, "trust": "ours"} | dict(zip(figures, _text([*figures.values()], 2), strict=True))
             )
     return found
+
+
+def _by_layout(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """All rows; those of each layout by themselves if a set was measured in several, which are different test sets."""
+    names = {row["data"] for row in rows}
+    if len({name.partition("@")[0] for name in names}) == len(names):
+        return [("", rows)]
+    by_layout: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_layout[row["data"].partition("@")[2]].append(row)
+    return sorted(by_layout.items())
 
 
 def _figure(column: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:

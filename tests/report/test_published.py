@@ -43,6 +43,14 @@ def test_ours_stand_beside_theirs_where_data_norm_and_radius_are_the_same(tmp_pa
     assert not [row for row in rows if row["trust"] == "ours"], "a mean over fewer sets is another figure"
 
 
+def test_layouts_of_a_set_are_not_averaged(tmp_path, record):
+    for layout, robust in (("coop", 0.2), ("torchvision", 0.8)):
+        record(tmp_path, "both", robust, data=f"caltech101@{layout}", eps="1/255")
+    rows = [row for row in published_tables(gather([tmp_path]))[0].rows if row["trust"] == "ours"]
+    assert [row["caltech101"] for row in rows] == ["20.00", "80.00"]
+    assert "coop" in rows[0]["name"] and "torchvision" in rows[1]["name"]
+
+
 def test_half_of_the_classes_is_not_the_set(tmp_path, record):
     record(tmp_path, "half", 0.9, data="cifar10@wds+classes=base", eps="1/255")
     assert not [row for table in published_tables(gather([tmp_path])) for row in table.rows if row["trust"] == "ours"]
