@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rvlm.attacks import AttackWarning
+from rvlm.attacks import AttackWarning, scoring
 from rvlm.compat import torchattacks as compat
 
 from .conftest import same_state
@@ -152,6 +152,19 @@ def test_modes_of_the_model(watched):
         inside = dict(zip(kinds, watched.modes[-1], strict=True))
         assert inside[nn.BatchNorm2d] == batchnorm and inside[nn.Dropout] == dropout and inside[nn.Linear]
         assert same_state(before, watched.state())
+
+
+def test_a_part_of_several_attacks_runs_in_its_own_mode(watched):
+    x, y = torch.rand(4, 3, 12, 12), torch.arange(4)
+    trained, usual = compat.FGSM(watched, eps=1e-6), compat.FGSM(watched, eps=1e-6)
+    trained.set_model_training_mode(True, True, True)
+    before = watched.state()
+    with scoring(watched):
+        y = watched(x).argmax(1)
+    watched.modes.clear()
+    compat.MultiAttack([trained, usual])(x, y)
+    assert [all(flags) for flags in watched.modes] == [True, False, False, False], "steps and verdicts"
+    assert same_state(before, watched.state())
 
 
 @pytest.mark.parametrize("save_type", ["float", "int"])

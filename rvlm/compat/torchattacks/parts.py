@@ -156,7 +156,8 @@ class MultiAttack(Attack):
         x_adv = images.clone()
         left, counts = torch.arange(len(images), device=images.device), [len(images)]
         for attack in self.attacks:
-            found = attack._attack(images[left], labels[left])
+            with attack._mode():
+                found = attack._attack(images[left], labels[left])
             with torch.no_grad():
                 wrong = model(found).argmax(1) != labels[left]
             x_adv[left[wrong]] = found[wrong]
