@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 __all__ = ["Pixels", "QwenPixels"]
 
+BICUBIC = 3  # PIL's number
+
 
 class Pixels(nn.Module):
     """For a model whose tower takes images [B, 3, S, S], such as CLIP's.
@@ -24,13 +26,17 @@ class Pixels(nn.Module):
         size: S.
 
     Raises:
-        ValueError: a processor that leaves out one of these steps.
+        ValueError: a processor that leaves out one of these steps, or resizes in another way.
     """
 
     def __init__(self, processor, size: int) -> None:
         super().__init__()
-        if not (processor.do_rescale and processor.do_normalize):
-            raise ValueError(f"{type(processor).__name__}: expected an image processor that rescales and normalises")
+        if not (processor.do_rescale and processor.do_normalize and int(processor.resample) == BICUBIC):
+            raise ValueError(
+                f"{type(processor).__name__}: expected an image processor that rescales, normalises and resizes by "
+                f"bicubic interpolation, got do_rescale={processor.do_rescale}, do_normalize={processor.do_normalize}, "
+                f"resample={int(processor.resample)}"
+            )
         self.size, self.levels = size, 1 / processor.rescale_factor
         for name, values in (("mean", processor.image_mean), ("std", processor.image_std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * self.levels, persistent=False)

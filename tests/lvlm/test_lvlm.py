@@ -342,6 +342,9 @@ def test_bad_input(folders, tmp_path, x, monkeypatch):
         load_lvlm(str(folders["llava"]), size=48)
     with pytest.raises(ValueError, match="size must be a multiple of 8 for this model, got 36"):
         load_lvlm(str(folders["qwen3_vl"]), size=36)
+    processor = transformers.CLIPImageProcessor(resample=2)
+    with pytest.raises(ValueError, match="resizes by bicubic interpolation, got .* resample=2"):
+        Pixels(processor, 32)
     with pytest.raises(ValueError, match="dtype must be one of auto, fp32, bf16, got"):
         load_lvlm(str(folders["llava"]), dtype="int8")
     with pytest.raises(FileNotFoundError, match="no LVLM with tokenizer and image processor"):
