@@ -19,6 +19,7 @@ from rvlm.models import Adapter
 __all__ = ["FAMILIES", "AnswerLoss", "Lvlm", "load_lvlm"]
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 gradients underflow
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever is stored beside the model
 QWEN_SIZE = 448  # pixels, a multiple of what both families ask for
 QWEN_PROMPT = (
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"  # no template
@@ -104,7 +105,7 @@ class Lvlm(nn.Module):
         """Answers to a question for each image, the likeliest word at a time, of at most max_tokens."""
         text = self.read([self.asked(question) for question in questions])
         with torch.no_grad():
-            said = self.model.generate(**self.see(x), **text, do_sample=False, num_beams=1, max_new_tokens=max_tokens)
+            said = self.model.generate(**self.see(x), **text, max_new_tokens=max_tokens, **GREEDY)
         words = said[:, text["input_ids"].shape[1] :]
         return [answer.strip() for answer in self.tokenizer.batch_decode(words, skip_special_tokens=True)]
 

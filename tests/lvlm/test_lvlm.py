@@ -208,6 +208,14 @@ def test_an_answer_begins_with_the_likeliest_word(lvlm, x):
     assert again == lvlm.answer(x, QUESTIONS, max_tokens=4)[1:2], "alone as in a batch"
 
 
+def test_answers_are_the_likeliest_words_whatever_is_stored_beside_the_model(lvlm, x, monkeypatch):
+    """Qwen2.5-VL's generation_config.json has a repetition_penalty."""
+    questions = ["w1 w2 w3"] * len(x)
+    plain = lvlm.answer(x, questions, 6)
+    monkeypatch.setattr(lvlm.model.generation_config, "repetition_penalty", 20.0)
+    assert lvlm.answer(x, questions, 6) == plain
+
+
 def test_attacks_raise_a_loss_and_lower_a_targets(lvlm, x):
     loss = AnswerLoss(lvlm, QUESTIONS, ANSWERS)
     clean = loss(x)
