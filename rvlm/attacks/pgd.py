@@ -85,10 +85,11 @@ def pgd(
             and the end included.
         early_stop: "freeze" leaves a sample alone once an iterate of it fools the model (needs labels) and ends when
             all are; "compact" also takes it out of the batch, so that what is left costs less; "cycle" ends a sample
-            when its trajectory has returned to an earlier iterate. That is exact: Linf with a fixed alpha moves on a
-            finite grid, and the iterate of the last step follows from the period. With a loss by name and without
-            "compile" such samples leave the batch, too; then models whose last bits depend on the batch's size may, for
-            those that stay, give gradients with other last bits than the full run's.
+            when its trajectory has returned to an earlier iterate. That is exact where the model draws no random
+            numbers (eot > 1 is refused): Linf with a fixed alpha moves on a finite grid, and the iterate of the last
+            step follows from the period. With a loss by name and without "compile" such samples leave the batch, too;
+            then models whose last bits depend on the batch's size may, for those that stay, give gradients with other
+            last bits than the full run's.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
         precision: None runs the model as it is (under the caller's autocast, if any); "bf16" autocasts it, "fp32" turns
