@@ -103,7 +103,8 @@ def _tex(text: str) -> str:
 
 
 def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, str] | None = None):
-    """A table for the terminal (rich.table.Table); 80 columns wide, so the clean accuracy goes without its interval."""
+    """A table for the terminal (rich.table.Table); 80 columns wide, so the clean accuracy goes without its interval, and
+    long names are folded before a figure is cut."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -111,7 +112,10 @@ def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, s
     columns = columns or COLUMNS
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
     for key, heading in columns.items():
-        table.add_column(heading, justify="left" if key in ("name", "attack", "target") else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if key in ("name", "attack", "target") else "right", overflow="fold",
+            no_wrap=key not in ("name", "attack"), min_width=12 if key in ("name", "attack") else None,
+        )  # fmt: skip
     for row in rows:
         table.add_row(*(Text(cell(row | {"clean_ci": None}, column)) for column in columns))
     return table

@@ -149,4 +149,4 @@ def test_a_clip_at_the_usual_logit_scale_is_broken_as_by_the_margin_loss():
 
     ours, margin, torchs = robust(classifier, "ce"), robust(classifier, "margin"), robust(classifier.forward, "ce")
     print(f"robust at logit scale 100: ce {ours:.1%}, margin {margin:.1%}, torch's ce {torchs:.1%}")
-    assert ours < torchs and abs(ours - margin) <= 0.004
+    assert ours < torchs and abs(ours - margin) < 0.01  # five images; the model's own bits depend on threads

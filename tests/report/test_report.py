@@ -28,6 +28,15 @@ def test_tables():
     )
 
 
+def test_long_names_cut_no_figure():
+    out = io.StringIO()
+    row = ROW | {"name": "runs/a-very-long-name-of-a-folder/checkpoint", "attack": "pgd-100x10@lowfreq=5.71"}
+    Console(file=out, width=80).print(rich_table([row]))
+    for whole in ("3.6 (2-6)", "98.6", "robust %", "white-box", "8/255", "500"):
+        assert whole in out.getvalue()
+    assert "…" not in out.getvalue() and max(map(len, out.getvalue().splitlines())) <= 80
+
+
 def test_accuracy_over_eps(tmp_path):
     curves = {"clip": [("8/255", 0.03, 0.02, 0.06), ("0", 0.98, 0.97, 0.99)], "tecoa": [("0", 0.98, 0.9, 1.0)]}
     path = accuracy_over_eps(tmp_path / "a.png", curves)
