@@ -103,8 +103,10 @@ def _tex(text: str) -> str:
 
 
 def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, str] | None = None):
-    """A table for the terminal (rich.table.Table); 80 columns wide, so the clean accuracy goes without its interval, and
-    long names are folded before a figure is cut."""
+    """A table for the terminal (rich.table.Table); 80 columns wide, so the clean accuracy goes without its interval.
+
+    Long names are folded before a figure is cut.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -114,7 +116,7 @@ def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, s
     for key, heading in columns.items():
         table.add_column(
             heading, justify="left" if key in ("name", "attack", "target") else "right", overflow="fold",
-            no_wrap=key not in ("name", "attack"), min_width=12 if key in ("name", "attack") else None,
+            no_wrap=key not in ("name", "attack"), min_width=10 if key in ("name", "attack") else None,
         )  # fmt: skip
     for row in rows:
         table.add_row(*(Text(cell(row | {"clean_ci": None}, column)) for column in columns))
