@@ -115,13 +115,8 @@ class AdvPT(PromptMethod):
 
     def setup(self, student: Clip, data: Data) -> None:
         super().setup(student, data)
-        config, templates = self.config, self.training_templates(data)
-        model = ZeroShotClassifier(self.undefended, data.class_names, templates).eval()
-        self.images = OfflineImages(
-            model, data, chunk=config.batch_size, seed=torch.initial_seed(),  # the run's
-            precision="bf16" if config.precision == "bf16" else "fp32", eps=float(config.eps), alpha=config.alpha,
-            steps=config.steps, random_start=config.random_start,
-        )  # fmt: skip
+        model = ZeroShotClassifier(self.undefended, data.class_names, self.training_templates(data)).eval()
+        self.images = OfflineImages.of(self.config, model, data)
 
     def prepare(self, ranks: Ranks) -> None:
         self.images.make(ranks)

@@ -18,6 +18,7 @@ from torch import Tensor
 from rvlm.attacks import pgd
 from rvlm.data import Data
 from rvlm.files import cache_root, write_bytes
+from rvlm.methods.base import MethodConfig
 from rvlm.methods.teachers import look
 from rvlm.models import ZeroShotClassifier
 from rvlm.models.weights import weights_sha
@@ -55,6 +56,15 @@ class OfflineImages:
             clip.device.type, data.fingerprint, look(data), chunk, seed, precision, attack,
         ]  # fmt: skip
         self.folder = cache_root() / "offline" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+
+    @classmethod
+    def of(cls, config: MethodConfig, model: ZeroShotClassifier, data: Data) -> "OfflineImages":
+        """By the attack of a method's config, from the run's seed; in 16 bits where that is bf16."""
+        return cls(
+            model, data, chunk=config.batch_size, seed=torch.initial_seed(),
+            precision="bf16" if config.precision == "bf16" else "fp32", eps=float(config.eps), alpha=config.alpha,
+            steps=config.steps, random_start=config.random_start,
+        )  # fmt: skip
 
     def make(self, ranks: Ranks) -> None:
         """Crafts what the disk does not have. All processes call it, and go on when every image is there."""

@@ -166,11 +166,7 @@ class RAdapt(Method):
         if self.reference is not None:
             self.reference.remember(data, student.device)
         if config.adversary == "offline":
-            self.images = OfflineImages(
-                plain, data, chunk=config.batch_size, seed=torch.initial_seed(),  # the run's
-                precision="bf16" if config.precision == "bf16" else "fp32", eps=float(config.eps), alpha=config.alpha,
-                steps=config.steps, random_start=config.random_start,
-            )  # fmt: skip
+            self.images = OfflineImages.of(config, plain, data)
 
     def prepare(self, ranks: Ranks) -> None:
         if self.images is not None:

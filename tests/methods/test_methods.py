@@ -23,11 +23,6 @@ TEACHERS = {
 METHODS = [name for name in list_methods() if method_class(name).trains_tower and name != "clip"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def data():
     return load_data("digits", "train", limit=96)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rvlm import ops
 from rvlm.attacks import scoring
 from rvlm.data import load_data
+from rvlm.evaluation import evaluate
 from rvlm.methods import Batch, build_method
 from rvlm.models import ZeroShotClassifier, load_clip
 from rvlm.models.text import encode, tokenized
@@ -24,11 +26,6 @@ MORE = {
     "advpt": TEXT,
     "apd": SMALL,
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +229,45 @@ def test_the_first_class_embeddings_keep_no_graph(data):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         build("apd", text_chunk=3).setup(load_clip("tiny-vit"), data)
     assert not kept
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_step_runs_on_the_fused_ops_and_stays_in_the_ball(data, monkeypatch, name):
+    from torch.profiler import profile
+
+    prefixes, batches, method = [], [], build(name, eps="4/255", steps=2)
+    attention, loss = ops.prefix_attention, method.loss
+    monkeypatch.setattr(ops, "prefix_attention", lambda *args: (prefixes.append(len(args[0])), attention(*args))[1])
+    method.loss = lambda adv, clean, batch: (batches.append(batch), loss(adv, clean, batch))[1]
+    with profile() as seen:
+        train(load_clip("tiny-vit"), data, method, progress=False)
+    ran = {event.key.removeprefix("rvlm::") for event in seen.key_averages() if event.key.startswith("rvlm::")}
+    assert {"attack_loss"} | ({"multi_teacher_kl"} if name in ("apd", "fap") else set()) <= ran
+    assert prefixes, "prompts are tokens of their own"
+    for batch in batches:
+        if name in ("ivlp", "advpt"):  # whose steps make no images
+            assert batch.x_adv is None
+            continue
+        assert "linf_step_" in ran and (batch.x_adv != batch.x).any()
+        assert (
+            batch.x_adv - batch.x
+        ).abs().max() <= 4 / 255 + 1e-7 and 0 <= batch.x_adv.min() <= batch.x_adv.max() <= 1
+
+
+def test_prompts_go_to_classes_that_they_were_not_learned_on(data, tmp_path):
+    base, new = (load_data(f"digits+classes={part}", "train", limit=64) for part in ("base", "new"))
+    train(load_clip("tiny-vit"), base, build("apd"), progress=False, out=tmp_path)
+    student = load_clip(str(tmp_path))
+    classifier = ZeroShotClassifier(student, new.class_names, new.template)
+    assert classifier.templates == ["digit {}."] and classifier.text.shape[1] == 5
+    found = evaluate(classifier, new, attack="pgd-2", eps="1/255", progress=False)
+    assert found.clean >= found.robust and len(found.y) == 64
+
+
+def test_a_teacher_of_other_classes_is_refused(data):
+    with pytest.raises(ValueError, match=r"returns \[2, 5\] for two images, but digits has 10 classes"):
+        teacher = lambda x: x.flatten(1)[:, :5]  # noqa: E731
+        train(load_clip("tiny-vit"), data, build("apd", teacher=teacher), progress=False)
 
 
 def apd_logits(method, batch, adv):

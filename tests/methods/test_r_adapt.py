@@ -24,11 +24,6 @@ QUICK = {"epochs": 1, "batch_size": 32, "warmup_steps": 1, "steps": 2}
 WHITE = torch.ones(1, 3, 32, 32)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RVLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def data():
     return load_data("digits", "train", limit=64)

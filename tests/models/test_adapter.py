@@ -10,7 +10,7 @@ from rvlm.attacks import pgd
 from rvlm.models import Adapter, ZeroShotClassifier, apply_adapter, load_clip, tiny
 from rvlm.models.adapter import AdapterConfig
 from rvlm.models.clip import Clip
-from rvlm.models.towers import attention_output
+from rvlm.models.towers import attention_output, tower_of
 from rvlm.models.weights import weights_sha
 
 
@@ -209,6 +209,36 @@ def test_compiles_into_one_graph(clip, x):
     apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0, prompts=(2, 3)))
     compiled = torch.compile(clip.encode_pixels, fullgraph=True)
     torch.testing.assert_close(compiled(x), clip(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, width, depth, tokens", [
+    ("ViT-B-32-quickgelu", 768, 12, 50), ("ViT-B-16-quickgelu", 768, 12, 197), ("ViT-L-14-quickgelu", 1024, 24, 257),
+])  # fmt: skip
+def test_the_usual_towers(name, width, depth, tokens):
+    """Random weights; prompts of the labs' number and depth. Compiled without code, which would only cost time."""
+    clip, x = load_clip(name), torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    tower, generator = tower_of(clip), torch.Generator().manual_seed(1)
+    assert (tower.width, len(tower.blocks), tower.tokens) == (width, depth, tokens)
+    shapes = ((tokens, width), (9, 2, width), (9, 2, clip.model.positional_embedding.shape[1]))
+    rows = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
+    config = AdapterConfig.of(clip, alpha=0.5, cutoff=40.0, sentence="of a {}.")
+    with torch.no_grad():
+        plain, keys = clip(x), list(clip.model.state_dict())
+        Adapter(AdapterConfig.of(clip)).attach(clip)
+        assert torch.equal(clip(x), plain)
+        results = []
+        for fused in (False, True):
+            Adapter(config, *rows).attach(clip, fused)
+            results.append(clip(x))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(results[1], plain, atol=1e-3) and list(clip.model.state_dict()) == keys
+        torch._dynamo.reset()
+        compiled = torch.compile(clip.encode_pixels, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), results[1], rtol=1e-4, atol=1e-5)
+        assert clip.encode_text(["of a cat.", "of a very large dog."]).shape == (2, plain.shape[1])
+        clip.adapter.detach(clip)
+        assert torch.equal(clip(x), plain)
 
 
 @pytest.mark.parametrize("settings, message", [
