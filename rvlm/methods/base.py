@@ -244,7 +244,7 @@ class VisionMethod(Method):
 
 def mixed(clip: Clip, precision: str) -> torch.autocast:
     """The arithmetic that a config's `precision` asks for."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(clip.device.type, dtype, enabled=precision != "fp32")
 
 

@@ -101,7 +101,8 @@ class PromptMethod(VisionMethod):
         if config.text_tokens:
             self.texts = tokenized(student, [config.sentence.format(name) for name in data.class_names])
         self.prompt(student)
-        with torch.no_grad():  # a graph would hold all classes, whatever text_chunk is
+        # With a context too, so that one too long for the tower is an error here. A graph would hold all classes.
+        with torch.no_grad():
             self.head = student.logit_scale * text_head(student, data.class_names, self.training_templates(data))
 
     def prompt(self, clip: Clip) -> None:

@@ -204,6 +204,16 @@ def test_attacks_see_filter_and_anchor_and_leave_them_alone(clip, x):
     assert high.norm() < 0.2 * grad.norm() and (x_adv - x).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("site, shape", [("heads", (3, 17, 32)), ("map", (3, 17, 17))])
+def test_anchors_inside_the_attention_run_on_its_op(clip, x, monkeypatch, site, shape):
+    calls, attention = [], ops.anchored_attention
+    monkeypatch.setattr(ops, "anchored_attention", lambda *args: (calls.append(args[5]), attention(*args))[1])
+    anchor = torch.rand(shape, generator=torch.Generator().manual_seed(0)) / 17
+    plain = clip(x)
+    apply_adapter(clip, adapter(anchor, alpha=0.5, site=site))
+    assert not torch.allclose(clip(x), plain, atol=1e-4) and calls == [site]
+
+
 @pytest.mark.slow
 def test_compiles_into_one_graph(clip, x):
     apply_adapter(clip, adapter(alpha=0.5, cutoff=6.0, prompts=(2, 3)))
