@@ -95,7 +95,7 @@ class MethodConfig:
     None."""
     ema: float = 0.0
     """Decay per step of an average of the weights, which is then what is validated and kept; 0 keeps the weights. It
-    starts anew with each stage."""
+    starts anew with each stage, which begins from the average of the stage before."""
     eps: Eps = Eps("4/255")
     """Radius of the inner attack in pixel units (Linf)."""
     alpha: float | None = None

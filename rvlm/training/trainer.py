@@ -230,6 +230,7 @@ class _Run:
                     stage.on_epoch_end(epoch)
                 self._end_epoch(number, epoch, stage)
                 self.save()
+        self.student.load_state_dict(self.average, strict=False)  # the next stage begins with what this one would keep
         at.stage, at.epoch, at.batch, self.optimizer = number + 1, 0, 0, None
 
     def _end_epoch(self, number: int, epoch: int, stage: Stage) -> None:

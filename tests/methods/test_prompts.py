@@ -382,9 +382,10 @@ def test_frozen_teachers_stay(data, teacher):
     assert method.others == {}
 
 
-def test_a_teacher_is_tuned_first(data):
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_teacher_is_tuned_first(data, ema):
     """As ivlp would tune it; the student then begins where it began, and the teacher stays."""
-    settings = {"lr": 2e-2, "batch_size": 32}
+    settings = {"lr": 2e-2, "batch_size": 32, "ema": ema}
     tuned = load_clip("tiny-vit")
     train(tuned, data, build("ivlp", **settings), progress=False)
     method, student, starts = build("apd", teacher="fine_tuned", **settings), load_clip("tiny-vit"), []
