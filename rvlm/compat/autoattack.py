@@ -276,6 +276,8 @@ class AutoAttack:
     def _evaluation(
         self, x_orig: Tensor, y_orig: Tensor, bs: int, state_path: str | Path | None = None
     ) -> tuple[Tensor, Tensor]:
+        if not 0 < len(x_orig) == len(y_orig):
+            raise ValueError(f"expected images and as many labels, at least one, got {len(x_orig)} and {len(y_orig)}")
         state = _State(state_path, self.attacks_to_run)
         todo = [name for name in self.attacks_to_run if name not in state.run_attacks]
         self._log(f"using {self.version} version including {', '.join(todo)}.")
