@@ -152,9 +152,9 @@ def test_bad_parts(model_and_batch):
     model, x, y = model_and_batch
     with pytest.raises(ValueError, match="norm must be one of 'Linf', 'L2', 'L1'"):
         APGDAttack(model, norm="linf", eps=0.1)
-    for x, y in ((torch.rand(0, 3, 4, 4), torch.zeros(0).long()), (torch.rand(2, 3, 4, 4), torch.zeros(3).long())):
+    for images, labels in ((x[:0], y[:0]), (x[:2], y[:3])):
         with pytest.raises(ValueError, match="expected images and as many labels"):
-            AutoAttack(model, device="cpu").run_standard_evaluation(x, y)
+            AutoAttack(model, device="cpu", verbose=False).run_standard_evaluation(images, labels)
     with pytest.raises(ValueError, match="eps, the radius"):
         SquareAttack(model)
     with pytest.raises(ValueError, match="targets=9 needs more than 9 classes"):
