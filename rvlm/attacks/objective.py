@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rvlm import ops, profiling
 from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
+from rvlm.attacks.engines import Answer, Compiled, Question, Replayed, kind_of
 from rvlm.attacks.losses import AIMED, LOSSES
 
 __all__ = ["AttackResult", "Objective", "Scores"]
@@ -38,11 +39,13 @@ class Scores:
 
 @dataclasses.dataclass
 class Count:
-    """Images that went through the model, and how many gradients were zero in every pixel (on the device)."""
+    """Images that went through the model, how many gradients were zero in every pixel (on the device), and how often
+    the model was called by eager code."""
 
     forwards: int = 0
     backwards: int = 0
     zeros: Tensor | int = 0
+    calls: int = 0
 
 
 @dataclasses.dataclass
@@ -82,6 +85,7 @@ class Objective:
         targeted: lower the loss toward y instead of raising it.
         eot: evaluations that a gradient is the mean of (for models that draw random numbers); the loss is their mean,
             too, and an image counts as fooled if most of them say so.
+        engine: what runs gradients in place of eager code (`rvlm.attacks.engines`).
 
     Attributes:
         target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
@@ -98,8 +102,9 @@ class Objective:
         loss: str | Callable[[Any, Any], Tensor],
         targeted: bool = False,
         eot: int = 1,
+        engine: Compiled | Replayed | None = None,
     ) -> None:
-        self.model, self.targeted, self.batch, self.eot = model, targeted, len(x), eot
+        self.model, self.targeted, self.batch, self.eot, self.engine = model, targeted, len(x), eot, engine
         self.count, self.target, self.watched, self.seen_classes = Count(), None, False, 0
         self._seen_output, self.labels = False, None
         self.named = isinstance(loss, str)
@@ -182,7 +187,7 @@ class Objective:
         """
         leaf = x.detach().requires_grad_()
         with profiling.phase("forward"):
-            output = self.model(leaf)
+            output = self._ask(leaf)
         self.count.forwards += len(x)
         if not output.requires_grad:
             raise ValueError(NO_GRADIENT)
@@ -198,6 +203,37 @@ class Objective:
         return gaps.detach().to(x.dtype), grads, z.detach().argmax(1)
 
     def _gradient(self, x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Scores, Tensor]:
+        found = None if before is not None else self._by_engine(x)
+        scores, grad = self._by_autograd(x, before) if found is None else found
+        self.count.backwards += len(x)
+        if self.watched:
+            self.count.zeros = self.count.zeros + (grad == 0).flatten(1).all(1).sum()
+        return scores, grad
+
+    def _by_engine(self, x: Tensor) -> tuple[Scores, Tensor] | None:
+        """None where eager code is to be asked: nothing is known of the model yet, or the engine is not for it."""
+        if self.engine is None or not self.named:
+            return None
+        classes = self.engine.classes
+        if classes is None:
+            return None
+        if not self._seen_output:
+            self._check_range(classes)
+        target = self.target if self.loss in AIMED else None
+        with profiling.phase("model"):
+            found = self.engine.gradient(
+                Question(self.model, self.loss, self.labels, target, self.head if self.fused else None), x
+            )
+        if found is None:
+            return None
+        self.count.forwards += len(x)
+        if not self._seen_output:
+            self._first_look(found.logits)
+        pred = found.logits.argmax(1)
+        fooled = pred == self.labels if self.targeted else pred != self.labels
+        return Scores(found.loss, fooled, pred), found.grad
+
+    def _by_autograd(self, x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Scores, Tensor]:
         leaf = x.detach().requires_grad_()
         pixels = leaf if before is None else before(leaf)
         if self.fused:
@@ -213,10 +249,14 @@ class Objective:
             raise ValueError(
                 "the gradient does not reach the images: the model computes its output from a detached copy of them."
             )
-        self.count.backwards += len(x)
-        if self.watched:
-            self.count.zeros = self.count.zeros + (grad == 0).flatten(1).all(1).sum()
         return Scores(scores.loss.detach(), scores.fooled, scores.pred), grad
+
+    def _ask(self, x: Tensor, what: str = "model") -> Tensor:
+        """The model's output or, what="embed", its embedding; compiled if this is a loop, not a first or last look."""
+        self.count.calls += 1
+        if isinstance(self.engine, Compiled) and self.count.calls > 2:
+            return getattr(self.engine, what)(x)
+        return (self.model if what == "model" else self.model.embed)(x)
 
     def better(self, new: Tensor, old: Tensor) -> Tensor:
         """Where a loss is better for the attacker; a NaN never is, and gives way to any number."""
@@ -224,7 +264,7 @@ class Objective:
 
     def _evaluate(self, x: Tensor) -> Scores:
         with profiling.phase("forward"):
-            output = self.model(x)
+            output = self._ask(x)
             self.count.forwards += len(x)
             logits = output if isinstance(output, Tensor) and output.is_floating_point() else None
             if self.named and (logits is None or logits.dim() != 2 or len(logits) != self.batch):
@@ -255,7 +295,7 @@ class Objective:
     def _evaluate_head(self, x: Tensor) -> tuple[Scores, Tensor, Tensor]:
         """Scores, embeddings and the gradient with respect to them; nothing behind the embedding is in a graph."""
         with profiling.phase("forward"):
-            embedding = self.model.embed(x)
+            embedding = self._ask(x, "embed")
             self.count.forwards += len(x)
             if not self._seen_output:
                 self._check_range(self.head.shape[1])
@@ -298,6 +338,8 @@ class Objective:
     def _first_look(self, logits: Tensor) -> None:
         """Warnings about the model's output, once per attack."""
         self._seen_output, self.seen_classes = True, logits.shape[1]
+        if self.engine is not None:
+            self.engine.classes = logits.shape[1]
         broken = (logits.isnan() | (logits == torch.inf)).any(1)  # -inf is a masked class, and fine
         if broken.any():
             bad = broken.sum().item()

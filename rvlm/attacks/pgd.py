@@ -20,6 +20,7 @@ from torch import Tensor
 from rvlm import profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
+from rvlm.attacks.engines import FIXED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, search
 
@@ -102,7 +103,9 @@ def pgd(
             passes, so that a defence that low-passes them hardly weakens it; x must be [B, C, H, W]. Where ball and
             box cut the filtered change, at black and white pixels, it has edges again.
         model_mode: "eval", "train" or "keep" (flags as they are).
-        engine: "eager", "compile" (torch.compile on the model, static shapes) or "auto" (eager).
+        engine: how gradients of a named loss are run (`rvlm.attacks.engines`): "eager" or "auto", which is the same;
+            "compile", one region of torch.compile, compiled at the first attack on a model and shape and kept for
+            later ones; "cudagraph", eager kernels captured at the start of each attack, for small batches on a GPU.
         callback: called as callback(step, x_adv, loss) after every gradient, with live tensors that it must not change
             (of the samples that are left, where some leave).
         return_info: return an AttackResult.
@@ -133,7 +136,7 @@ def pgd(
         )
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
-    leave = early_stop == "compact" or (early_stop == "cycle" and engine != "compile" and not callable(loss))
+    leave = early_stop == "compact" or (early_stop == "cycle" and engine not in FIXED and not callable(loss))
     run = _Steps(alpha, steps, best, early_stop, leave, callback)
     return search(
         "pgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,

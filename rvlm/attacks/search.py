@@ -22,6 +22,7 @@ from rvlm import ops
 from rvlm.attacks.ball import NORMS, Ball, Noise, whole_box
 from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
 from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
+from rvlm.attacks.engines import ENGINES, FIXED, engine_for
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 
@@ -179,7 +180,7 @@ def search(
         eot: gradients of each iterate, averaged.
     """
     check_choices(norm=(norm, NORMS), precision=(precision, (None, "fp32", "bf16")))
-    check_choices(model_mode=(model_mode, MODEL_MODES), engine=(engine, ("auto", "eager", "compile")))
+    check_choices(model_mode=(model_mode, MODEL_MODES), engine=(engine, ENGINES))
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     check_images(x, bounds)
@@ -203,7 +204,6 @@ def search(
 
     with untouched(model, model_mode, compiled=engine == "compile"), torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
-        call = torch.compile(model, dynamic=False) if engine == "compile" else model
         radius = whole_box(x, norm, bounds) if eps is None else eps
         ball = Ball(x, radius, norm, bounds, strict_eps, quantize, low_frequency)
         draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
@@ -212,7 +212,7 @@ def search(
         own_noise = getattr(generator, "noise", None)
         with arithmetic(model, x.device, precision), drawn_seed(generator, draws and own_noise is None) as seed:
             noise_of = own_noise or functools.partial(Noise, seed)
-            objective = Objective(call, x, y, loss, targeted, eot)
+            objective = Objective(model, x, y, loss, targeted, eot, engine_for(engine, model, x))
             objective.watched = return_info
             if survivors and objective.labels is None:
                 raise ValueError("early_stop needs labels or targets y: int64 [B]")
@@ -227,8 +227,8 @@ def search(
                     left = (~chosen.fooled).nonzero().flatten()
                     if not len(left):
                         break
-                    if len(left) < len(x) and objective.named and engine != "compile":
-                        rows = left  # not under torch.compile, which would compile for each number of samples
+                    if len(left) < len(x) and objective.named and engine not in FIXED:
+                        rows = left
                 part = ball.at(rows)
                 around = part.scaled(start_scale)
                 if aimed:
@@ -298,8 +298,8 @@ def check_choices(**given: tuple[Any, tuple]) -> None:
 
 def check_stop(early_stop: str | None, engine: str, loss: Any = None) -> None:
     """Raises where samples cannot leave the batch."""
-    if early_stop == "compact" and engine == "compile":
-        raise ValueError("early_stop='compact' changes the batch size, for which torch.compile compiles anew: not both")
+    if early_stop == "compact" and engine in FIXED:
+        raise ValueError(f"early_stop='compact' changes the batch size, for which engine={engine!r} begins anew: not both")
     if early_stop == "compact" and callable(loss):
         raise ValueError("early_stop='compact' needs a loss by name: one of your own may know the whole batch")
 

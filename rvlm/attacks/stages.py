@@ -27,6 +27,7 @@ from torch import Tensor
 from rvlm.attacks.apgd import apgd
 from rvlm.attacks.cw import cw
 from rvlm.attacks.deepfool import deepfool
+from rvlm.attacks.engines import FIXED
 from rvlm.attacks.fab import fab
 from rvlm.attacks.fmn import fmn
 from rvlm.attacks.losses import AIMED
@@ -81,7 +82,7 @@ class Stage:
             keeps = {"best": "last" if self.attack == "pgd" else "loss"}
         elif self.attack in ("pgd", "apgd"):
             fixed = "freeze" if self.attack == "pgd" else None  # batches that may not shrink
-            keeps = {"best": "adv", "early_stop": fixed if more.get("engine") == "compile" else "compact"}
+            keeps = {"best": "adv", "early_stop": fixed if more.get("engine") in FIXED else "compact"}
         function = FUNCTIONS[self.attack]
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing

@@ -41,7 +41,7 @@ NAN[1, 0, 0, 0] = float("nan")
     (dict(early_stop="compact", loss=lambda out, y: out.sum(1)), ValueError, "needs a loss by name"),
     (dict(early_stop="cycle", norm="l2"), ValueError, "exact for norm='linf' only"),
     (dict(early_stop="cycle", eot=2), ValueError, "would cut the attack short"),
-    (dict(engine="cudagraph"), ValueError, "'auto', 'eager', 'compile'"),
+    (dict(engine="graph"), ValueError, "'auto', 'eager', 'compile'"),
     (dict(precision="cascade"), ValueError, "'fp32', 'bf16'"),
     (dict(model_mode="off"), ValueError, "'eval', 'train', 'keep'"),
     (dict(loss="dlrr"), ValueError, "unknown loss 'dlrr'"),

@@ -1,0 +1,251 @@
+"""How an attack asks for gradients: by eager kernels, one compiled region, or one CUDA graph.
+
+compile     forward pass, loss and backward pass are one function of the images under torch.compile, with no weight's
+            gradient in it. It is compiled once per model and shape, and later attacks find it again. Its guards ask at
+            every call whether anything about the model has changed; an attack, which leaves the model alone, lets them
+            ask twice.
+cudagraph   the kernels of eager mode, captured once per attack and shape and replayed at every step, so that launching
+            them costs the host one call.
+
+Both are for losses by name, whose inputs are known, and batches that keep their size.
+"""
+
+import contextlib
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rvlm import ops
+from rvlm.attacks.checks import AttackWarning
+from rvlm.attacks.contract import Foldable
+from rvlm.attacks.losses import LOSSES
+
+__all__ = ["ENGINES", "FIXED", "Answer", "Compiled", "Question", "Replayed", "engine_for", "kind_of"]
+
+ENGINES = ("auto", "eager", "compile", "cudagraph")
+FIXED = ("compile", "cudagraph")  # those for which a batch of another size is slow at first
+
+
+class Question(NamedTuple):
+    """What a gradient is asked of.
+
+    Attributes:
+        model: callable, or with a head a module that has embed(x) [B, D].
+        loss: its name.
+        labels: int64 [B].
+        target: int64 [B] of a loss that aims at one class after another, else None.
+        head: [D, C] if the backward pass begins at the embedding (`ops.clip_head_loss`), else None.
+    """
+
+    model: Callable
+    loss: str
+    labels: Tensor
+    target: Tensor | None
+    head: Tensor | None
+
+
+class Answer(NamedTuple):
+    """loss [B], logits [B, C], and the gradient of the summed loss, like x."""
+
+    loss: Tensor
+    logits: Tensor
+    grad: Tensor
+
+
+def kind_of(loss: str, labels: Tensor, target: Tensor | None) -> tuple[str, Tensor, Tensor | None, int]:
+    """Kind, label, target and sign of `ops.attack_loss` for a named loss."""
+    if loss == "ce-targeted":
+        return "ce", target, None, -1
+    return "cw" if loss == "margin" else loss, labels, target, 1
+
+
+class Compiled:
+    """engine="compile" during one attack.
+
+    Attributes:
+        model, embed: the model's passes, compiled, for what is no region: losses of the caller's own, maps in front of
+            the model, gradients of single logits.
+    """
+
+    def __init__(self, model: Callable) -> None:
+        self.model = torch.compile(model, dynamic=False)
+        self.embed = torch.compile(model.embed, dynamic=False) if hasattr(model, "embed") else None
+        self.regions = _regions_of(model)
+        self.foldable = Foldable(model)
+        self.asked: dict[Any, int] = {}
+
+    @property
+    def classes(self) -> int | None:
+        """Of the model's outputs, once it was asked by eager code, in this attack or before."""
+        return self.regions.classes
+
+    @classes.setter
+    def classes(self, number: int) -> None:
+        self.regions.classes = number
+
+    def gradient(self, question: Question, x: Tensor) -> Answer | None:
+        """None where the model cannot be compiled so."""
+        region = self.regions.of(question)
+        if region is None:
+            return None
+        key = (question.loss, x.shape, x.dtype, x.stride(), torch.is_autocast_enabled(x.device.type))
+        asked = self.asked.get(key, 0)
+        # The first call may compile. One that would compile again tells of a model that changes as it runs.
+        stance = {} if asked == 0 else {"skip_guard_eval_unsafe": True} if asked > 1 else {"stance": "fail_on_recompile"}
+        try:
+            with self.foldable, torch.no_grad(), torch.compiler.set_stance(**stance) if stance else _nothing:
+                found = region(*question, x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.regions.refuse(question, error)
+            return None
+        except RuntimeError as error:
+            if asked != 1:
+                raise
+            self.regions.refuse(question, error)
+            return None
+        self.asked[key] = asked + 1
+        return Answer(*found)
+
+
+_nothing = contextlib.nullcontext()
+
+
+class _Regions:
+    """Compiled functions of one model."""
+
+    def __init__(self, own: bool) -> None:
+        self.own, self.classes, self.known = own, None, {}
+
+    def of(self, question: Question) -> Callable | None:
+        work = _at_logits if question.head is None else _at_head
+        if (work, question.loss) not in self.known:
+            if self.own:  # code of its own: torch counts by code how often it has compiled, and gives up after eight
+                work_of_this = types.FunctionType(work.__code__.replace(co_name=work.__name__), work.__globals__)
+            else:
+                work_of_this = work
+            self.known[work, question.loss] = torch.compile(work_of_this, dynamic=False, fullgraph=True)
+        return self.known[work, question.loss]
+
+    def refuse(self, question: Question, error: Exception) -> None:
+        self.known[_at_logits if question.head is None else _at_head, question.loss] = None
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        warnings.warn(
+            f"engine='compile' compiles this model's forward pass alone, which is slower: {first}",
+            AttackWarning,
+            stacklevel=2,
+        )
+
+
+_of_modules: "weakref.WeakKeyDictionary[nn.Module, _Regions]" = weakref.WeakKeyDictionary()
+
+
+def _regions_of(model: Callable) -> _Regions:
+    """Modules keep theirs as long as they live; of other callables, which may be made anew for every batch, torch knows
+    which are alike."""
+    if not isinstance(model, nn.Module):
+        return _Regions(own=False)
+    return _of_modules.setdefault(model, _Regions(own=True))
+
+
+def _at_head(model: nn.Module, loss: str, labels: Tensor, target: Tensor | None, head: Tensor, x: Tensor):
+    embedding, back = torch.func.vjp(model.embed, x)
+    kind, label, other, sign = kind_of(loss, labels, target)
+    value, _, logits, of_embedding = ops.clip_head_loss(embedding, head, label, kind, other)
+    return sign * value, logits, back((sign * of_embedding).to(embedding.dtype))[0]
+
+
+def _at_logits(model: Callable, loss: str, labels: Tensor, target: Tensor | None, head: None, x: Tensor):
+    output, back = torch.func.vjp(lambda v: model(v), x)
+    logits = output if output.dtype == torch.float64 else output.float()
+    if loss == "ce":  # torch's, as in eager mode
+        value = F.cross_entropy(logits, labels, reduction="none")
+        of_logits = torch.softmax(logits, 1) - F.one_hot(labels, logits.shape[1])
+    else:
+        kind, label, other, sign = kind_of(loss, labels, target)
+        value, _, of_logits = ops.attack_loss(logits, label, kind, other)
+        value, of_logits = sign * value, sign * of_logits
+    return value, logits, back(of_logits.to(output.dtype))[0]
+
+
+def eager(question: Question, x: Tensor) -> Answer:
+    """The same by autograd: what a CUDA graph captures."""
+    leaf = x.detach().requires_grad_()
+    kind, label, other, sign = kind_of(question.loss, question.labels, question.target)
+    if question.head is not None:
+        output = question.model.embed(leaf)
+        value, _, logits, slope = ops.clip_head_loss(output, question.head, label, kind, other)
+    else:
+        output = question.model(leaf)
+        logits = output if output.dtype == torch.float64 else output.float()
+        if question.loss in LOSSES:
+            output = LOSSES[question.loss](logits, label)
+            value, slope = output.detach(), torch.ones_like(output)
+        else:
+            value, _, slope = ops.attack_loss(logits.detach(), label, kind, other)
+            output = logits
+    (grad,) = torch.autograd.grad(output, leaf, (sign * slope).to(output.dtype))
+    return Answer(sign * value, logits.detach(), grad)
+
+
+class Replayed:
+    """engine="cudagraph" during one attack: a graph per shape, whose inputs lie in memory of their own.
+
+    capture: work -> (replay, what work returned, to be overwritten by every replay).
+    """
+
+    def __init__(self, capture: Callable[[Callable[[], Answer]], tuple[Callable[[], None], Answer]]) -> None:
+        self.capture, self.graphs, self.classes = capture, {}, None
+
+    def gradient(self, question: Question, x: Tensor) -> Answer:
+        key = (question.loss, x.shape, x.dtype, x.stride(), torch.is_autocast_enabled(x.device.type))
+        given = (x, question.labels, question.target, question.head)
+        if key not in self.graphs:
+            held = [None if t is None else t.clone() for t in given]
+            asked = Question(question.model, question.loss, *held[1:])
+            self.graphs[key] = (held, *self.capture(lambda: eager(asked, held[0])))
+        held, replay, found = self.graphs[key]
+        for mine, new in zip(held, given, strict=True):
+            if mine is not None:
+                mine.copy_(new)
+        replay()
+        return Answer(*(t.clone() for t in found))
+
+
+def cuda_graph(work: Callable[[], Answer]) -> tuple[Callable[[], None], Answer]:
+    """Runs work once, for what is set up at a first call, and captures it.
+
+    Not by torch.cuda.graph, which collects garbage and empties the allocator's cache first: too slow for every attack.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        work()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            found = work()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph.replay, found
+
+
+def engine_for(engine: str, model: Callable, x: Tensor) -> Compiled | Replayed | None:
+    """What `engine` of an attack stands for; None is eager mode.
+
+    Raises:
+        ValueError: engine="cudagraph" for images that are not on a CUDA device.
+    """
+    if engine == "compile":
+        return Compiled(model)
+    if engine != "cudagraph":
+        return None
+    if not x.is_cuda:
+        raise ValueError(f"engine='cudagraph' is for CUDA devices, x is on {x.device}: use 'compile' or 'eager' there")
+    return Replayed(cuda_graph)
