@@ -9,7 +9,6 @@ is as it was: parameters, `.grad`, `requires_grad`, training flags per module, b
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,29 +65,7 @@ def _freezes(m: nn.Module, name: str, parameter: nn.Parameter | None, compiled: 
     """
     if parameter is None or not parameter.requires_grad:
         return False
-    return compiled or not _folds(m, name)
-
-
-def _folds(m: nn.Module, name: str) -> bool:
-    return isinstance(m, nn.MultiheadAttention) and name == "in_proj_weight" and m.batch_first
-
-
-class Foldable:
-    """A block in which the weights of that one kind are trainable, inside `untouched(compiled=True)`: for compiled
-    functions that ask for the gradient of the images alone, by name."""
-
-    def __init__(self, model: Callable) -> None:
-        module = _module_of(model)
-        found = [m for m in module.modules() if _folds(m, "in_proj_weight")] if module is not None else []
-        self.layers = [m for m in found if m.in_proj_weight is not None and not m.in_proj_weight.is_inference()]
-
-    def __enter__(self) -> None:
-        for m in self.layers:
-            m.in_proj_weight.requires_grad_(True)
-
-    def __exit__(self, *_: Any) -> None:
-        for m in self.layers:
-            m.in_proj_weight.requires_grad_(False)
+    return compiled or not (isinstance(m, nn.MultiheadAttention) and name == "in_proj_weight" and m.batch_first)
 
 
 @contextmanager

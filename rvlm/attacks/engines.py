@@ -11,6 +11,7 @@ Both are for losses by name, whose inputs are known, and batches that keep their
 """
 
 import contextlib
+import functools
 import types
 import warnings
 import weakref
@@ -23,7 +24,6 @@ from torch.nn import functional as F
 
 from rvlm import ops
 from rvlm.attacks.checks import AttackWarning
-from rvlm.attacks.contract import Foldable
 from rvlm.attacks.losses import LOSSES
 
 __all__ = ["ENGINES", "FIXED", "Answer", "Compiled", "Question", "Replayed", "engine_for", "kind_of"]
@@ -77,7 +77,6 @@ class Compiled:
         self.model = torch.compile(model, dynamic=False)
         self.embed = torch.compile(model.embed, dynamic=False) if hasattr(model, "embed") else None
         self.regions = _regions_of(model)
-        self.foldable = Foldable(model)
         self.asked: dict[Any, int] = {}
 
     @property
@@ -99,7 +98,7 @@ class Compiled:
         # The first call may compile. One that would compile again tells of a model that changes as it runs.
         stance = {} if asked == 0 else {"skip_guard_eval_unsafe": True} if asked > 1 else {"stance": "fail_on_recompile"}
         try:
-            with self.foldable, torch.no_grad(), torch.compiler.set_stance(**stance) if stance else _nothing:
+            with torch.no_grad(), torch.compiler.set_stance(**stance) if stance else _nothing:
                 found = region(*question, x)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.regions.refuse(question, error)
@@ -129,7 +128,9 @@ class _Regions:
                 work_of_this = types.FunctionType(work.__code__.replace(co_name=work.__name__), work.__globals__)
             else:
                 work_of_this = work
-            self.known[work, question.loss] = torch.compile(work_of_this, dynamic=False, fullgraph=True)
+            self.known[work, question.loss] = torch.compile(
+                work_of_this, dynamic=False, fullgraph=True, options={"post_grad_custom_pre_pass": _fold()}
+            )
         return self.known[work, question.loss]
 
     def refuse(self, question: Question, error: Exception) -> None:
@@ -151,6 +152,42 @@ def _regions_of(model: Callable) -> _Regions:
     if not isinstance(model, nn.Module):
         return _Regions(own=False)
     return _of_modules.setdefault(model, _Regions(own=True))
+
+
+@functools.cache
+def _fold():
+    """A pass over a region: products of a batch of matrices with one and the same matrix become one product.
+
+    So torch does it to a trainable weight by itself. A frozen one, or one whose gradient nobody asks for, is multiplied
+    with every token alone where its input is transposed, as in a batch-first nn.MultiheadAttention (pytorch/pytorch
+    #161564).
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Fold(CustomGraphPass):
+        def uuid(self):
+            return get_hash_for_files((__file__,))
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            aten = torch.ops.aten
+            for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+                left, right = (argument.meta["val"] for argument in node.args)
+                if right.stride(0) != 0:
+                    continue
+                rows, width = left.shape[0] * left.shape[1], right.shape[2]
+                with graph.inserting_before(node):
+                    flat = graph.call_function(aten.reshape.default, (node.args[0], [rows, left.shape[2]]))
+                    one = graph.call_function(aten.select.int, (node.args[1], 0, 0))
+                    product = graph.call_function(aten.mm.default, (flat, one))
+                    whole = graph.call_function(aten.reshape.default, (product, [*left.shape[:2], width]))
+                flat.meta["val"] = left.new_empty(rows, left.shape[2])
+                one.meta["val"] = right[0]
+                product.meta["val"] = left.new_empty(rows, width)
+                whole.meta["val"] = left.new_empty(*left.shape[:2], width)
+                node.replace_all_uses_with(whole)
+                graph.erase_node(node)
+
+    return Fold()
 
 
 def _at_head(model: nn.Module, loss: str, labels: Tensor, target: Tensor | None, head: Tensor, x: Tensor):
