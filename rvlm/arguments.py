@@ -134,6 +134,8 @@ class EvalArgs(ModelArgs):
     """Radii in pixel units, separated by commas: 4/255,8/255."""
     norm: str = "linf"
     """linf, l2 or l1."""
+    precision: str = "fp32"
+    """Of the attack: fp32, tf32, bf16, or cascade (search in bf16, verdicts in fp32, where the rest goes on)."""
     source: str | None = None
     """Craft the images on this model instead (transfer)."""
     images: str | None = None

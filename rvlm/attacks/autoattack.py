@@ -66,6 +66,8 @@ def autoattack(
     Args:
         version: "standard", "plus", "rand", or "custom" with `attacks`.
         attacks: names of stages for version="custom", such as ["apgd-ce", "apgd-t", "square-1000"].
+        precision: as in `pgd`; under "cascade" stages that cannot go on from a point (FAB, FMN, CW, DeepFool) run in
+            fp32 (`Stage.precision`).
         callback: called as callback(name of the stage, samples still robust) after every stage.
 
     Returns:
@@ -111,6 +113,7 @@ def autoattack(
         x_adv, broken_by = x.clone(), torch.where(clean.fooled, -2, -1)
         robust = {"clean": int((broken_by == -1).sum())}
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        disagreement = torch.zeros(2, dtype=torch.int64)
         for number, stage in enumerate(stages):
             rows = (broken_by == -1).nonzero().flatten()
             if len(rows):
@@ -120,6 +123,7 @@ def autoattack(
                 count.forwards += found.forwards
                 count.backwards += found.backwards
                 count.zeros += found.zero_gradients
+                disagreement += torch.tensor([found.fooled_in_bf16_only, found.fooled_in_fp32_only])
                 steps_used[rows] += found.steps_used
                 hit = rows[found.success]
                 x_adv[hit], broken_by[hit] = found.x_adv[found.success], number
@@ -132,7 +136,7 @@ def autoattack(
     forwards = count.forwards + last.count.forwards
     return AutoAttackResult(
         x_adv, final.fooled, final.loss, final.pred, steps_used, forwards, count.backwards, count.zeros,
-        [stage.name for stage in stages], refused, broken_by, robust,
+        *disagreement.tolist(), [stage.name for stage in stages], refused, broken_by, robust,
     )  # fmt: skip
 
 

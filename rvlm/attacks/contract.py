@@ -8,7 +8,8 @@ is as it was: parameters, `.grad`, `requires_grad`, training flags per module, b
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,46 +77,107 @@ def scoring(model: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def arithmetic(model: Callable, device: torch.device, precision: str | None) -> Iterator[None]:
-    """Precision of the forward passes: None leaves the caller's autocast state, "fp32" turns it off."""
+def arithmetic(
+    model: Callable, device: torch.device, precision: str | None
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Precision of the forward passes: None leaves the caller's autocast state, "fp32" and "tf32" turn it off, "bf16"
+    and "cascade" turn it on. Weights that autocast would cast are cast once.
+
+    Yields what opens a block in float32 inside it, for verdicts: no autocast, and the model's own weights.
+    """
     with ExitStack() as stack:
         if precision is not None:
-            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"))
+            narrow = precision in ("bf16", "cascade")
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow))
+        if precision == "tf32":
+            stack.enter_context(_tf32())
+        cast = None
         if torch.is_autocast_enabled(device.type):
-            stack.enter_context(_weights_cast_once(_module_of(model), torch.get_autocast_dtype(device.type)))
-        yield
+            cast = _Cast(_module_of(model), torch.get_autocast_dtype(device.type))
+            stack.enter_context(cast)
+
+        @contextmanager
+        def in_float32() -> Iterator[None]:
+            with torch.autocast(device.type, enabled=False), nullcontext() if cast is None else cast.undone():
+                yield
+
+        yield in_float32
 
 
 @contextmanager
-def _weights_cast_once(module: nn.Module | None, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast caches the casts of trainable weights only; frozen ones it would cast again at every forward.
+def _tf32() -> Iterator[None]:
+    """Matrix products and convolutions of CUDA devices on tensor cores, with float32 inputs cut to ten bits.
 
-    Done for layers whose weights autocast casts anyway, so outputs are bitwise the same, and for no parameter that
-    another kind of layer shares.
+    Set by the older names, since torch.compile reads those and refuses a mixture; what they were set to is put back by
+    the newer ones, which know one state more.
     """
-    cast, shared = {}, set()
-    for m in module.modules() if module is not None else ():
-        for name, parameter in m._parameters.items():
-            if parameter is None:
-                continue
-            # A slice of a sharded weight is gathered at every forward pass, and cast there.
-            whole = not hasattr(parameter, "placements")
-            if type(m) in _AUTOCAST_LAYERS and parameter.dtype == torch.float32 and whole:
-                cast.setdefault(id(parameter), []).append((m, name, parameter))
-            else:
-                shared.add(id(parameter))
-    places = [place for key, found in cast.items() if key not in shared for place in found]
-    narrow: dict[int, nn.Parameter] = {}
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    kinds = (cudnn.conv, cudnn.rnn)
+    before, cudnn_before = matmul.fp32_precision, [kind.fp32_precision for kind in kinds]
     try:
-        # Other parameters in their places: new data in the old ones would tear off the hooks of their gradients.
-        for m, name, parameter in places:
-            if id(parameter) not in narrow:
-                narrow[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-            m._parameters[name] = narrow[id(parameter)]
+        if before != "tf32":
+            matmul.allow_tf32 = True
+        if cudnn_before != ["tf32", "tf32"]:
+            cudnn.allow_tf32 = True
         yield
     finally:
-        for m, name, parameter in places:
-            m._parameters[name] = parameter
+        if before != "tf32":
+            matmul.allow_tf32 = False
+            matmul.fp32_precision = before
+        if cudnn_before != ["tf32", "tf32"]:
+            cudnn.allow_tf32 = False
+            for kind, value in zip(kinds, cudnn_before, strict=True):
+                kind.fp32_precision = value
+
+
+class _Cast:
+    """A block in which a model has its weights in another dtype.
+
+    Autocast caches the casts of trainable weights only; frozen ones it would cast again at every forward. Done for
+    layers whose weights autocast casts anyway, so outputs are bitwise the same, and for no parameter that another kind
+    of layer shares.
+    """
+
+    def __init__(self, module: nn.Module | None, dtype: torch.dtype) -> None:
+        cast, shared = {}, set()
+        for m in module.modules() if module is not None else ():
+            for name, parameter in m._parameters.items():
+                if parameter is None:
+                    continue
+                # A slice of a sharded weight is gathered at every forward pass, and cast there.
+                whole = not hasattr(parameter, "placements")
+                if type(m) in _AUTOCAST_LAYERS and parameter.dtype == torch.float32 and whole:
+                    cast.setdefault(id(parameter), []).append((m, name, parameter))
+                else:
+                    shared.add(id(parameter))
+        self.dtype = dtype
+        self.places = [place for key, found in cast.items() if key not in shared for place in found]
+        self.narrow: dict[int, nn.Parameter] = {}
+
+    def __enter__(self) -> None:
+        for _, _, parameter in self.places:
+            if id(parameter) not in self.narrow:
+                cast = nn.Parameter(parameter.detach().to(self.dtype), parameter.requires_grad)
+                self.narrow[id(parameter)] = cast
+        self._put(narrow=True)
+
+    def __exit__(self, *_: Any) -> None:
+        self._put(narrow=False)
+        self.narrow.clear()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The own weights for a while."""
+        self._put(narrow=False)
+        try:
+            yield
+        finally:
+            self._put(narrow=True)
+
+    def _put(self, narrow: bool) -> None:
+        # Other parameters in their places: new data in the old ones would tear off the hooks of their gradients.
+        for m, name, parameter in self.places:
+            m._parameters[name] = self.narrow[id(parameter)] if narrow else parameter
 
 
 _AUTOCAST_LAYERS = {

@@ -96,7 +96,9 @@ class Compiled:
         key = (question.loss, x.shape, x.dtype, x.stride(), torch.is_autocast_enabled(x.device.type))
         asked = self.asked.get(key, 0)
         # The first call may compile. One that would compile again tells of a model that changes as it runs.
-        stance = {} if asked == 0 else {"skip_guard_eval_unsafe": True} if asked > 1 else {"stance": "fail_on_recompile"}
+        stance = (
+            {} if asked == 0 else {"skip_guard_eval_unsafe": True} if asked > 1 else {"stance": "fail_on_recompile"}
+        )
         try:
             with torch.no_grad(), torch.compiler.set_stance(**stance) if stance else _nothing:
                 found = region(*question, x)

@@ -15,6 +15,7 @@ From the same draws the images are torchattacks' (MI, NI + SI, VMI). TI-FGSM the
 black-box attack, is transforms=("ti", "di").
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, Noise, rowwise
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
+from rvlm.attacks.search import Attack, Kept, check_choices, check_count, fewer, search
 
 __all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
 
@@ -224,11 +225,18 @@ class _Momentum:
     def __init__(self, alpha, steps, mu, kind, chain, callback) -> None:
         self.alpha, self.steps, self.mu, self.kind = alpha, steps, mu, kind
         self.chain, self.callback = chain, callback
+        self.planned = steps
+
+    def continued(self) -> "_Momentum":
+        """The same steps, fewer of them, with a velocity that begins anew."""
+        run = copy.copy(self)
+        run.steps = fewer(self.steps)
+        return run
 
     def __call__(
         self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise: Noise | None
     ) -> tuple[Kept, Tensor]:
-        alpha = ball.like(ball.radius / self.steps) if self.alpha is None else ball.per_sample(self.alpha)
+        alpha = ball.like(ball.radius / self.planned) if self.alpha is None else ball.per_sample(self.alpha)
         alpha = -alpha if objective.targeted else alpha
         now = Now(ball, torch.zeros_like(x_adv), alpha, self.mu, None, {})
         lo, hi = ball.bounds

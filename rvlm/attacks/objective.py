@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rvlm import ops, profiling
 from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
-from rvlm.attacks.engines import Answer, Compiled, Question, Replayed, kind_of
+from rvlm.attacks.engines import Compiled, Question, Replayed
 from rvlm.attacks.losses import AIMED, LOSSES
 
 __all__ = ["AttackResult", "Objective", "Scores"]
@@ -60,6 +60,7 @@ class AttackResult:
         steps_used: int64 [B], steps a sample moved in all restarts.
         forwards, backwards: images that went through the model, there and back.
         zero_gradients: how many of those gradients were exactly zero in every pixel, and so showed no way.
+        fooled_in_bf16_only, fooled_in_fp32_only: images that a search in bf16 has kept on which the two disagree.
     """
 
     x_adv: Tensor
@@ -70,6 +71,8 @@ class AttackResult:
     forwards: int
     backwards: int
     zero_gradients: int = 0
+    fooled_in_bf16_only: int = 0
+    fooled_in_fp32_only: int = 0
 
 
 class Objective:

@@ -22,7 +22,7 @@ from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.engines import FIXED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, search
+from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, fewer, search
 
 __all__ = ["PGD", "pgd"]
 
@@ -93,8 +93,12 @@ def pgd(
             last bits than the full run's.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
-        precision: None runs the model as it is (under the caller's autocast, if any); "bf16" autocasts it, "fp32" turns
-            autocast off. Images, ball and steps stay in x's dtype, and `return_info` scores the result without it.
+        precision: None runs the model as it is (under the caller's autocast, if any); "fp32" turns autocast off; "tf32"
+            lets CUDA devices cut the inputs of matrix products and convolutions to ten bits, during the attack; "bf16"
+            autocasts the model, its weights once. Images, ball and steps stay in x's dtype, and `return_info` scores
+            the result without any of it. "cascade" searches in bf16, scores what every run keeps in fp32, where alone
+            a verdict counts, and lets the samples that fool the model there in no run go on in fp32 from their best
+            image, for a quarter of the steps more; needs labels. An AttackResult counts the disagreements.
         strict_eps: no pixel exceeds eps even in exact arithmetic (fp32 rounding otherwise adds up to 6e-8).
         quantize: 255 returns images that survive uint8 storage: every iterate that the model sees is on the grid, and
             gradients pass straight through the rounding. x must be on the grid. For L2 and L1 pixels round toward x,
@@ -152,10 +156,17 @@ class _Steps:
     def __init__(self, alpha, steps, best, early_stop, leave, callback) -> None:
         self.alpha, self.steps, self.best, self.early_stop, self.callback = alpha, steps, best, early_stop, callback
         self.leave = leave  # whether samples that are done leave the batch
+        self.planned = steps
+
+    def continued(self) -> "_Steps":
+        """The same steps, fewer of them."""
+        run = copy.copy(self)
+        run.steps = fewer(self.steps)
+        return run
 
     def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         if self.alpha is None:
-            alpha = ball.like(2.5 * ball.radius / max(self.steps, 1))
+            alpha = ball.like(2.5 * ball.radius / max(self.planned, 1))
         else:
             alpha = ball.per_sample(self.alpha)
         alpha = -alpha if objective.targeted else alpha

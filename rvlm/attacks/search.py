@@ -10,9 +10,10 @@ once.
 import dataclasses
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,9 @@ from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 
 __all__ = [
+    "PRECISIONS",
     "Attack",
+    "Disagreement",
     "Kept",
     "Roll",
     "Run",
@@ -36,10 +39,12 @@ __all__ = [
     "check_stop",
     "drawn_seed",
     "empty_result",
+    "fewer",
     "search",
 ]
 
 MAX_RUNS = 2048  # that have noise of their own
+PRECISIONS = (None, "fp32", "tf32", "bf16", "cascade")
 
 
 @dataclasses.dataclass
@@ -119,7 +124,8 @@ class Roll:
 class Run(Protocol):
     """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took.
 
-    scored: the scores of what it keeps are needed. noise: None for an attack that draws nothing.
+    scored: the scores of what it keeps are needed. noise: None for an attack that draws nothing. A run that can go on
+    from any point has `continued() -> Run`, the shorter run that does.
     """
 
     def __call__(
@@ -179,7 +185,7 @@ def search(
             (`rvlm.compat`, where draws are those of other libraries).
         eot: gradients of each iterate, averaged.
     """
-    check_choices(norm=(norm, NORMS), precision=(precision, (None, "fp32", "bf16")))
+    check_choices(norm=(norm, NORMS), precision=(precision, PRECISIONS))
     check_choices(model_mode=(model_mode, MODEL_MODES), engine=(engine, ENGINES))
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
@@ -198,6 +204,14 @@ def search(
         raise ValueError(f"x_init must be like x, {list(x.shape)} {x.dtype}, got {list(x_init.shape)} {x_init.dtype}")
     if quantize is not None and len(x):
         check_grid(x, quantize, strict_eps)
+    cascade = precision == "cascade"
+    if cascade and not hasattr(run, "continued"):
+        raise ValueError(
+            f"precision='cascade' is for attacks that can go on from the best point so far, which {name} cannot: use "
+            "'bf16', whose verdict is re-scored, or 'fp32'"
+        )
+    if precision == "tf32" and not x.is_cuda:
+        warnings.warn(f"TF32 is arithmetic of CUDA devices: on {x.device} it is fp32", AttackWarning, stacklevel=3)
     if len(x) == 0:
         warnings.warn(f"{name} got an empty batch and returns it unchanged", AttackWarning, stacklevel=3)
         return empty_result(x) if return_info else x.detach().clone()
@@ -210,15 +224,22 @@ def search(
         chosen: Kept | None = None
         steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         own_noise = getattr(generator, "noise", None)
-        with arithmetic(model, x.device, precision), drawn_seed(generator, draws and own_noise is None) as seed:
+        with (
+            arithmetic(model, x.device, precision) as in_float32,
+            drawn_seed(generator, draws and own_noise is None) as seed,
+        ):
             noise_of = own_noise or functools.partial(Noise, seed)
-            objective = Objective(model, x, y, loss, targeted, eot, engine_for(engine, model, x))
+            with in_float32() if cascade else nullcontext():  # the model's own predictions may be the labels
+                objective = Objective(model, x, y, loss, targeted, eot, engine_for(engine, model, x))
             objective.watched = return_info
             if survivors and objective.labels is None:
                 raise ValueError("early_stop needs labels or targets y: int64 [B]")
+            if cascade and objective.labels is None:
+                raise ValueError("precision='cascade' needs labels or targets y, int64 [B]: what is not fooled goes on")
+            disagreement = Disagreement(x.device)
             aims = objective.runners_up(x, targets) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
-            if runs > MAX_RUNS:
+            if runs + cascade > MAX_RUNS:
                 raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
             ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
             for number in range(runs):
@@ -240,23 +261,63 @@ def search(
                     start = around.random_start(noise, on_sphere)
                 else:
                     start = part.x.clone()
-                scored = return_info or runs > 1
-                kept, steps = run(objective if rows is None else objective.at(rows), part, start, scored, noise)
+                scored = return_info or runs > 1 or cascade
+                asked = objective if rows is None else objective.at(rows)
+                kept, steps = run(asked, part, start, scored, noise)
+                if cascade:
+                    with in_float32():
+                        disagreement.settle(kept, asked.score(kept.x_adv))
                 if rows is None:
                     steps_used += steps
                     chosen = kept if chosen is None else chosen.merge(kept, objective)
                 else:
                     steps_used[rows] += steps
                     chosen.put(rows, chosen.at(rows).merge(kept, objective))
+            if cascade and len(left := (~chosen.fooled).nonzero().flatten()):
+                if not (objective.named and engine not in FIXED):
+                    left = torch.arange(len(x), device=x.device)
+                noise = noise_of(runs, ids[left]) if draws else None
+                with in_float32():
+                    if aimed:
+                        objective.target = objective.runners_up(chosen.x_adv, 1)[:, 0]
+                    asked, start = objective.at(left), chosen.x_adv[left]
+                    kept, steps = run.continued()(asked, ball.at(left), start, True, noise)
+                steps_used[left] += steps
+                chosen.put(left, chosen.at(left).merge(kept, objective))
         if not return_info:
             return chosen.x_adv
         verdict = chosen.scores
-        if precision is not None:
+        if precision is not None and not cascade:
             verdict = objective.score(chosen.x_adv)  # reference precision
             if distances:
                 verdict.loss = chosen.scores.loss
+            if precision == "bf16":
+                disagreement.settle(chosen, verdict)
         counts = objective.count.forwards, objective.count.backwards, int(objective.count.zeros)
-        return AttackResult(chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts)
+        return AttackResult(
+            chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts, *disagreement.counts()
+        )
+
+
+class Disagreement:
+    """How many images fool the model in bf16 only, and in fp32 only; on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.both = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def settle(self, kept: Kept, scores: Scores) -> None:
+        """Gives what was kept in bf16 its scores in fp32."""
+        if scores.fooled is not None:
+            self.both += torch.stack([(kept.fooled & ~scores.fooled).sum(), (scores.fooled & ~kept.fooled).sum()])
+        kept.scores = scores
+
+    def counts(self) -> list[int]:
+        return self.both.tolist()
+
+
+def fewer(steps: int) -> int:
+    """Of a run that goes on where a search in bf16 has ended: a quarter."""
+    return math.ceil(steps / 4)
 
 
 class Attack:
@@ -299,7 +360,9 @@ def check_choices(**given: tuple[Any, tuple]) -> None:
 def check_stop(early_stop: str | None, engine: str, loss: Any = None) -> None:
     """Raises where samples cannot leave the batch."""
     if early_stop == "compact" and engine in FIXED:
-        raise ValueError(f"early_stop='compact' changes the batch size, for which engine={engine!r} begins anew: not both")
+        raise ValueError(
+            f"early_stop='compact' changes the batch size, for which engine={engine!r} begins anew: not both"
+        )
     if early_stop == "compact" and callable(loss):
         raise ValueError("early_stop='compact' needs a loss by name: one of your own may know the whole batch")
 

@@ -15,6 +15,7 @@ batch.
 """
 
 import bisect
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.objective import AttackResult, Objective
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
+from rvlm.attacks.search import Attack, Kept, check_choices, check_count, fewer, search
 
 __all__ = ["Square", "square"]
 
@@ -103,10 +104,17 @@ class _Squares:
 
     def __init__(self, queries: int, p_init: float, rescale: bool, callback) -> None:
         self.queries, self.p_init, self.rescale, self.callback = queries, p_init, rescale, callback
+        self.planned, self.spent = queries, 0  # of the schedule of sizes
+
+    def continued(self) -> "_Squares":
+        """Fewer queries, from the start that is given, with the smallest windows that the schedule has come to."""
+        run = copy.copy(self)
+        run.queries, run.spent = fewer(self.queries), self.planned
+        return run
 
     def __call__(self, objective: Objective, ball: Ball, x: Tensor, scored: bool, noise: Noise) -> tuple[Kept, Tensor]:
         moves = _Stripes() if ball.norm == "linf" else _Tiles(ORDER[ball.norm])
-        seen = ball.as_seen(moves.start(ball, noise))
+        seen = ball.as_seen(x if self.spent else moves.start(ball, noise))
         kept = Kept(seen.clone(), objective.score(seen))
         used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         rows, part, target, draws = None, ball, objective, noise
@@ -121,7 +129,7 @@ class _Squares:
                     rows, part, target, draws = left, ball.at(left), objective.at(left), noise.at(left)
             mine = kept if rows is None else kept.at(rows)
             draw = draws.around(part.x.new_zeros(len(part.x), 4 + 3 * x.shape[1]), draw=2 + query)
-            proposal = part.as_seen(moves.propose(part, mine.x_adv, self._side(query, x), draw))
+            proposal = part.as_seen(moves.propose(part, mine.x_adv, self._side(self.spent + query, x), draw))
             scores = target.score(proposal)
             if self.callback is not None:
                 self.callback(query, proposal, scores.loss)
@@ -142,7 +150,7 @@ class _Squares:
 
     def _side(self, query: int, x: Tensor) -> float:
         """Side of a window before it is rounded."""
-        at = int(query / self.queries * 10000) if self.rescale else query
+        at = int(query / self.planned * 10000) if self.rescale else query
         return math.sqrt(self.p_init / 2 ** bisect.bisect_left(HALVED_AFTER, at) * x[0, 0].numel())
 
 

@@ -44,6 +44,7 @@ FUNCTIONS = {
     "pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square,
     "cw": cw, "deepfool": deepfool,
 }  # fmt: skip
+CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
     "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",
     "fmn-STEPS", "cw-STEPS", "deepfool-STEPS",
@@ -83,10 +84,16 @@ class Stage:
         elif self.attack in ("pgd", "apgd"):
             fixed = "freeze" if self.attack == "pgd" else None  # batches that may not shrink
             keeps = {"best": "adv", "early_stop": fixed if more.get("engine") in FIXED else "compact"}
+        if "precision" in more:
+            more["precision"] = self.precision(more["precision"])
         function = FUNCTIONS[self.attack]
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing
         return function(model, x, y, **keeps, **self.settings, **more, return_info=True)
+
+    def precision(self, asked: str | None) -> str | None:
+        """What it runs in where that was asked for."""
+        return "fp32" if asked == "cascade" and self.attack not in CONTINUED else asked
 
     def every_setting(self) -> dict[str, Any]:
         """Its settings and the function's defaults: what decides what it does but the threat model."""

@@ -35,7 +35,7 @@ def eval(args: EvalArgs) -> int:
         for eps in radii:
             found = evaluate(
                 model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
-                batch_size=args.batch_size, seed=args.seed, device=device_of(args.device),
+                batch_size=args.batch_size, seed=args.seed, device=device_of(args.device), precision=args.precision,
                 # A run that was killed goes on with the same command.
                 state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
             )  # fmt: skip
@@ -62,7 +62,7 @@ def _eval_images(args: EvalArgs) -> int:
     from rvlm.evaluation import evaluate, load_images, write_evaluation
 
     images = load_images(args.images)
-    told = ("attack", "eps", "norm", "seed", "source", "limit")
+    told = ("attack", "eps", "norm", "seed", "precision", "source", "limit")
     if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
         raise ValueError(f"{args.images} says what --{changed[0]} is: leave it out")
     with together(args) as ranks:
@@ -84,6 +84,8 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
     from rvlm.models import load_clip
 
     parse_retrieval_attack(args.attack)
+    if args.precision != EvalArgs.precision:
+        raise ValueError(f"attacks on captions run in fp32: leave --precision {args.precision} out")
     with together(args) as ranks:
         with ranks.first_before_others():
             data = load_captions(args.data, args.split, size=args.size, limit=args.limit)
@@ -112,7 +114,7 @@ def _eval_protocol(args: EvalArgs) -> int:
     from rvlm.report import protocol_table
 
     protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
-    told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed", "images")
+    told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed", "precision", "images")
     if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
         raise ValueError(
             f"protocol {protocol.name} says what --{changed[0]} is: leave it out, or write another protocol"

@@ -23,7 +23,7 @@ ALIKE = {
     "resizing": ("data", "resized"), "size": ("input", "attack_res"), "norm": ("threat", "norm"),
     "eps": ("threat", "eps"), "target": ("threat", "target"), "source": ("source", "sha256"),
     "attack": ("attack", "name"), "stages": ("attack", "stages"), "seed": ("attack", "seed"),
-    "quantize": ("attack", "quantize"),
+    "quantize": ("attack", "quantize"), "precision": ("attack", "precision"),
 }  # fmt: skip
 
 

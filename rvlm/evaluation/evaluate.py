@@ -21,6 +21,7 @@ from rvlm.attacks import AttackResult, scoring
 from rvlm.attacks.ball import ORDER
 from rvlm.attacks.checks import are_probabilities
 from rvlm.attacks.losses import margin
+from rvlm.attacks.search import PRECISIONS, check_choices
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.metrics import wilson
@@ -56,6 +57,8 @@ class Evaluation:
         checks: list of {"id", "ok", "detail"}.
         quantize: levels of the images' grid, None: floats.
         images: that were made before, if there was no attack.
+        precision: of the attack; verdicts are in the classifier's own.
+        disagreement: {"fooled_in_bf16_only", "fooled_in_fp32_only"}, of the images that searches in bf16 have kept.
     """
 
     attack: str
@@ -82,9 +85,17 @@ class Evaluation:
     seconds: float
     quantize: int | None = None
     images: SavedImages | None = None
+    precision: str = "fp32"
+    disagreement: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def stage_records(self) -> list[dict]:
+        """The stages in a record; of a cascade, each with the precision that it ran in."""
+        if self.precision != "cascade":
+            return [stage.record() for stage in self.stages]
+        return [stage.record() | {"precision": stage.precision("cascade")} for stage in self.stages]
 
     @property
     def n_clean(self) -> int:
@@ -124,6 +135,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     keep_images: bool = False,
     quantize: int | None = None,
+    precision: str = "fp32",
     progress: bool = True,
     state: str | Path | None = None,
     images: SavedImages | None = None,
@@ -141,6 +153,8 @@ def evaluate(
         seed: of the random starts, which are keyed by sample number.
         keep_images: keep x_adv in memory and return it.
         quantize: 255 makes every adversarial image valid uint8.
+        precision: of the attack: "fp32", "tf32", "bf16" or "cascade" (see `rvlm.attacks.pgd`). Images are scored by the
+            classifier as it is.
         progress: show a bar.
         state: file to save progress in, at every chunk of a stage (at most once a second); an evaluation that finds
             one goes on there, with the same result. Delete it when it is no longer needed.
@@ -154,6 +168,7 @@ def evaluate(
         ValueError: empty data, bad attack or eps, a classifier with fewer outputs than classes, or a state file of
             another evaluation.
     """
+    check_choices(precision=(precision, [name for name in PRECISIONS if name is not None]))
     if not len(data):
         raise ValueError(f"{data.name} has no samples to evaluate")
     if state is not None and keep_images:
@@ -174,11 +189,12 @@ def evaluate(
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
         linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
         x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0, quantize=quantize, images=images,
+        precision=precision,
     )  # fmt: skip
     ranks = Ranks()
     keeper = Keeper(
         state if ranks.first else None, result, data, {"classifier": classifier, "source": source},
-        {"quantize": quantize},
+        {"quantize": quantize, "precision": precision},
     )  # fmt: skip
     keeper.adopt(ranks.share(keeper.known()))
     tally, classes = keeper.tally, len(data.class_names)
@@ -211,6 +227,7 @@ def evaluate(
             generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
             sample_ids=index,
             quantize=quantize,
+            precision=None if precision == "fp32" else precision,
         )
         part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images)
         part.spent(found)
@@ -247,6 +264,8 @@ def evaluate(
     result.checks = _checks(result, tally, slack)
     if images is not None and not white_box:
         result.checks.append(images.as_transfer(result.broken_by != -2))
+    if precision in ("bf16", "cascade"):
+        result.disagreement = {"fooled_in_bf16_only": tally.bf16_only, "fooled_in_fp32_only": tally.fp32_only}
     result.seconds = keeper.seconds()
     return result
 
@@ -269,6 +288,8 @@ class _Part:
     backwards: int = 0
     zeros: int = 0
     disagreements: int = 0
+    bf16_only: int = 0
+    fp32_only: int = 0
     varies: float = 0.0
     probabilities: bool = False
 
@@ -283,6 +304,7 @@ class _Part:
         """Adds what the attack cost."""
         self.forwards += found.forwards
         self.backwards, self.zeros = found.backwards, found.zero_gradients
+        self.bf16_only, self.fp32_only = found.fooled_in_bf16_only, found.fooled_in_fp32_only
 
     def enter(self, result: Evaluation, tally: Tally) -> None:
         """Writes it into what is known so far."""
@@ -303,6 +325,7 @@ class _Part:
         tally.gradients, tally.zeros = tally.gradients + self.backwards, tally.zeros + self.zeros
         tally.nonfinite += self.nonfinite
         tally.disagreements += self.disagreements
+        tally.bf16_only, tally.fp32_only = tally.bf16_only + self.bf16_only, tally.fp32_only + self.fp32_only
         tally.over = max(tally.over, (self.distance - float(result.eps)).max().item())
         tally.outside = max(tally.outside, self.outside)
 

@@ -94,12 +94,13 @@ def write_evaluation(
         "images": evaluation.images and evaluation.images.facts,
         "attack": {
             "name": evaluation.attack,
-            "stages": [stage.record() for stage in evaluation.stages],
+            "stages": evaluation.stage_records(),
             "refused": evaluation.refused,
             "seed": evaluation.seed,
             "batch": evaluation.batch_size,
             "quantize": evaluation.quantize,
-            "precision": "fp32",
+            "precision": evaluation.precision,
+            "disagreement": evaluation.disagreement,
         },
         "metrics": {
             "clean_acc": {"v": evaluation.clean, "ci95": evaluation.clean_ci, "n": n},
@@ -403,7 +404,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "mha_fastpath": False,
     }
 

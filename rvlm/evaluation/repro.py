@@ -116,6 +116,7 @@ class Recorded:
         return evaluate(
             classifier, data, attack=attack["name"], eps=threat["eps_str"], norm=threat["norm"], source=source,
             batch_size=attack["batch"], seed=attack["seed"], device=device, quantize=attack.get("quantize"),
+            precision=attack.get("precision", "fp32"),
         )  # fmt: skip
 
     def compare(self, found: Evaluation) -> Reproduction:
@@ -124,7 +125,7 @@ class Recorded:
         differs = [
             f"{key} was {then.get(key)}, is {now.get(key)}" for key in then | now if then.get(key) != now.get(key)
         ]
-        stages = json.loads(json.dumps([stage.record() for stage in found.stages]))
+        stages = json.loads(json.dumps(found.stage_records()))
         if stages != self.record["attack"]["stages"]:
             differs.append("the stages of the attack are other ones, or have other settings")
         exact = not differs and not torch.cuda.is_available()

@@ -40,6 +40,8 @@ class Tally:
     gradients: int = 0
     nonfinite: int = 0
     disagreements: int = 0
+    bf16_only: int = 0
+    fp32_only: int = 0
     varies: float = 0.0
     probabilities: bool = False
     over: float = 0.0
