@@ -48,5 +48,5 @@ def templates(name: str) -> list[str]:
 
 
 def fingerprint(found: list[str]) -> str:
-    """Hash of a set of templates, as records hold it."""
+    """Hash of a list of templates or of class names, as records hold it."""
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from rvlm.data.make_wds import make_wds
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.evaluation.saved import ABOUT, COLUMNS, FACTS
 from rvlm.files import write_bytes
-from rvlm.models.weights import weights_of
+from rvlm.models.weights import settings_of, weights_of
 
 __all__ = ["read_png", "save_images", "save_pngs"]
 
@@ -41,6 +41,7 @@ def save_images(path: str | Path, evaluation: Evaluation, data: Data, made_on: C
         evaluation.quantize or 0, model, weights_of(made_on), data.name, data.split, data.fingerprint,
     )  # fmt: skip
     facts = {name: str(fact) for name, fact in zip(FACTS, told, strict=True)}
+    facts["settings"] = json.dumps(settings_of(made_on))
     columns = {name: getattr(evaluation, name) for name in COLUMNS}
     if path.suffix == ".safetensors":
         return write_bytes(path, save({"x_adv": evaluation.x_adv.contiguous(), **columns}, metadata=facts))

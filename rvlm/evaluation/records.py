@@ -34,7 +34,7 @@ from rvlm.evaluation.retrieval import Retrieval
 from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.models import Clip, ZeroShotClassifier
-from rvlm.models.weights import weights_of, weights_sha
+from rvlm.models.weights import differing, settings_of, weights_of, weights_sha
 from rvlm.units import Eps
 
 __all__ = [
@@ -218,7 +218,7 @@ def measured_before(
     source: Callable[[Tensor], Tensor] | None,
     protocol: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """The summary row of FOLDER/result/STEM.json, if it is of these samples, weights, prompts and protocol."""
+    """The summary row of FOLDER/result/STEM.json, if it is of these samples, models, prompts and protocol."""
     path = Path(folder) / "result" / f"{stem}.json"
     if not path.is_file():
         return None
@@ -231,7 +231,19 @@ def measured_before(
         protocol["status"], _protocol(protocol), data.fingerprint, weights_of(model), weights_of(source),
         getattr(model, "templates", None),
     ]  # fmt: skip
-    return summary_row(record, f"result/{stem}.json") if there == here else None
+    same = there == here and not any(
+        differing(recorded_settings(record, role), one) for role, one in (("model", model), ("source", source))
+    )
+    return summary_row(record, f"result/{stem}.json") if same else None
+
+
+def recorded_settings(record: Mapping[str, Any], role: str = "model") -> dict[str, Any]:
+    """What a record says of its model or source beside the weights; of records before `settings`, the normalisation."""
+    told = record.get(role) or {}
+    if "settings" in told or role == "source" or told.get("source") == "callable":
+        return told.get("settings", {})
+    prefix = "clip." if record["schema"] == SCHEMA else ""
+    return {prefix + name: record["input"][name] for name in ("mean", "std")}
 
 
 def record_stem(*parts: str) -> str:
@@ -287,9 +299,10 @@ def _describe(
     if not isinstance(classifier, ZeroShotClassifier):
         name = getattr(classifier, "__qualname__", type(classifier).__name__)
         model = {"source": "callable", "name": name, "sha256": weights_of(classifier), "method": method}
+        model |= {"settings": settings_of(classifier)}
         return {"model": model, "input": {"attack_res": resolution}, "text": {"classnames_sha": names}}
     clip = classifier.clip
-    return _describe_clip(clip, resolution, method) | {
+    return _describe_clip(classifier, resolution, method) | {
         "text": {
             "classnames_sha": names,
             "templates": classifier.templates,
@@ -300,23 +313,22 @@ def _describe(
     }
 
 
-def _describe_clip(clip: Clip, resolution: list[int], method: str | None) -> dict[str, Any]:
-    """The sections model and input."""
-    model_cfg = (clip.config or {}).get("model_cfg", {})
+def _describe_clip(classifier: ZeroShotClassifier | Clip, resolution: list[int], method: str | None) -> dict[str, Any]:
+    """The sections model and input, of a classifier or of the Clip itself."""
+    clip = getattr(classifier, "clip", classifier)
+    settings = clip.settings
     return {
         "model": {
             "source": "open_clip",
             "name": clip.name,
             "sha256": weights_sha(clip),
             "method": method,
-            "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+            "quick_gelu": settings.pop("quick_gelu"),
+            "settings": settings_of(classifier),
         },
-        "input": {
+        "input": settings
+        | {
             "size": [clip.size, clip.size],
-            "interp": "bicubic",
-            "antialias": True,
-            "mean": clip.mean.flatten().tolist(),
-            "std": clip.std.flatten().tolist(),
             "norm_in_graph": True,
             "attack_res": resolution,
             "resize_in_graph": resolution != [clip.size, clip.size],

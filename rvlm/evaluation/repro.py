@@ -19,9 +19,9 @@ from rvlm.data.load import rooted
 from rvlm.data.registry import data_root
 from rvlm.evaluation.compare import read_record, right_samples
 from rvlm.evaluation.evaluate import Evaluation, evaluate
-from rvlm.evaluation.records import SCHEMA, environment
+from rvlm.evaluation.records import SCHEMA, environment, recorded_settings
 from rvlm.models import Clip, ZeroShotClassifier
-from rvlm.models.weights import weights_of
+from rvlm.models.weights import differing, weights_of
 
 __all__ = ["Recorded", "Reproduction", "read_recorded"]
 
@@ -94,21 +94,19 @@ class Recorded:
         """The recorded model, or its source, from the one that was loaded.
 
         Raises:
-            ValueError: it has other weights, or normalises images otherwise.
+            ValueError: it has other weights, or other settings beside them (normalisation, size, prompts, ...).
         """
         sha, recorded = weights_of(model), self.record[role]["sha256"]
         if sha != recorded:
             raise ValueError(
                 f"the {role} is not the recorded one: its weights have the hash {sha}, recorded is {recorded}"
             )
-        if not isinstance(model, Clip):
-            return model
-        for name in ("mean", "std") if role == "model" else ():
-            values, told = getattr(model, name).flatten().tolist(), self.record["input"][name]
-            if values != told:
-                raise ValueError(f"the model is not the recorded one: it normalises with {name} {values}, not {told}")
-        told = data.template if self.templates == "auto" else self.templates
-        return ZeroShotClassifier(model, data.class_names, self.record["text"].get("templates", told)).eval()
+        if isinstance(model, Clip):
+            told = data.template if self.templates == "auto" else self.templates
+            model = ZeroShotClassifier(model, data.class_names, self.record["text"].get("templates", told)).eval()
+        if differs := differing(recorded_settings(self.record, role), model):
+            raise ValueError(f"the {role} is not the recorded one: {'; '.join(differs)}")
+        return model
 
     def run(self, classifier, data: Data, source=None, device: str | torch.device = "cpu") -> Evaluation:
         """The evaluation again."""

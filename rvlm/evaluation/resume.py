@@ -19,11 +19,11 @@ from torch import nn
 
 from rvlm.attacks.stages import Stage
 from rvlm.files import write_bytes
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import settings_of, weights_sha
 
 __all__ = ["COLUMNS", "Keeper", "Tally"]
 
-SCHEMA = "rvlm.state/2"
+SCHEMA = "rvlm.state/3"
 COLUMNS = ("pred_clean", "pred_adv", "broken_by", "linf", "distance", "margin")
 
 
@@ -55,7 +55,7 @@ class Keeper:
         path: of the state file.
         result: Evaluation, filled in from the file if there is one.
         data: what is evaluated.
-        models: by role, to be recognised by their weights.
+        models: by role, to be recognised by their weights and settings.
         settings: more that decides the result.
     """
 
@@ -70,6 +70,7 @@ class Keeper:
             "fingerprint": data.fingerprint, "samples": _sha(json.dumps(data.index.tolist()).encode()),
             "first_image": data.first_image,
             **{role: _name(model) for role, model in models.items()}, **settings,
+            **{f"{role}.{name}": v for role, model in models.items() for name, v in settings_of(model).items()},
         }  # fmt: skip
         if self.path.exists():
             self._restore()

@@ -13,7 +13,7 @@ from torch import Tensor
 from rvlm.attacks import AttackResult
 from rvlm.data import Data
 from rvlm.data.wds import load_wds
-from rvlm.models.weights import weights_of
+from rvlm.models.weights import differing, weights_of
 
 __all__ = ["ABOUT", "COLUMNS", "FACTS", "SavedImages", "load_images"]
 
@@ -32,7 +32,7 @@ class SavedImages:
         y, index, broken_by: int64 [N]: labels, sample numbers, and the stage that fooled the model (-1: none, -2: wrong
             when clean).
         facts: the threat and what the images were made on; names in FACTS. `model` and `sha256` are of the model that
-            the attack saw.
+            the attack saw; `settings`, where it is there, what decides its outputs beside the weights, as JSON.
     """
 
     path: Path
@@ -62,7 +62,9 @@ class SavedImages:
     def white_box_of(self, classifier: Callable[[Tensor], Tensor]) -> bool:
         """Whether the attack saw this very model; of a plain callable nobody knows."""
         sha = weights_of(classifier)
-        return sha is not None and self.facts["target"] == "white-box" and self.facts["sha256"] == sha
+        same = sha is not None and self.facts["sha256"] == sha
+        told = json.loads(self.facts.get("settings", "{}"))  # images from before it was written lack it
+        return same and self.facts["target"] == "white-box" and not differing(told, classifier)
 
     def as_transfer(self, right: Tensor) -> dict[str, Any]:
         """A check for a record of another model: whether these are as strong as images made for transfer.

@@ -21,7 +21,7 @@ from rvlm.files import cache_root, write_bytes
 from rvlm.methods.base import MethodConfig
 from rvlm.methods.teachers import look
 from rvlm.models import ZeroShotClassifier
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import settings_of, weights_sha
 from rvlm.ranks import Ranks
 
 __all__ = ["OfflineImages"]
@@ -48,12 +48,11 @@ class OfflineImages:
         self.chunks = torch.arange(len(data)).split(chunk)
         self.place = torch.full((int(data.index.max()) + 1,), -1)
         self.place[data.index] = torch.arange(len(data))
-        clip = model.clip
         # Names of classes, templates, tokenizer and text tower are all in the class embeddings.
         head = hashlib.sha256(model.head().detach().cpu().numpy().tobytes()).hexdigest()
         key = [
-            SCHEMA, weights_sha(model), head, clip.mean.flatten().tolist(), clip.std.flatten().tolist(),
-            clip.device.type, data.fingerprint, look(data), chunk, seed, precision, attack,
+            SCHEMA, weights_sha(model), head, settings_of(model), model.clip.device.type, data.fingerprint, look(data),
+            chunk, seed, precision, attack,
         ]  # fmt: skip
         self.folder = cache_root() / "offline" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 

@@ -21,7 +21,7 @@ from rvlm.data import Data
 from rvlm.files import cache_root, write_bytes
 from rvlm.methods.base import Batch
 from rvlm.models import Clip, load_clip
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import settings_of, weights_sha
 from rvlm.models.zero_shot import text_head
 
 __all__ = ["Teacher", "classifier", "embedder", "frozen_copy", "look", "twin"]
@@ -53,6 +53,7 @@ class Teacher:
             key = [
                 type(self.call).__name__,
                 weights_sha(self.call),
+                settings_of(self.call),
                 data.fingerprint,
                 look(data),
                 self.precision,

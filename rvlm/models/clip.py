@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from rvlm.models.towers import causal_text_tower
 __all__ = ["CONFIG", "WEIGHTS", "Clip"]
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+RESIZED = {"mode": "bicubic", "antialias": True}  # images of another size than the tower's
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -71,6 +73,18 @@ class Clip(nn.Module):
         return self.mean.device
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides embeddings beside the weights (see `rvlm.models.weights.settings_of`), as JSON keeps it."""
+        return {
+            "size": self.size,
+            "interp": RESIZED["mode"],
+            "antialias": RESIZED["antialias"],
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "quick_gelu": bool(((self.config or {}).get("model_cfg") or {}).get("quick_gelu", False)),
+        }
+
+    @property
     def logit_scale(self) -> Tensor:
         """The factor on cosines that gives logits, 100 for OpenAI's weights."""
         return self.model.logit_scale.exp()
@@ -87,7 +101,7 @@ class Clip(nn.Module):
         if x.shape[-2] != x.shape[-1]:
             raise ValueError(f"images must be square, got {x.shape[-1]} x {x.shape[-2]}: crop them first")
         if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
+            x = F.interpolate(x, (self.size, self.size), align_corners=False, **RESIZED)
         if self.adapter is not None:
             x = self.adapter.filter(x)
         embedding = self.model.encode_image((x - self.mean) / self.std)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rvlm.data.prompts import fingerprint
 from rvlm.data.prompts import templates as named_templates
 from rvlm.models.clip import Clip
 
@@ -39,6 +40,11 @@ class ZeroShotClassifier(nn.Module):
         logits = self.embed(x) @ self.head()
         bias = getattr(self.clip.model, "logit_bias", None)
         return logits if bias is None else logits + bias
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Hashes of the sentences that name the classes (see `rvlm.models.weights.settings_of`)."""
+        return {"templates": fingerprint(self.templates), "class_names": fingerprint(self.class_names)}
 
     def embed(self, x: Tensor) -> Tensor:
         """Unit-norm image embeddings [B, D]."""

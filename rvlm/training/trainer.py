@@ -35,7 +35,7 @@ from rvlm.files import write_bytes
 from rvlm.methods import Batch, Method, lora
 from rvlm.methods.base import Stage, mixed
 from rvlm.models import Clip, ZeroShotClassifier
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import settings_of, weights_sha
 from rvlm.ranks import Ranks, placed_like, whole
 from rvlm.training.sharding import Sharded
 from rvlm.units import Eps
@@ -494,7 +494,7 @@ def _key(student: Clip, data: Data, method: Method, seed: int, validation: Data 
     return {
         "method": method.name, **{name: _described(value) for name, value in vars(method.config).items()},
         "data": data.fingerprint, "validation": validation and validation.fingerprint, "seed": seed,
-        "student": weights_sha(student),
+        "student": weights_sha(student), "settings": json.dumps(settings_of(student)),
     }  # fmt: skip
 
 
@@ -503,7 +503,7 @@ def _described(setting: Any) -> str:
     if isinstance(setting, list | tuple):
         return str([_described(each) for each in setting])
     if isinstance(setting, nn.Module):
-        return weights_sha(setting)
+        return f"{weights_sha(setting)} {json.dumps(settings_of(setting))}"
     return getattr(setting, "__qualname__", str(setting)) if callable(setting) else str(setting)
 
 

@@ -109,7 +109,7 @@ def test_another_normalisation_is_another_model(tmp_path, capsys):
     config["preprocess_cfg"]["mean"] = [0.25, 0.25, 0.25]
     file.write_text(json.dumps(config))
     assert run("repro", path) == 2
-    assert "it normalises with mean [0.25, 0.25, 0.25], not [0.5" in capsys.readouterr().err
+    assert "clip.mean was [0.5, 0.5, 0.5], is [0.25, 0.25, 0.25]" in capsys.readouterr().err
 
 
 def test_data_of_one_name_with_other_pixels_are_told_apart(tmp_path, capsys):
