@@ -28,7 +28,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, fewer, search
+from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, left_over, search
 
 __all__ = ["APGD", "apgd"]
 
@@ -130,9 +130,10 @@ class _AutoSteps:
         self.steps, self.rho, self.first_step, self.best, self.compact = steps, rho, first_step, best, compact
         self.larger_eps, self.callback = larger_eps, callback
 
-    def continued(self) -> "_AutoSteps":
-        """A run of fewer steps, with a schedule of its own, in the ball."""
-        return _AutoSteps(fewer(self.steps), self.rho, self.first_step, self.best, self.compact, False, self.callback)
+    def continued(self, whole: bool) -> "_AutoSteps":
+        """A run with a schedule of its own, in the ball."""
+        steps = left_over(self.steps, whole)
+        return _AutoSteps(steps, self.rho, self.first_step, self.best, self.compact, False, self.callback)
 
     def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         used = torch.zeros(len(start), dtype=torch.int64, device=start.device)

@@ -61,7 +61,9 @@ class Ball:
 
     def like(self, value: float | Tensor) -> Tensor:
         """A float, or a tensor over these samples, as one or B elements like x."""
-        return torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device).reshape(-1)
+        if isinstance(value, Tensor):
+            return value.to(self.x.device, self.x.dtype).reshape(-1)
+        return torch.full((1,), value, dtype=self.x.dtype, device=self.x.device)  # a copy from the host would wait
 
     def per_sample(self, value: float | Tensor) -> Tensor:
         """A float, or a tensor over the whole batch that the attack was given, as one or B elements like x."""

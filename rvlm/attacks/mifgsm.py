@@ -28,7 +28,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, Noise, rowwise
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, fewer, search
+from rvlm.attacks.search import Attack, Kept, check_choices, check_count, left_over, search
 
 __all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
 
@@ -121,8 +121,9 @@ class TI(Transform):
 
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
         scores, grad = ask(x)
-        line = torch.exp(-0.5 * torch.linspace(-self.deviations, self.deviations, self.side, dtype=torch.float64) ** 2)
-        line = (line / line.sum()).to(grad.device, grad.dtype).expand(grad.shape[1], 1, 1, -1)
+        reach, like = self.deviations, {"dtype": torch.float64, "device": grad.device}
+        line = torch.exp(-0.5 * torch.linspace(-reach, reach, self.side, **like) ** 2)
+        line = (line / line.sum()).to(grad.dtype).expand(grad.shape[1], 1, 1, -1)
         blurred = F.conv2d(grad, line, padding="same", groups=grad.shape[1])
         return scores, F.conv2d(blurred, line.mT, padding="same", groups=grad.shape[1])
 
@@ -227,10 +228,10 @@ class _Momentum:
         self.chain, self.callback = chain, callback
         self.planned = steps
 
-    def continued(self) -> "_Momentum":
-        """The same steps, fewer of them, with a velocity that begins anew."""
+    def continued(self, whole: bool) -> "_Momentum":
+        """Steps of the same size, with a velocity that begins anew."""
         run = copy.copy(self)
-        run.steps = fewer(self.steps)
+        run.steps = left_over(self.steps, whole)
         return run
 
     def __call__(

@@ -22,7 +22,7 @@ from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.engines import FIXED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, fewer, search
+from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, left_over, search
 
 __all__ = ["PGD", "pgd"]
 
@@ -98,7 +98,8 @@ def pgd(
             autocasts the model, its weights once. Images, ball and steps stay in x's dtype, and `return_info` scores
             the result without any of it. "cascade" searches in bf16, scores what every run keeps in fp32, where alone
             a verdict counts, and lets the samples that fool the model there in no run go on in fp32 from their best
-            image, for a quarter of the steps more; needs labels. An AttackResult counts the disagreements.
+            image, once, for a quarter of a run's steps more, or for all of them where bf16 took them for fooled;
+            needs labels. An AttackResult counts the disagreements.
         strict_eps: no pixel exceeds eps even in exact arithmetic (fp32 rounding otherwise adds up to 6e-8).
         quantize: 255 returns images that survive uint8 storage: every iterate that the model sees is on the grid, and
             gradients pass straight through the rounding. x must be on the grid. For L2 and L1 pixels round toward x,
@@ -158,10 +159,10 @@ class _Steps:
         self.leave = leave  # whether samples that are done leave the batch
         self.planned = steps
 
-    def continued(self) -> "_Steps":
-        """The same steps, fewer of them."""
+    def continued(self, whole: bool) -> "_Steps":
+        """Steps of the same size."""
         run = copy.copy(self)
-        run.steps = fewer(self.steps)
+        run.steps = left_over(self.steps, whole)
         return run
 
     def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:

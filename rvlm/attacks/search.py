@@ -39,7 +39,7 @@ __all__ = [
     "check_stop",
     "drawn_seed",
     "empty_result",
-    "fewer",
+    "left_over",
     "search",
 ]
 
@@ -125,7 +125,7 @@ class Run(Protocol):
     """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took.
 
     scored: the scores of what it keeps are needed. noise: None for an attack that draws nothing. A run that can go on
-    from any point has `continued() -> Run`, the shorter run that does.
+    from any point has `continued(whole) -> Run`, the run of as many steps, or of a quarter, that does.
     """
 
     def __call__(
@@ -236,10 +236,10 @@ def search(
                 raise ValueError("early_stop needs labels or targets y: int64 [B]")
             if cascade and objective.labels is None:
                 raise ValueError("precision='cascade' needs labels or targets y, int64 [B]: what is not fooled goes on")
-            disagreement = Disagreement(x.device)
+            disagreement, cut = Disagreement(x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
             aims = objective.runners_up(x, targets) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
-            if runs + cascade > MAX_RUNS:
+            if runs + 2 * cascade > MAX_RUNS:
                 raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
             ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
             for number in range(runs):
@@ -266,22 +266,30 @@ def search(
                 kept, steps = run(asked, part, start, scored, noise)
                 if cascade:
                     with in_float32():
-                        disagreement.settle(kept, asked.score(kept.x_adv))
+                        cut[slice(None) if rows is None else rows] |= disagreement.settle(kept, asked.score(kept.x_adv))
                 if rows is None:
                     steps_used += steps
                     chosen = kept if chosen is None else chosen.merge(kept, objective)
                 else:
                     steps_used[rows] += steps
                     chosen.put(rows, chosen.at(rows).merge(kept, objective))
-            if cascade and len(left := (~chosen.fooled).nonzero().flatten()):
-                if not (objective.named and engine not in FIXED):
-                    left = torch.arange(len(x), device=x.device)
-                noise = noise_of(runs, ids[left]) if draws else None
+            # Whom bf16 took for fooled has not had all of its steps.
+            for whole in (True, False) if cascade else ():
+                left = (~chosen.fooled & (cut == whole)).nonzero().flatten()
+                if not len(left):
+                    continue
+                noise = noise_of(runs + whole, ids) if draws else None
                 with in_float32():
                     if aimed:
                         objective.target = objective.runners_up(chosen.x_adv, 1)[:, 0]
-                    asked, start = objective.at(left), chosen.x_adv[left]
-                    kept, steps = run.continued()(asked, ball.at(left), start, True, noise)
+                    go_on = run.continued(whole)
+                    if objective.named and engine not in FIXED:
+                        kept, steps = go_on(
+                            objective.at(left), ball.at(left), chosen.x_adv[left], True, noise and noise.at(left)
+                        )
+                    else:
+                        kept, steps = go_on(objective, ball, chosen.x_adv.clone(), True, noise)
+                        kept, steps = kept.at(left), steps[left]
                 steps_used[left] += steps
                 chosen.put(left, chosen.at(left).merge(kept, objective))
         if not return_info:
@@ -305,19 +313,21 @@ class Disagreement:
     def __init__(self, device: torch.device) -> None:
         self.both = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def settle(self, kept: Kept, scores: Scores) -> None:
-        """Gives what was kept in bf16 its scores in fp32."""
-        if scores.fooled is not None:
-            self.both += torch.stack([(kept.fooled & ~scores.fooled).sum(), (scores.fooled & ~kept.fooled).sum()])
-        kept.scores = scores
+    def settle(self, kept: Kept, scores: Scores) -> Tensor:
+        """Gives what was kept in bf16 its scores in fp32; returns who [B] fools the model in bf16 only."""
+        narrow, kept.scores = kept.fooled, scores
+        if narrow is None:
+            return torch.zeros_like(scores.loss, dtype=torch.bool)
+        self.both += torch.stack([(narrow & ~scores.fooled).sum(), (scores.fooled & ~narrow).sum()])
+        return narrow & ~scores.fooled
 
     def counts(self) -> list[int]:
         return self.both.tolist()
 
 
-def fewer(steps: int) -> int:
-    """Of a run that goes on where a search in bf16 has ended: a quarter."""
-    return math.ceil(steps / 4)
+def left_over(steps: int, whole: bool) -> int:
+    """Steps in fp32 of a run that goes on where a search in bf16 has ended: a quarter, or all of them again."""
+    return steps if whole else math.ceil(steps / 4)
 
 
 class Attack:

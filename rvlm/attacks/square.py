@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.objective import AttackResult, Objective
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, fewer, search
+from rvlm.attacks.search import Attack, Kept, check_choices, check_count, left_over, search
 
 __all__ = ["Square", "square"]
 
@@ -104,17 +104,17 @@ class _Squares:
 
     def __init__(self, queries: int, p_init: float, rescale: bool, callback) -> None:
         self.queries, self.p_init, self.rescale, self.callback = queries, p_init, rescale, callback
-        self.planned, self.spent = queries, 0  # of the schedule of sizes
+        self.planned, self.spent, self.begun = queries, 0, False  # spent: of the schedule of sizes
 
-    def continued(self) -> "_Squares":
-        """Fewer queries, from the start that is given, with the smallest windows that the schedule has come to."""
+    def continued(self, whole: bool) -> "_Squares":
+        """From the start that is given: the whole schedule of sizes, or a quarter more of its smallest windows."""
         run = copy.copy(self)
-        run.queries, run.spent = fewer(self.queries), self.planned
+        run.queries, run.spent, run.begun = left_over(self.queries, whole), 0 if whole else self.planned, True
         return run
 
     def __call__(self, objective: Objective, ball: Ball, x: Tensor, scored: bool, noise: Noise) -> tuple[Kept, Tensor]:
         moves = _Stripes() if ball.norm == "linf" else _Tiles(ORDER[ball.norm])
-        seen = ball.as_seen(x if self.spent else moves.start(ball, noise))
+        seen = ball.as_seen(x if self.begun else moves.start(ball, noise))
         kept = Kept(seen.clone(), objective.score(seen))
         used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         rows, part, target, draws = None, ball, objective, noise
@@ -219,7 +219,7 @@ class _Tiles:
 
     def _tile(self, side: int, turn: Tensor, signs: Tensor) -> Tensor:
         """The pattern, turned where a number is positive, with a sign for each channel: [B, C, side, side]."""
-        tile = _pattern(side, self.order).to(signs.device, signs.dtype)
+        tile = _pattern(side, self.order, signs.device, signs.dtype)
         tile = torch.where((turn > 0)[:, None, None], tile.T, tile)
         return tile[:, None] * signs.sign()[:, :, None, None]
 
@@ -251,11 +251,11 @@ def _inside(start: Tensor, side: int, n: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _pattern(side: int, order: int) -> Tensor:
-    """Two pyramids of opposite sign, one above the other, of norm 1: float64 [side, side]."""
+def _pattern(side: int, order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Two pyramids of opposite sign, one above the other, of norm 1: [side, side]."""
     above = _pyramid(side // 2, side, order)
     pattern = torch.cat([above, -_pyramid(side - side // 2, side, order)])
-    return pattern / torch.linalg.vector_norm(pattern, order)
+    return (pattern / torch.linalg.vector_norm(pattern, order)).to(device, dtype)
 
 
 def _pyramid(height: int, width: int, order: int) -> Tensor:
