@@ -1,11 +1,14 @@
-// rvlm._host: host-side helpers that are not tensor ops. No torch headers. Python twin: rvlm/profiling.py.
+// rvlm._host: host-side helpers that are not tensor ops. No torch headers. Python twins: rvlm/profiling.py and
+// rvlm/attacks/work.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -33,10 +36,62 @@ class PhaseTimer {
   std::map<std::string, std::pair<double, long>> totals_;
 };
 
+// Runs of an attack, (sample, run), that wait for a slot in the batch, in the order in which they were pushed.
+class WorkQueue {
+ public:
+  using Item = std::pair<long, long>;
+
+  void push(long sample, long run) { waiting_.emplace_back(sample, run); }
+
+  // Up to n items: first of samples that have nothing running, then, while fewer than `full` run in all, of any.
+  std::vector<Item> take(long n, long full) {
+    std::vector<Item> taken;
+    for (bool beside : {false, true}) {
+      std::vector<Item> left;
+      for (const Item& item : waiting_) {
+        const bool fits = beside ? running_ < full : running_of_[item.first] == 0;
+        if (static_cast<long>(taken.size()) >= n || !fits) {
+          left.push_back(item);
+          continue;
+        }
+        ++running_of_[item.first];
+        ++running_;
+        taken.push_back(item);
+      }
+      waiting_.swap(left);
+    }
+    taken_ += taken.size();
+    return taken;
+  }
+
+  void end(long sample) {
+    if (running_of_[sample] == 0) throw std::runtime_error("WorkQueue.end() of a sample that has nothing running");
+    --running_of_[sample];
+    --running_;
+  }
+
+  void drop(long sample) {
+    const auto mine = [sample](const Item& item) { return item.first == sample; };
+    const auto rest = std::remove_if(waiting_.begin(), waiting_.end(), mine);
+    dropped_ += std::distance(rest, waiting_.end());
+    waiting_.erase(rest, waiting_.end());
+  }
+
+  std::map<std::string, long> stats() const {
+    const long waiting = static_cast<long>(waiting_.size());
+    return {{"waiting", waiting}, {"running", running_}, {"taken", taken_}, {"dropped", dropped_}};
+  }
+
+ private:
+  std::vector<Item> waiting_;
+  std::unordered_map<long, long> running_of_;
+  long running_ = 0, taken_ = 0, dropped_ = 0;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host-side helpers of rvlm: build information and a phase timer.";
+  m.doc() = "Host-side helpers of rvlm: build information, a phase timer, a queue of an attack's runs.";
   m.def("build_info", [] {
     return std::map<std::string, std::string>{{"compiler", __VERSION__}, {"built", __DATE__ " " __TIME__}};
   });
@@ -45,4 +100,11 @@ PYBIND11_MODULE(_host, m) {
       .def("start", &PhaseTimer::start, pybind11::arg("name"))
       .def("stop", &PhaseTimer::stop)
       .def("totals", &PhaseTimer::totals, "name -> (seconds, calls)");
+  pybind11::class_<WorkQueue>(m, "WorkQueue")
+      .def(pybind11::init<>())
+      .def("push", &WorkQueue::push, pybind11::arg("sample"), pybind11::arg("run"))
+      .def("take", &WorkQueue::take, pybind11::arg("n"), pybind11::arg("full"))
+      .def("end", &WorkQueue::end, pybind11::arg("sample"))
+      .def("drop", &WorkQueue::drop, pybind11::arg("sample"))
+      .def("stats", &WorkQueue::stats, "name -> count of items");
 }

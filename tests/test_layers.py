@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "units": set(),
     "files": set(),
     "ranks": set(),
-    "attacks": {"attacks", "ops"},
+    "attacks": {"attacks", "ops", "_host"},
     "compat": {"compat", "attacks"},
     "data": {"data"},
     "models": {"models", "data", "ops"},

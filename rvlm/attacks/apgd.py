@@ -16,7 +16,7 @@ From the same start it scores the same points as AutoAttack's implementation, on
 decides about step sizes: the first loss after the start counts as a rise if it is above 0.
 """
 
-import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from rvlm import ops, profiling
-from rvlm.attacks.ball import Ball
+from rvlm.attacks.ball import Ball, rowwise
+from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, left_over, search
+from rvlm.attacks.rows import Rows
+from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, left_over, search
 
 __all__ = ["APGD", "apgd"]
 
@@ -57,6 +59,7 @@ def apgd(
     bounds: tuple[float, float] = (0.0, 1.0),
     best: str = "adv",
     early_stop: str | None = None,
+    slots: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -86,6 +89,10 @@ def apgd(
         best: "adv" returns the last adversarial iterate, or the one with the best loss where there is none (never the
             clean image); "loss" the one with the best loss of all runs.
         early_stop: "compact" takes samples out of the batch once they are fooled: the same verdicts for less.
+        slots: the largest batch that the model sees. Runs, each of a sample, a restart and a target, take the places of
+            those that are over, so that batches stay full, and x may be as large as memory allows; with "compile" all
+            batches have that size. For a loss by name; best="adv" goes with early_stop="compact". The same verdicts
+            as run after run: where several runs fool a sample, the image may be another one's.
 
     Returns:
         As `pgd`.
@@ -94,7 +101,7 @@ def apgd(
         As `pgd`; ValueError: too few classes for the loss or for `targets`.
     """
     check_choices(best=(best, ("adv", "loss")), early_stop=(early_stop, (None, "compact")))
-    check_stop(early_stop, engine, loss)
+    check_stop(early_stop, "auto" if slots else engine, loss)
     if early_stop and best != "adv":
         raise ValueError("early_stop='compact' ends with the first image that fools the model: for best='adv'")
     check_count("steps", steps, 1)
@@ -104,6 +111,8 @@ def apgd(
         raise ValueError(f"first_step must be a number of radii above 0, got {first_step}")
     if targets is not None:
         check_count("targets", targets, 1)
+    if slots is not None:
+        _check_slots(best, early_stop, loss, larger_eps, callback)
     if larger_eps and norm != "l1":
         raise ValueError("larger_eps=True is for norm='l1'")
     run = _AutoSteps(steps, rho, first_step, best, early_stop == "compact", larger_eps, callback)
@@ -111,9 +120,9 @@ def apgd(
         "apgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         aimed=isinstance(loss, str) and loss in AIMED, targets=targets, random_start=random_start, on_sphere=True,
         start_scale=RADII[0] if larger_eps else 1.0,
-        restarts=restarts, x_init=x_init, survivors=best == "adv" and isinstance(loss, str), generator=generator,
-        sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize, model_mode=model_mode,
-        engine=engine, eot=eot, return_info=return_info,
+        restarts=restarts, x_init=x_init, survivors=best == "adv" and isinstance(loss, str), slots=slots,
+        generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
+        model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
 
 
@@ -121,6 +130,17 @@ class APGD(Attack):
     """`apgd` with its settings fixed: `APGD(model, eps=4/255, loss="dlr")(x, y)`. Its keywords are attributes."""
 
     function = apgd
+
+
+def _check_slots(best: str, early_stop: str | None, loss: Any, larger_eps: bool, callback: Any) -> None:
+    if callable(loss):
+        raise ValueError("slots needs a loss by name: one of your own may know the whole batch")
+    if best == "adv" and early_stop != "compact":
+        raise ValueError("slots with best='adv' needs early_stop='compact': fooled samples make room for others")
+    if larger_eps:
+        raise ValueError("slots is not for larger_eps=True, whose runs change their balls")
+    if callback is not None:
+        raise ValueError("slots has no callback: its batches hold runs at different steps")
 
 
 class _AutoSteps:
@@ -138,150 +158,239 @@ class _AutoSteps:
     def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         used = torch.zeros(len(start), dtype=torch.int64, device=start.device)
         if not self.larger_eps:
-            return self._run(objective, ball, start, self.steps, _rule(ball, objective, self), used), used
+            return self._run(objective, ball, self.begin(objective, ball, start), used), used
         counts = [math.ceil(share * self.steps) for share in SHARES[:2]]
         for radius, steps in zip(RADII, (*counts, self.steps - sum(counts)), strict=True):
             scaled = ball.scaled(radius)
             start = scaled.nearest_(start)
-            rule = _Sparsity(scaled, objective, steps, self.first_step, start)
-            best = self._run(objective, scaled, start, steps, rule, used, last=radius == RADII[-1])
+            rule = _Sparsity.of(scaled, objective, steps, self.first_step, start)
+            climb = _Climb.of(rule, objective, start, steps, adversarial=radius == RADII[-1] and self.best == "adv")
+            best = self._run(objective, scaled, climb, used)
             start = best.x_adv.clone()
         return best, used
 
-    def _run(
-        self, objective: Objective, ball: Ball, start: Tensor, steps: int, rule, used: Tensor, last: bool = True
-    ) -> Kept:
-        """What one run keeps; counts its steps in `used`. last: not one in a larger ball, whose success is none."""
-        x_adv, x_prev = start, start.clone()
-        seen = ball.as_seen(x_adv)
-        scores, grad = objective.gradient(seen)
-        best, best_grad = Kept(seen.clone(), scores), grad.clone()
-        hit = Kept(seen.clone(), scores) if last and self.best == "adv" and scores.fooled is not None else None
+    def begin(self, objective: Objective, ball: Ball, start: Tensor) -> "_Climb":
+        if ball.norm == "l1":
+            rule = _Sparsity.of(ball, objective, self.steps, self.first_step)
+        else:
+            rule = _Halving.of(ball, objective, self.steps, self.first_step, self.rho)
+        return _Climb.of(rule, objective, start, self.steps, adversarial=self.best == "adv")
+
+    def _run(self, objective: Objective, ball: Ball, climb: "_Climb", used: Tensor) -> Kept:
+        """What one run keeps; counts its steps in `used`."""
         roll = Roll()
-        for k in range(steps):
-            if self.compact and hit is not None and (left := roll.call(hit.fooled, k)) is not None:
-                if not roll.dismiss(hit, left):
+        for k in range(climb.steps):
+            climb.look(objective, ball)
+            if self.compact and climb.hit is not None and (left := roll.call(climb.fooled, k)) is not None:
+                if not roll.dismiss(climb.hit, left):
                     return roll.kept
-                objective, ball, rule = objective.at(left), ball.at(left), rule.at(left)
-                x_adv, x_prev, grad, best_grad = x_adv[left], x_prev[left], grad[left], best_grad[left]
-                best, hit, seen, scores = best.at(left), hit.at(left), seen[left], scores.at(left)
+                objective, ball, climb = objective.at(left), ball.at(left), climb.at(left)
             if self.callback is not None:
-                self.callback(k, seen, scores.loss)
-            with profiling.phase("step"):
-                x_prev, x_adv = x_adv, rule.step(x_prev, x_adv, grad, 1.0 if k == 0 else MOMENTUM)
-            seen = ball.as_seen(x_adv)
-            scores, grad = objective.gradient(seen)
+                self.callback(k, ball.as_seen(climb.x_adv), climb.scores.loss)
+            climb.move(ball)
             used[roll.rows] += 1
-            if hit is not None:
-                hit.take(scores.fooled, seen, scores)
-            rose = objective.better(scores.loss, best.scores.loss)
-            best.take(rose, seen, scores)
-            ops.keep_best_(best_grad, grad, rose)
-            back = rule.look(k, scores, best)
-            if back is not None:  # a checkpoint: these samples go on from their best point
-                ops.keep_best_(x_adv, best.x_adv, back)
-                grad = ops.keep_best_(grad.clone(), best_grad, back)
-        if hit is not None:
-            best.take(hit.fooled, hit.x_adv, hit.scores)
-        return roll.close(best)
+        climb.look(objective, ball)
+        return roll.close(climb.kept())
 
 
-def _rule(ball: Ball, objective: Objective, settings: _AutoSteps):
-    if ball.norm == "l1":
-        return _Sparsity(ball, objective, settings.steps, settings.first_step)
-    return _Halving(ball, objective, settings.steps, settings.first_step, settings.rho)
+@dataclasses.dataclass
+class _Climb(Rows):
+    """Where runs stand, each after k steps of its own; those that have made none come last.
+
+    Attributes:
+        grad: of the loss at x_adv.
+        scores: of x_adv.
+        best, best_grad: the iterate with the best loss so far, and the gradient there.
+        hit: the last adversarial iterate; None if nobody asks for it.
+        k: int64 [B], always on the CPU, so that asking does not wait for a device.
+    """
+
+    steps: int
+    rule: "_Halving | _Sparsity"
+    x_adv: Tensor
+    x_prev: Tensor
+    grad: Tensor
+    scores: Scores
+    best: Kept
+    best_grad: Tensor
+    hit: Kept | None
+    k: Tensor
+
+    @classmethod
+    def of(cls, rule, objective: Objective, start: Tensor, steps: int, adversarial: bool) -> "_Climb":
+        """adversarial: keep such iterates."""
+        rows, device = len(start), start.device
+        loss, pred = torch.full((rows,), torch.nan, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        none = Scores(loss, None if objective.labels is None else pred.bool(), pred)
+        hit = Kept(start.clone(), none) if adversarial and objective.labels is not None else None
+        return cls(
+            steps, rule, start, start.clone(), torch.zeros_like(start), none, Kept(start.clone(), none),
+            torch.zeros_like(start), hit, torch.zeros(rows, dtype=torch.int64),
+        )  # fmt: skip
+
+    @property
+    def ended(self) -> Tensor:
+        """bool [B] on the CPU: all steps are made."""
+        return self.k == self.steps
+
+    @property
+    def fooled(self) -> Tensor:
+        return self.hit.fooled
+
+    def look(self, objective: Objective, ball: Ball) -> None:
+        """Evaluates the iterates. At a checkpoint some become their best point."""
+        seen = ball.as_seen(self.x_adv)
+        self.scores, self.grad = scores, grad = objective.gradient(seen)
+        if scores.fooled is None:
+            self.hit = None
+        elif self.hit is not None:
+            self.hit.take(scores.fooled, seen, scores)
+        rose = objective.better(scores.loss, self.best.scores.loss)
+        rose[self._old :] = True
+        self.best.take(rose, seen, scores)
+        ops.keep_best_(self.best_grad, grad, rose)
+        back = self.rule.look(self.k, self._old, scores, self.best, objective, ball)
+        if back is not None:
+            ops.keep_best_(self.x_adv, self.best.x_adv, back)
+            self.grad = ops.keep_best_(grad.clone(), self.best_grad, back)
+
+    def move(self, ball: Ball) -> None:
+        """One step."""
+        with profiling.phase("step"):
+            self.rule.step(self.x_prev, self.x_adv, self.grad, ball, self._old)
+        self.x_prev, self.x_adv, self.k = self.x_adv, self.x_prev, self.k + 1
+
+    def kept(self) -> Kept:
+        if self.hit is not None:
+            self.best.take(self.hit.fooled, self.hit.x_adv, self.hit.scores)
+        return self.best
+
+    @property
+    def _old(self) -> int:
+        """How many have made a step."""
+        return int((self.k > 0).sum())
 
 
-class _Halving:
-    """Step sizes in Linf and L2."""
+@dataclasses.dataclass
+class _Halving(Rows):
+    """Step sizes in Linf and L2.
 
-    def __init__(self, ball: Ball, objective: Objective, steps: int, first_step: float | None, rho: float) -> None:
-        self.ball, self.objective, self.rho = ball, objective, rho
-        self.interval, self.shortest = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1)
-        self.shrink, self.since = max(int(0.03 * steps), 1), 0
+    Attributes:
+        spans: for each number of steps, how many the checkpoint there looks back on; 0 where there is none.
+        rises: since the last checkpoint.
+        loss: of the last iterate; AutoAttack's 0 in place of the start's.
+        best_loss: at the last checkpoint.
+    """
+
+    rho: float
+    spans: list[int]
+    size: Tensor
+    rises: Tensor
+    halved: Tensor
+    loss: Tensor
+    best_loss: Tensor
+
+    @classmethod
+    def of(cls, ball: Ball, objective: Objective, steps: int, first_step: float | None, rho: float) -> "_Halving":
         rows, device = len(ball.x), ball.x.device
-        first_step = 2.0 if first_step is None else first_step
-        self.size = (-first_step if objective.targeted else first_step) * ball.eps.expand(rows)
-        self.rises = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.halved = torch.ones(rows, dtype=torch.bool, device=device)
-        self.loss = torch.zeros(rows, device=device)  # AutoAttack's, in place of the start's
-        self.best_loss: Tensor | None = None  # at the last checkpoint
+        zeros = torch.zeros(rows, device=device)
+        return cls(
+            rho, _spans(steps), _first_size(2.0 if first_step is None else first_step, ball, objective),
+            torch.zeros(rows, dtype=torch.int64, device=device), torch.ones(rows, dtype=torch.bool, device=device),
+            zeros, zeros,
+        )  # fmt: skip
 
-    def at(self, rows: Tensor) -> "_Halving":
-        """The same for some of the samples."""
-        part = copy.copy(self)
-        part.ball, part.objective = self.ball.at(rows), self.objective.at(rows)
-        part.size, part.rises, part.halved, part.loss = (
-            t[rows] for t in (self.size, self.rises, self.halved, self.loss)
-        )
-        part.best_loss = None if self.best_loss is None else self.best_loss[rows]
-        return part
-
-    def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, a: float) -> Tensor:
+    def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, ball: Ball, old: int) -> None:
         """x_{k+1}, in the memory of x_{k-1}."""
-        ball = self.ball
         lo, hi = ball.bounds
         if ball.norm == "linf" and not ball.strict_eps:
-            return ops.apgd_step_(x_prev, x_adv, grad, ball.x, self.size, ball.eps, a, lo, hi)
+            eps = ball.eps.expand(len(x_adv))
+            for rows, a in ((slice(old), MOMENTUM), (slice(old, None), 1.0)):
+                if len(x_adv[rows]):
+                    ops.apgd_step_(
+                        x_prev[rows], x_adv[rows], grad[rows], ball.x[rows], self.size[rows], eps[rows], a, lo, hi
+                    )
+            return
         z = ball.step(x_adv.clone(), grad, self.size)
-        return ball.nearest_(x_prev.copy_(x_adv + (z - x_adv) * a + (x_adv - x_prev) * (1 - a)))
+        a = torch.ones_like(self.size)
+        a[:old] = MOMENTUM
+        a = rowwise(a, x_adv)
+        ball.nearest_(x_prev.copy_(x_adv + (z - x_adv) * a + (x_adv - x_prev) * (1 - a)))
 
-    def look(self, k: int, scores: Scores, best: Kept) -> Tensor | None:
-        """Which samples go back to their best point; None between checkpoints."""
-        self.rises += scores.loss < self.loss if self.objective.targeted else scores.loss > self.loss
-        self.loss, self.since = scores.loss, self.since + 1
-        if self.since < self.interval:
+    def look(self, k: Tensor, old: int, scores: Scores, best: Kept, objective: Objective, ball: Ball) -> Tensor | None:
+        """Which samples go back to their best point; None if nobody is at a checkpoint."""
+        self.rises = self.rises + (scores.loss < self.loss if objective.targeted else scores.loss > self.loss)
+        self.loss = scores.loss.clone()
+        self.rises[old:], self.loss[old:] = 0, 0.0
+        spans = [self.spans[steps] for steps in k.tolist()]
+        if not any(spans):
             return None
-        many = self.rises > self.rho * self.interval
-        if self.best_loss is None:
-            self.halved = ~many
-        else:
-            stuck = ~self.halved & ~self.objective.better(best.scores.loss, self.best_loss)
-            self.halved = ~many | stuck
-        self.size = torch.where(self.halved, self.size / 2, self.size)
-        self.best_loss, self.rises, self.since = best.scores.loss, torch.zeros_like(self.rises), 0
-        self.interval = max(self.interval - self.shrink, self.shortest)
-        return self.halved
+        span = torch.tensor(spans, device=self.rises.device)
+        here, many = span > 0, self.rises > self.rho * span
+        stuck = ~self.halved & ~objective.better(best.scores.loss, self.best_loss)
+        self.halved = torch.where(here, ~many | stuck, self.halved)
+        back = here & self.halved
+        self.size = torch.where(back, self.size / 2, self.size)
+        self.best_loss = torch.where(here, best.scores.loss, self.best_loss)
+        self.rises = torch.where(here, 0, self.rises)
+        return back
 
 
-class _Sparsity:
+def _spans(steps: int) -> list[int]:
+    interval, shortest, shrink = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    spans, last = [0] * (steps + 1), 0
+    while last + interval <= steps:
+        last += interval
+        spans[last] = interval
+        interval = max(interval - shrink, shortest)
+    return spans
+
+
+def _first_size(first_step: float, ball: Ball, objective: Objective) -> Tensor:
+    return (-first_step if objective.targeted else first_step) * ball.eps.expand(len(ball.x))
+
+
+@dataclasses.dataclass
+class _Sparsity(Rows):
     """Step sizes and the share of pixels that move in L1; both begin where a start that was chosen with care is."""
 
-    def __init__(
-        self, ball: Ball, objective: Objective, steps: int, first_step: float | None, start: Tensor | None = None
-    ) -> None:
-        self.ball, self.interval = ball, max(int(0.04 * steps), 1)
-        rows, self.pixels, like = len(ball.x), ball.x[0].numel(), {"dtype": ball.x.dtype, "device": ball.x.device}
-        first_step = 1.0 if first_step is None else first_step
-        self.largest = (-first_step if objective.targeted else first_step) * ball.eps.expand(rows)
-        self.size = self.largest
+    interval: int
+    pixels: int
+    largest: Tensor
+    size: Tensor
+    top: Tensor
+    differ: Tensor
+
+    @classmethod
+    def of(
+        cls, ball: Ball, objective: Objective, steps: int, first_step: float | None, start: Tensor | None = None
+    ) -> "_Sparsity":
+        pixels = ball.x[0].numel()
+        largest = _first_size(1.0 if first_step is None else first_step, ball, objective)
         if start is None:
-            self.top = torch.full((rows,), 0.2, **like)
-            self.differ = torch.full((rows,), float(self.pixels), **like)
+            top, differ = torch.full_like(largest, 0.2), torch.full_like(largest, float(pixels))
         else:
-            self.differ = self._differing(start)
-            self.top = self.differ / self.pixels / 1.5
+            differ = _differing(start, ball)
+            top = differ / pixels / 1.5
+        return cls(max(int(0.04 * steps), 1), pixels, largest, largest, top, differ)
 
-    def at(self, rows: Tensor) -> "_Sparsity":
-        """The same for some of the samples."""
-        part = copy.copy(self)
-        part.ball, part.largest, part.size = self.ball.at(rows), self.largest[rows], self.size[rows]
-        part.top, part.differ = self.top[rows], self.differ[rows]
-        return part
+    def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, ball: Ball, old: int) -> None:
+        ball.step(x_prev.copy_(x_adv), grad, self.size, top=self.top)
 
-    def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, a: float) -> Tensor:
-        return self.ball.step(x_prev.copy_(x_adv), grad, self.size, top=self.top)
-
-    def look(self, k: int, scores: Scores, best: Kept) -> Tensor | None:
-        if (k + 1) % self.interval:
+    def look(self, k: Tensor, old: int, scores: Scores, best: Kept, objective: Objective, ball: Ball) -> Tensor | None:
+        here = [steps > 0 and steps % self.interval == 0 for steps in k.tolist()]
+        if not any(here):
             return None
-        differ = self._differing(best.x_adv)
+        here, differ = torch.tensor(here, device=self.size.device), _differing(best.x_adv, ball)
         sparser = differ / self.differ < 0.95
-        self.top, self.differ = differ / self.pixels / 1.5, differ
+        self.top = torch.where(here, differ / self.pixels / 1.5, self.top)
+        self.differ = torch.where(here, differ, self.differ)
         shorter = self.size / 1.5
         shorter = torch.where(shorter.abs() < self.largest.abs() / 10, self.largest / 10, shorter)
-        self.size = torch.where(sparser, self.largest, shorter)
-        return sparser
+        self.size = torch.where(here, torch.where(sparser, self.largest, shorter), self.size)
+        return here & sparser
 
-    def _differing(self, x_adv: Tensor) -> Tensor:
-        return (x_adv != self.ball.x).flatten(1).sum(1).to(x_adv.dtype)
+
+def _differing(x_adv: Tensor, ball: Ball) -> Tensor:
+    """How many pixels are not the image's: [B]."""
+    return (x_adv != ball.x).flatten(1).sum(1).to(x_adv.dtype)

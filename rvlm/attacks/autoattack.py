@@ -50,6 +50,7 @@ def autoattack(
     norm: str = "linf",
     version: str = "standard",
     attacks: Sequence[str] | None = None,
+    slots: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
@@ -68,6 +69,7 @@ def autoattack(
         attacks: names of stages for version="custom", such as ["apgd-ce", "apgd-t", "square-1000"].
         precision: as in `pgd`; under "cascade" stages that cannot go on from a point (FAB, FMN, CW, DeepFool) run in
             fp32 (`Stage.precision`).
+        slots: the largest batch of APGD's runs, which are begun as others end (`apgd`); None: as many as images.
         callback: called as callback(name of the stage, samples still robust) after every stage.
 
     Returns:
@@ -94,7 +96,7 @@ def autoattack(
         return AutoAttackResult(**vars(empty_result(x))) if return_info else x.detach().clone()
     common = {
         "norm": norm, "bounds": bounds, "precision": precision, "strict_eps": strict_eps, "quantize": quantize,
-        "model_mode": model_mode, "engine": engine,
+        "model_mode": model_mode, "engine": engine, "slots": slots or len(x),
     }  # fmt: skip
 
     def scored(images: Tensor, labels: Tensor | None) -> tuple[Scores, Objective]:
@@ -107,7 +109,7 @@ def autoattack(
         ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
         clean, objective = scored(x, y)
         y, count = objective.labels, objective.count
-        stages, refused = usable(stages, objective.seen_classes)
+        stages, refused = usable(stages, count.classes)
         for sentence in refused:
             warnings.warn(f"AutoAttack leaves out a stage: {sentence}", AttackWarning, stacklevel=2)
         x_adv, broken_by = x.clone(), torch.where(clean.fooled, -2, -1)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rvlm import profiling
 from rvlm.attacks.ball import DUAL, Ball, rowwise
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.nearest import Nearest
 from rvlm.attacks.objective import AttackResult, Objective
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, search
+from rvlm.attacks.search import Attack, check_choices, check_count, search
 
 __all__ = ["DeepFool", "deepfool"]
 

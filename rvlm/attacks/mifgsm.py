@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, Noise, rowwise
 from rvlm.attacks.checks import check_radius
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, left_over, search
+from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
 
 __all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from rvlm import ops
 from rvlm.attacks.ball import ORDER, Ball
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import Objective, Scores
-from rvlm.attacks.search import Kept
 
 __all__ = ["Nearest"]
 

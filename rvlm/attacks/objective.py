@@ -13,6 +13,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
 from rvlm.attacks.engines import Compiled, Question, Replayed
 from rvlm.attacks.losses import AIMED, LOSSES
+from rvlm.attacks.rows import Rows
 
 __all__ = ["AttackResult", "Objective", "Scores"]
 
@@ -20,15 +21,12 @@ MOST_TARGETS = 9  # classes that an attack aims at unless told otherwise: AutoAt
 
 
 @dataclasses.dataclass
-class Scores:
+class Scores(Rows):
     """One evaluation of a batch: loss [B] and, where outputs are logits and y are labels, fooled [B] and pred [B]."""
 
     loss: Tensor
     fooled: Tensor | None
     pred: Tensor | None
-
-    def at(self, rows: Tensor) -> "Scores":
-        return Scores(*(None if t is None else t[rows] for t in (self.loss, self.fooled, self.pred)))
 
     def put(self, rows: Tensor, part: "Scores") -> None:
         """Replaces the rows of that index by a part's."""
@@ -39,13 +37,14 @@ class Scores:
 
 @dataclasses.dataclass
 class Count:
-    """Images that went through the model, how many gradients were zero in every pixel (on the device), and how often
-    the model was called by eager code."""
+    """Images that went through the model, how many gradients were zero in every pixel (on the device), how often the
+    model was called by eager code, and the classes of its outputs, once it has been asked."""
 
     forwards: int = 0
     backwards: int = 0
     zeros: Tensor | int = 0
     calls: int = 0
+    classes: int = 0
 
 
 @dataclasses.dataclass
@@ -94,7 +93,6 @@ class Objective:
         target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
         count: images so far.
         watched: whether gradients are looked at for zeros, which costs a pass over them.
-        seen_classes: of the model's outputs, once it has been asked.
     """
 
     def __init__(
@@ -108,8 +106,7 @@ class Objective:
         engine: Compiled | Replayed | None = None,
     ) -> None:
         self.model, self.targeted, self.batch, self.eot, self.engine = model, targeted, len(x), eot, engine
-        self.count, self.target, self.watched, self.seen_classes = Count(), None, False, 0
-        self._seen_output, self.labels = False, None
+        self.count, self.target, self.watched, self.labels = Count(), None, False, None
         self.named = isinstance(loss, str)
         if self.named and loss not in LOSSES and loss not in AIMED:
             known = ", ".join((*LOSSES, *AIMED))
@@ -126,6 +123,7 @@ class Objective:
             y = y.clone()  # autograd cannot save a tensor that was made in inference mode
         self.y = y
         self.labels = y if isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (self.batch,) else None
+        self.every_label = self.labels  # also in a part
 
     def at(self, rows: Tensor) -> "Objective":
         """The same objective for some of the samples; what went through the model is counted together."""
@@ -166,7 +164,7 @@ class Objective:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"the model must return logits [{len(x)}, C], got {got}")
         output = output if output.dtype == torch.float64 else output.float()
-        if not self._seen_output and self.labels is not None:
+        if not self.count.classes and self.labels is not None:
             self._check_range(output.shape[1])
             self._first_look(output)
         return output
@@ -220,7 +218,7 @@ class Objective:
         classes = self.engine.classes
         if classes is None:
             return None
-        if not self._seen_output:
+        if not self.count.classes:
             self._check_range(classes)
         target = self.target if self.loss in AIMED else None
         with profiling.phase("model"):
@@ -230,7 +228,7 @@ class Objective:
         if found is None:
             return None
         self.count.forwards += len(x)
-        if not self._seen_output:
+        if not self.count.classes:
             self._first_look(found.logits)
         pred = found.logits.argmax(1)
         fooled = pred == self.labels if self.targeted else pred != self.labels
@@ -280,7 +278,7 @@ class Objective:
             if is_logits:
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 output = logits
-                if not self._seen_output:
+                if not self.count.classes:
                     self._check_range(logits.shape[1])
                     self._first_look(logits.detach())
             loss = self._named_loss(logits) if self.named else self.loss(output, self.y)
@@ -300,13 +298,13 @@ class Objective:
         with profiling.phase("forward"):
             embedding = self._ask(x, "embed")
             self.count.forwards += len(x)
-            if not self._seen_output:
+            if not self.count.classes:
                 self._check_range(self.head.shape[1])
             kind, label, other = self._kind()
             loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, self.head, label, kind, other)
             if self.loss == "ce-targeted":
                 loss, correct, of_embedding = -loss, logits.argmax(1) == self.labels, -of_embedding
-            if not self._seen_output:
+            if not self.count.classes:
                 self._first_look(logits)
             fooled = correct if self.targeted else ~correct
             return Scores(loss, fooled, logits.argmax(1)), embedding, of_embedding
@@ -334,13 +332,13 @@ class Objective:
     def _check_range(self, classes: int) -> None:
         """Labels must be classes; once per attack, since asking waits for the device."""
         if self.labels is not None and self.named:
-            low, high = (v.item() for v in torch.aminmax(self.labels))
+            low, high = (v.item() for v in torch.aminmax(self.every_label))
             if low < 0 or high >= classes:
                 raise ValueError(f"labels must lie in 0 .. {classes - 1}, the model's classes, got {low} .. {high}")
 
     def _first_look(self, logits: Tensor) -> None:
         """Warnings about the model's output, once per attack."""
-        self._seen_output, self.seen_classes = True, logits.shape[1]
+        self.count.classes = logits.shape[1]
         if self.engine is not None:
             self.engine.classes = logits.shape[1]
         broken = (logits.isnan() | (logits == torch.inf)).any(1)  # -inf is a masked class, and fine

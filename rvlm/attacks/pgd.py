@@ -21,8 +21,9 @@ from rvlm import profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
 from rvlm.attacks.engines import FIXED
+from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.objective import AttackResult, Objective, Scores
-from rvlm.attacks.search import Attack, Kept, Roll, check_choices, check_count, check_stop, left_over, search
+from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, left_over, search
 
 __all__ = ["PGD", "pgd"]
 

@@ -7,7 +7,6 @@ An attack is a run: a callable that takes a start to the iterate that it keeps. 
 once.
 """
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -19,20 +18,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rvlm import ops
 from rvlm.attacks.ball import NORMS, Ball, Noise, whole_box
 from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
 from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.engines import ENGINES, FIXED, engine_for
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.slots import in_slots
 
 __all__ = [
     "PRECISIONS",
     "Attack",
     "Disagreement",
-    "Kept",
-    "Roll",
     "Run",
     "check_choices",
     "check_count",
@@ -45,80 +43,6 @@ __all__ = [
 
 MAX_RUNS = 2048  # that have noise of their own
 PRECISIONS = (None, "fp32", "tf32", "bf16", "cascade")
-
-
-@dataclasses.dataclass
-class Kept:
-    """The iterate that a run returns so far, with its scores (None while nobody has asked for them)."""
-
-    x_adv: Tensor
-    scores: Scores | None
-
-    @property
-    def fooled(self) -> Tensor | None:
-        return None if self.scores is None else self.scores.fooled
-
-    def take(self, rows: Tensor, x_adv: Tensor, scores: Scores) -> None:
-        """Replaces the rows that are True."""
-        ops.keep_best_(self.x_adv, x_adv, rows)
-        old = self.scores
-        self.scores = Scores(
-            torch.where(rows, scores.loss, old.loss),
-            None if scores.fooled is None else torch.where(rows, scores.fooled, old.fooled),
-            None if scores.pred is None else torch.where(rows, scores.pred, old.pred),
-        )
-
-    def at(self, rows: Tensor) -> "Kept":
-        return Kept(self.x_adv[rows], self.scores.at(rows))
-
-    def put(self, rows: Tensor, part: "Kept") -> None:
-        """Replaces the rows of that index by a part's."""
-        self.x_adv[rows] = part.x_adv
-        self.scores.put(rows, part.scores)
-
-    def merge(self, other: "Kept", objective: Objective) -> "Kept":
-        """The better of two runs, per sample: success first, then loss."""
-        rows = objective.better(other.scores.loss, self.scores.loss)
-        if self.fooled is not None:
-            rows = torch.where(self.fooled == other.fooled, rows, other.fooled)
-        self.take(rows, other.x_adv, other.scores)
-        return self
-
-
-class Roll:
-    """The samples that a run still works on, and what it has kept of those that it is done with.
-
-    Attributes:
-        rows: index of the former in the batch; a slice as long as nobody has left.
-    """
-
-    def __init__(self) -> None:
-        self.rows: Tensor | slice = slice(None)
-        self.kept: Kept | None = None
-
-    def call(self, done: Tensor, k: int) -> Tensor | None:
-        """The rows to go on with, once an eighth of those that are left is done; None: all of them.
-
-        Asking waits for the device, so on a GPU it is done at every eighth step k.
-        """
-        if done.is_cuda and k % 8 != 7:
-            return None
-        left = (~done).nonzero().flatten()
-        return left if len(left) <= len(done) * 7 // 8 else None
-
-    def dismiss(self, kept: Kept, left: Tensor) -> bool:
-        """Notes what is kept of all that were left; `left` of them stay. Returns whether there are any."""
-        self.close(kept)
-        self.rows = left if isinstance(self.rows, slice) else self.rows[left]
-        return len(left) > 0
-
-    def close(self, kept: Kept) -> Kept:
-        """What the run keeps of everybody, given what it keeps of those that are left."""
-        if self.kept is None:
-            self.kept = kept
-        else:
-            self.kept.put(self.rows, kept)
-        return self.kept
 
 
 class Run(Protocol):
@@ -156,6 +80,7 @@ def search(
     restarts: int = 1,
     x_init: Tensor | None = None,
     survivors: bool = False,
+    slots: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -181,6 +106,8 @@ def search(
         on_sphere: random starts touch the ball's surface.
         start_scale: starts lie in a ball that many times as large.
         survivors: a later run is for the samples that no earlier one has fooled.
+        slots: how many runs go through the model at once (`rvlm.attacks.slots`); the run must have `begin`. None: all
+            samples, one run after the other.
         generator: one that has a method `noise(run, sample_ids) -> Noise` hands out the noise of every run itself
             (`rvlm.compat`, where draws are those of other libraries).
         eot: gradients of each iterate, averaged.
@@ -194,6 +121,8 @@ def search(
         check_radius("eps", eps, len(x), norm, bounds)
     check_count("restarts", restarts, 1)
     check_count("eot", eot, 1)
+    if slots is not None:
+        check_count("slots", slots, 1)
     if isinstance(loss, str) and loss in AIMED and (targeted or not aimed):
         raise ValueError(f"loss={loss!r} aims at one wrong class after another: for untargeted apgd only")
     if targets is not None and not aimed:
@@ -237,12 +166,38 @@ def search(
             if cascade and objective.labels is None:
                 raise ValueError("precision='cascade' needs labels or targets y, int64 [B]: what is not fooled goes on")
             disagreement, cut = Disagreement(x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            aims = objective.runners_up(x, targets) if aimed else None
+            every = torch.arange(len(x), device=x.device)
+            parts = every.split(slots or len(x))
+            aims = torch.cat([objective.at(rows).runners_up(x[rows], targets) for rows in parts]) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
             if runs + 2 * cascade > MAX_RUNS:
                 raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
             ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
-            for number in range(runs):
+
+            def begin(number: int, rows: Tensor | None) -> tuple[Tensor, Noise | None]:
+                """The start of a run and its noise."""
+                part = ball.at(rows)
+                around = part.scaled(start_scale)
+                noise = noise_of(number, ids if rows is None else ids[rows]) if draws else None
+                if x_init is not None and number == 0:
+                    return around.project(x_init.detach() if rows is None else x_init.detach()[rows]), noise
+                if random_start and not own_start:
+                    return around.random_start(noise, on_sphere), noise
+                return part.x.clone(), noise
+
+            def judge(asked: Objective, kept: Kept, rows: Tensor) -> None:
+                """Scores that count, in fp32, for what a search in bf16 has kept of these samples."""
+                with in_float32():
+                    cut[rows[disagreement.settle(kept, asked.score(kept.x_adv))]] = True
+
+            how = {"slots": slots, "stop": survivors, "static": engine in FIXED}
+            if slots is not None:
+                aim = None if aims is None else lambda samples, numbers: aims[samples, numbers // restarts]
+                chosen, steps_used = in_slots(
+                    run, objective, ball, lambda number, rows: begin(number, rows)[0], aim, runs, **how,
+                    judge=judge if cascade else None,
+                )  # fmt: skip
+            for number in range(runs if slots is None else 0):
                 rows = None
                 if survivors and chosen is not None:
                     left = (~chosen.fooled).nonzero().flatten()
@@ -250,23 +205,13 @@ def search(
                         break
                     if len(left) < len(x) and objective.named and engine not in FIXED:
                         rows = left
-                part = ball.at(rows)
-                around = part.scaled(start_scale)
                 if aimed:
                     objective.target = aims[:, number // restarts]
-                noise = noise_of(number, ids if rows is None else ids[rows]) if draws else None
-                if x_init is not None and number == 0:
-                    start = around.project(x_init.detach())
-                elif random_start and not own_start:
-                    start = around.random_start(noise, on_sphere)
-                else:
-                    start = part.x.clone()
-                scored = return_info or runs > 1 or cascade
+                start, noise = begin(number, rows)
                 asked = objective if rows is None else objective.at(rows)
-                kept, steps = run(asked, part, start, scored, noise)
+                kept, steps = run(asked, ball.at(rows), start, return_info or runs > 1 or cascade, noise)
                 if cascade:
-                    with in_float32():
-                        cut[slice(None) if rows is None else rows] |= disagreement.settle(kept, asked.score(kept.x_adv))
+                    judge(asked, kept, every if rows is None else rows)
                 if rows is None:
                     steps_used += steps
                     chosen = kept if chosen is None else chosen.merge(kept, objective)
@@ -281,12 +226,15 @@ def search(
                 noise = noise_of(runs + whole, ids) if draws else None
                 with in_float32():
                     if aimed:
-                        objective.target = objective.runners_up(chosen.x_adv, 1)[:, 0]
+                        aims = [objective.at(rows).runners_up(chosen.x_adv[rows], 1)[:, 0] for rows in parts]
+                        objective.target = torch.cat(aims)
                     go_on = run.continued(whole)
-                    if objective.named and engine not in FIXED:
-                        kept, steps = go_on(
-                            objective.at(left), ball.at(left), chosen.x_adv[left], True, noise and noise.at(left)
-                        )
+                    if objective.named and (slots is not None or engine not in FIXED):
+                        asked, part, start = objective.at(left), ball.at(left), chosen.x_adv[left]
+                        if slots is None:
+                            kept, steps = go_on(asked, part, start, True, noise and noise.at(left))
+                        else:
+                            kept, steps = in_slots(go_on, asked, part, lambda _, rows, at=start: at[rows], None, 1, **how)
                     else:
                         kept, steps = go_on(objective, ball, chosen.x_adv.clone(), True, noise)
                         kept, steps = kept.at(left), steps[left]
@@ -296,7 +244,8 @@ def search(
             return chosen.x_adv
         verdict = chosen.scores
         if precision is not None and not cascade:
-            verdict = objective.score(chosen.x_adv)  # reference precision
+            scores = [objective.at(rows).score(chosen.x_adv[rows]) for rows in parts]  # reference precision
+            verdict = functools.reduce(Scores.join, scores)
             if distances:
                 verdict.loss = chosen.scores.loss
             if precision == "bf16":

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import AttackResult, Objective
-from rvlm.attacks.search import Attack, Kept, check_choices, check_count, left_over, search
+from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
 
 __all__ = ["Square", "square"]
 

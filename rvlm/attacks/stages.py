@@ -54,7 +54,7 @@ PATTERNS = (
 )  # fmt: skip
 COMMON = {
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
-    "quantize", "model_mode", "engine", "callback", "return_info",
+    "quantize", "model_mode", "engine", "callback", "return_info", "slots",
 }  # fmt: skip
 
 
@@ -76,14 +76,34 @@ class Stage:
     restart: int = 0
     classes: int = 2
 
-    def __call__(self, model: Callable, x: Tensor, y: Tensor, *, transfer: bool = False, **more: Any) -> AttackResult:
-        """Runs it. transfer: the images will be scored on another model, so this model's verdict decides nothing."""
-        keeps = {}
+    @property
+    def refills(self) -> bool:
+        """Whether its batches are kept full, so that it may be given more images than go through the model at once."""
+        return self.attack == "apgd" and not self.settings.get("larger_eps")
+
+    def __call__(
+        self,
+        model: Callable,
+        x: Tensor,
+        y: Tensor,
+        *,
+        transfer: bool = False,
+        slots: int | None = None,
+        **more: Any,
+    ) -> AttackResult:
+        """Runs it.
+
+        Args:
+            transfer: the images will be scored on another model, so this model's verdict decides nothing.
+            slots: the largest batch of a stage that `refills`; None: as many as there are images.
+        """
+        keeps = {"slots": slots or len(x)} if self.refills and len(x) else {}
         if self.attack in ("pgd", "apgd") and transfer:
-            keeps = {"best": "last" if self.attack == "pgd" else "loss"}
+            keeps["best"] = "last" if self.attack == "pgd" else "loss"
         elif self.attack in ("pgd", "apgd"):
-            fixed = "freeze" if self.attack == "pgd" else None  # batches that may not shrink
-            keeps = {"best": "adv", "early_stop": fixed if more.get("engine") in FIXED else "compact"}
+            keeps |= {"best": "adv", "early_stop": "compact"}
+            if more.get("engine") in FIXED and not self.refills:  # batches that may not shrink
+                keeps["early_stop"] = "freeze" if self.attack == "pgd" else None
         if "precision" in more:
             more["precision"] = self.precision(more["precision"])
         function = FUNCTIONS[self.attack]

@@ -6,8 +6,9 @@ images are scored on the classifier. A sample is robust if it is classified corr
 Diagnostics act and stand in the record's checks: a stage on cross-entropy that meets gradients of exactly zero is
 repeated on the margin loss, and a black-box stage that finds what gradients did not find is named.
 
-Samples are cut into chunks of a fixed size. Under torchrun every process takes one chunk of a wave, and after the wave
-all know all results: how many processes there are changes nothing but the time.
+Samples are cut into chunks of a fixed size, which for stages that keep their batches full may be several batches. Under
+torchrun every process takes one chunk of a wave, and after the wave all know all results: how many processes there are
+changes nothing but the time.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ ZERO_GRADIENTS = (
     0.1  # share of a stage's gradients from which on it is repeated on the margin loss, and the record says so
 )
 BLACK_BOX_GAIN = 0.002  # AutoAttack's threshold
+AHEAD, CHUNKS = 4, 4  # batches of a chunk at most, and as many chunks at least, so that processes can share them
 RANDOM = 1e-4  # of the largest logit, by which two passes of a deterministic model may differ
 
 
@@ -212,7 +214,7 @@ def evaluate(
     def clean(rows: Tensor) -> _Part:
         x, y, _ = data.batch(rows)
         first = not rows[0]  # the chunk on which the model itself is looked at
-        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images, look=first)
+        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images, batch_size, look=first)
 
     def attacked(rows: Tensor) -> _Part:
         x, y, index = data.batch(rows)
@@ -221,6 +223,7 @@ def evaluate(
             x.to(device),
             y.to(device),
             transfer=not white_box,
+            slots=batch_size,
             eps=float(eps),
             norm=norm,
             # One seed per restart; stages that differ in the loss alone start from the same points.
@@ -229,7 +232,7 @@ def evaluate(
             quantize=quantize,
             precision=None if precision == "fp32" else precision,
         )
-        part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images)
+        part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images, batch_size)
         part.spent(found)
         if white_box:
             part.disagreements = int(((part.pred != y) != found.success.cpu()).sum())
@@ -249,7 +252,9 @@ def evaluate(
             stage, cost = tally.stages[tally.stage], tally.stages[tally.stage].cost(tally.classes)
             # Those that this stage has broken already were its survivors, too.
             survivors = ((result.broken_by == -1) | (result.broken_by == tally.stage)).nonzero().flatten()
-            chunks = survivors.split(batch_size) if len(survivors) else ()  # split gives one empty chunk of none
+            batches = min(AHEAD, max(1, len(survivors) // (CHUNKS * batch_size))) if stage.refills else 1
+            # split gives one empty chunk of none
+            chunks = survivors.split(batches * batch_size) if len(survivors) else ()
             bar.total -= (n - sum(map(len, chunks[tally.chunk :]))) * cost
             in_waves(chunks, attacked, cost)
             if tally.zeros > ZERO_GRADIENTS * tally.gradients:
@@ -339,10 +344,11 @@ def _scored(
     norm: str,
     classes: int,
     keep_images: bool,
+    batch_size: int,
     look: bool = False,
 ) -> _Part:
     """Scores images (x itself, or what an attack made of it) on the classifier."""
-    logits = logits_of(classifier, x_adv, classes)
+    logits = torch.cat([logits_of(classifier, batch, classes) for batch in x_adv.split(batch_size)])
     again = logits_of(classifier, x_adv, classes) if look else None
     x_adv = x_adv.cpu()
     pred, nonfinite = predictions(logits)

@@ -45,6 +45,7 @@ class SavedImages:
     name = attack = "saved"
     classes = 2
     restart = 0
+    refills = False
 
     def __call__(self, model: Callable, x: Tensor, y: Tensor, *, sample_ids: Tensor, **_: Any) -> AttackResult:
         place = {number: row for row, number in enumerate(self.index.tolist())}

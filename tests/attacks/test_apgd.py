@@ -194,6 +194,86 @@ def test_compact_says_the_same_for_less(model, batch, norm, eps, loss):
     assert torch.equal(found.steps_used[left], full.steps_used[left])
 
 
+@pytest.mark.parametrize("slots", [4, 40])
+@pytest.mark.parametrize("kind", ["conv", "vit"])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.08), ("l2", 1.2), ("l1", 12.0)])
+@pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+def test_slots_say_the_same_as_run_after_run(build, batch, kind, norm, eps, loss, slots):
+    model, (x, _) = build(kind), batch()
+    y = model(x).argmax(1)
+    settings = dict(eps=eps * torch.linspace(1.5, 0.05, 6), norm=norm, steps=20, loss=loss, restarts=2)
+    settings |= dict(early_stop="compact", return_info=True)
+    turns = apgd(model, x, y, generator=fixed(), **settings)
+    recorder = Recorder(model)
+    found = apgd(recorder, x, y, slots=slots, generator=fixed(), **settings)
+    assert max(map(len, recorder.seen)) <= slots
+    assert turns.success.any() and not turns.success.all() and torch.equal(found.success, turns.success)
+    left = ~found.success
+    assert (found.loss - turns.loss)[left].abs().max() < 1e-7
+    assert torch.equal(found.steps_used[left], turns.steps_used[left])
+    assert torch.equal(found.pred, model(found.x_adv).argmax(1)) and torch.equal(found.pred != y, found.success)
+    assert ((found.x_adv - x).flatten(1).norm(ORDER[norm], dim=1) <= settings["eps"] * (1 + 1e-6)).all()
+    if norm == "linf":  # in L2 last bits grow; in L1 two runs may end with one loss
+        assert (found.x_adv - turns.x_adv)[left].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("settings", [dict(early_stop="compact"), dict(best="loss"), dict(best="loss", targeted=True)])
+def test_one_run_in_slots_is_itself(build, batch, settings):
+    """Bit for bit, wherever it stands in a batch and whoever was there before; images of fooled samples, too."""
+    model, (x, _) = build("mlp"), batch()
+    y = (model(x).argmax(1) + settings.get("targeted", False)) % 5
+    given = dict(eps=0.05 * torch.linspace(1.5, 0.05, 6), steps=25, return_info=True, **settings)
+    turns = apgd(model, x, y, generator=fixed(), **given)
+    for slots in (1, 2, 4):
+        found = apgd(model, x, y, slots=slots, generator=fixed(), **given)
+        assert (found.x_adv - turns.x_adv).abs().max() < 1e-12 and torch.equal(found.success, turns.success)
+        assert torch.equal(found.steps_used, turns.steps_used) and found.backwards <= turns.backwards
+
+
+def test_slots_are_refilled(build, batch):
+    """Few runs last to the end: the batch is full as long as work waits, and so there are fewer of them."""
+    model, (x, _) = build("mlp"), batch(n=6)
+    x = x.repeat(8, 1, 1, 1)
+    y = model(x).argmax(1)
+    eps = torch.where(torch.arange(48) % 8 == 0, 1e-3, 0.2)
+    settings = dict(eps=eps, steps=20, early_stop="compact", generator=fixed(), return_info=True)
+    recorder = Recorder(model)
+    found = apgd(recorder, x, y, slots=8, **settings)
+    sizes = [len(seen) for seen in recorder.seen]
+    chunks = Recorder(model)
+    for rows in torch.arange(48).split(8):
+        apgd(chunks, x[rows], y[rows], sample_ids=rows, **settings | dict(eps=eps[rows], generator=fixed()))
+    assert found.success.sum() >= 40 and not found.success.all()
+    assert sizes[0] == 8 and len(sizes) < len(chunks.seen) / 2
+
+
+def test_slots_keep_their_shape_when_compiled(build, batch, monkeypatch):
+    """Idle ones repeat a row, and change nothing."""
+    model, (x, _) = build("mlp"), batch()
+    y = model(x).argmax(1)
+    recorder = Recorder(model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: recorder)
+    settings = dict(eps=0.05 * torch.linspace(1.5, 0.05, 6), steps=20, loss="dlr-targeted", restarts=2)
+    settings |= dict(early_stop="compact", slots=5, return_info=True)
+    found = apgd(model, x, y, engine="compile", generator=fixed(), **settings)
+    assert {len(seen) for seen in recorder.seen} == {5}
+    eager = apgd(model, x, y, generator=fixed(), **settings)
+    assert torch.equal(found.success, eager.success) and found.success.any() and not found.success.all()
+    left = ~found.success
+    assert (found.x_adv - eager.x_adv)[left].abs().max() < 1e-9
+    assert torch.equal(found.steps_used[left], eager.steps_used[left])
+
+
+def test_the_queue_in_python_does_the_same(build, batch, monkeypatch):
+    model, (x, _) = build("conv"), batch()
+    y = model(x).argmax(1)
+    settings = dict(eps=0.06, steps=15, loss="dlr-targeted", early_stop="compact", slots=4, return_info=True)
+    found = apgd(model, x, y, generator=fixed(), **settings)
+    monkeypatch.setattr("rvlm.attacks.work.WorkQueue", None)
+    twin = apgd(model, x, y, generator=fixed(), **settings)
+    assert torch.equal(found.x_adv, twin.x_adv) and found.forwards == twin.forwards
+
+
 def test_targeted_attack_reaches_its_class(build, batch):
     model, (x, _) = build("linear"), batch()
     target = (model(x).argmax(1) + 1) % 5
@@ -260,6 +340,11 @@ def test_class(build, batch):
     (dict(early_stop="freeze"), "early_stop must be one of None, 'compact'"),
     (dict(early_stop="compact", best="loss"), "for best='adv'"),
     (dict(early_stop="compact", engine="compile"), "changes the batch size"),
+    (dict(slots=0, early_stop="compact"), "slots must be an integer >= 1"),
+    (dict(slots=4), "slots with best='adv' needs early_stop='compact'"),
+    (dict(slots=4, best="loss", loss=lambda out, y: out.sum(1)), "slots needs a loss by name"),
+    (dict(slots=4, best="loss", norm="l1", larger_eps=True), "slots is not for larger_eps=True"),
+    (dict(slots=4, best="loss", callback=print), "slots has no callback"),
     (dict(steps=0), "steps must be an integer >= 1"),
     (dict(best="last"), "'adv', 'loss'"),
     (dict(rho=1.5), "rho must be a share"),

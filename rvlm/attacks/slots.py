@@ -1,0 +1,153 @@
+"""A batch of slots that is kept full: runs of an attack, (sample, restart or target), that need not stand at one step.
+
+    waiting runs, in order -> slots of the batch -> one evaluation of all -> runs that are over make room for the next
+
+A run is over when its steps are made or when its sample is fooled, by it or by another run; then nothing that waits for
+the sample is begun. Runs of one sample go side by side only where no other sample waits, and only until the batch is
+full enough. What a run finds does not depend on its neighbours, so the verdicts are those of one run after the other;
+which run is the first to fool a sample, and so its image, may differ.
+
+With static shapes the model sees batches of one size alone: slots without work repeat a row, and nobody looks at it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from rvlm.attacks.ball import Ball
+from rvlm.attacks.kept import Kept
+from rvlm.attacks.objective import Objective, Scores
+from rvlm.attacks.work import work_queue
+
+__all__ = ["Climb", "in_slots"]
+
+FULL = 32  # rows from which on, on a CPU, an image costs about the same in a larger batch
+
+
+class Climb(Protocol):
+    """Where runs stand: Rows of B of them, those that have just begun last.
+
+    k: int64 [B] on the CPU, steps made. ended: bool [B] on the CPU. fooled: bool [B].
+    """
+
+    k: Tensor
+    ended: Tensor
+    fooled: Tensor
+
+    def at(self, rows: Tensor) -> Self: ...
+
+    def join(self, other: Self) -> Self: ...
+
+    def look(self, objective: Objective, ball: Ball) -> None:
+        """Evaluates the iterates."""
+
+    def move(self, ball: Ball) -> None:
+        """One step."""
+
+    def kept(self) -> Kept: ...
+
+
+def in_slots(
+    run: Any,
+    objective: Objective,
+    ball: Ball,
+    start_of: Callable[[int, Tensor], Tensor],
+    aim: Callable[[Tensor, Tensor], Tensor] | None,
+    runs: int,
+    *,
+    slots: int,
+    stop: bool,
+    static: bool,
+    judge: Callable[[Objective, Kept, Tensor], None] | None = None,
+) -> tuple[Kept, Tensor]:
+    """The best run of each sample, and its steps [N] in all of them.
+
+    Args:
+        run: `run.begin(objective, ball, start)` is a Climb.
+        objective, ball: of all N samples.
+        start_of: start_of(number of the run, samples) is where they start.
+        aim: aim(samples, numbers) are the classes that runs aim at.
+        runs: of each sample.
+        slots: the largest batch.
+        stop: a fooled sample is done with.
+        static: all batches are of that size.
+        judge: judge(objective, kept, samples) gives what runs have kept the scores that count.
+    """
+    device, queue = ball.x.device, work_queue()
+    for number in range(runs):
+        for sample in range(len(ball.x)):
+            queue.push(sample, number)
+    full = slots if static or device.type == "cuda" else min(slots, FULL)
+    none = torch.full((len(ball.x),), -1, device=device)
+    chosen = Kept(ball.x.clone(), Scores(torch.full((len(none),), torch.nan, device=device), none == 0, none))
+    used = torch.zeros_like(none)
+
+    def part(items: list[tuple[int, int]]) -> tuple[Objective, Ball]:
+        samples, numbers = torch.tensor(items, device=device).unbind(1)
+        of_items = objective.at(samples)
+        if aim is not None:
+            of_items.target = aim(samples, numbers)
+        return of_items, ball.at(samples)
+
+    def begun(items: list[tuple[int, int]]) -> Climb:
+        samples = {number: [sample for sample, its in items if its == number] for _, number in items}
+        starts = [start_of(number, torch.tensor(its, device=device)) for number, its in samples.items()]
+        return run.begin(*part(items), torch.cat(starts))
+
+    def settle(items: list[tuple[int, int]], kept: Kept) -> None:
+        """Merges what runs that are over have kept; those of one sample in turn."""
+        chosen.scores.loss = chosen.scores.loss.to(kept.scores.loss.dtype)
+        for number in dict.fromkeys(number for _, number in items):
+            rows = torch.tensor([row for row, (_, its) in enumerate(items) if its == number])
+            samples = torch.tensor([items[row][0] for row in rows.tolist()], device=device)
+            mine, its = chosen.at(samples), kept.at(rows)
+            first = mine.scores.pred < 0
+            mine.merge(its, objective).take(first, its.x_adv, its.scores)
+            chosen.put(samples, mine)
+
+    items, climb, looks = [], None, 0
+    while (fresh := queue.take(slots - len(items), full)) or items:
+        if fresh:
+            fresh.sort(key=lambda item: item[1])
+            climb, items = begun(fresh) if climb is None else climb.join(begun(fresh)), items + fresh
+        idle = slots - len(items) if static else 0
+        if idle:
+            climb = climb.at(torch.tensor([0] * idle + list(range(len(items)))))
+        of_items, around = part(items[:1] * idle + items)
+        while True:
+            climb.look(of_items, around)
+            looks += 1
+            over = climb.ended[idle:]
+            if stop and (device.type != "cuda" or looks % 8 == 0 or over.any()):  # asking a GPU waits for it
+                fooled = climb.fooled[idle:].cpu()
+                if over.any() or fooled.sum() * 8 >= len(items):
+                    over = over | fooled
+            if over.any():
+                break
+            climb.move(around)
+        rows = over.nonzero().flatten()
+        those = [items[row] for row in rows.tolist()]
+        if judge is None:
+            kept = climb.at(rows + idle).kept()
+        else:
+            spare = slots - len(rows) if static else 0
+            kept = climb.at(torch.cat([rows[:1].expand(spare), rows]) + idle).kept()
+            those = those[:1] * spare + those
+            judge(part(those)[0], kept, torch.tensor([sample for sample, _ in those], device=device))
+        settle(those, kept)
+        gone = set()
+        if stop:
+            gone = {sample for (sample, _), fooled in zip(those, kept.fooled.tolist(), strict=True) if fooled}
+        leave = torch.tensor([sample in gone for sample, _ in items]) | over
+        for sample in gone:
+            queue.drop(sample)
+        for row in leave.nonzero().flatten().tolist():
+            queue.end(items[row][0])
+            used[items[row][0]] += climb.k[row + idle]
+        stay = (~leave).nonzero().flatten()
+        climb, items = climb.at(stay + idle), [items[row] for row in stay.tolist()]
+        if items:
+            climb.move(part(items)[1])
+    return chosen, used
