@@ -75,6 +75,25 @@ def test_stages_see_survivors_only(data):
     assert sum(int((found.broken_by == k).sum()) for k in range(4)) == 4
 
 
+def test_apgd_gets_several_batches_at_once(data, monkeypatch):
+    """So that samples of later ones take the places of those that are fooled; the model sees no larger batch."""
+    sizes = []
+
+    class Spy(Threshold):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    settings = dict(attack="apgd-ce-10", eps="8/255", progress=False, batch_size=4)
+    found = evaluate(Spy(), data, **settings)
+    assert max(sizes) == 4 and 0 < found.robust < found.clean
+    spent = len(sizes)
+    monkeypatch.setitem(evaluate.__globals__, "CHUNKS", 1)
+    together = evaluate(Spy(), data, **settings)
+    assert max(sizes) == 4 and len(sizes) - spent < spent
+    assert torch.equal(found.broken_by, together.broken_by) and found.backwards == together.backwards
+
+
 def test_no_survivors_end_the_evaluation(data):
     found = run(data, attack="pgd-5x2", eps="64/255")
     assert found.robust == 0 and set(found.broken_by.tolist()) == {-2, 0}
