@@ -36,7 +36,8 @@ class Kept(Rows):
     def put(self, rows: Tensor, part: "Kept") -> None:
         """Replaces the rows of that index by a part's."""
         self.x_adv[rows] = part.x_adv
-        self.scores.put(rows, part.scores)
+        if self.scores is not None:
+            self.scores.put(rows, part.scores)
 
     def merge(self, other: "Kept", objective: Objective) -> "Kept":
         """The better of two runs, per sample: success first, then loss."""

@@ -27,7 +27,9 @@ from torch.nn import functional as F
 from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, Noise, rowwise
 from rvlm.attacks.checks import check_radius
-from rvlm.attacks.kept import Kept
+from rvlm.attacks.cycle import Cycle
+from rvlm.attacks.engines import FIXED
+from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
 
@@ -173,6 +175,7 @@ def mifgsm(
     eot: int = 1,
     x_init: Tensor | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
+    early_stop: str | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -192,6 +195,9 @@ def mifgsm(
         mu: decay of the velocity.
         velocity: "l1", the paper's; or "sign", v_{k+1} = sign(mu v_k + sign(g_k)), for Linf: RobustVLM's PGD, which
             differs from plain PGD only where a gradient is exactly 0 and the pixel goes on as it went.
+        early_stop: "cycle" takes a sample out of the batch when its trajectory has returned to an earlier state, with
+            the result of the full run (`rvlm.attacks.cycle`). For norm="linf" with velocity="sign" or mu=0, transforms
+            that draw nothing, a loss by name, and models that draw nothing.
         transforms: names ("ni", "si", "di", "ti", "vmi") or objects of those classes, outermost first.
 
     Returns:
@@ -206,13 +212,29 @@ def mifgsm(
     chain = [_transform(t) for t in transforms]
     if isinstance(x, Tensor) and x.dim() != 4 and (picky := [type(t).__name__ for t in chain if t.images]):
         raise ValueError(f"{', '.join(picky)}: needs images [B, C, H, W], got {list(x.shape)}")
-    run = _Momentum(alpha, steps, mu, "mi" if velocity == "l1" else "sign", chain, callback)
+    check_choices(early_stop=(early_stop, (None, "cycle")))
+    if early_stop is not None:
+        _check_cycle(norm, velocity, mu, chain, loss, engine, eot)
+    run = _Momentum(alpha, steps, mu, "mi" if velocity == "l1" else "sign", chain, early_stop, callback)
     return search(
         "mifgsm", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
         random_start=random_start, draws=any(t.draws for t in chain), restarts=restarts, x_init=x_init,
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
         model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
+
+
+def _check_cycle(norm, velocity, mu, chain, loss, engine, eot) -> None:
+    """Raises where a return would not mean a cycle, or would not come."""
+    random = [type(t).__name__ for t in chain if t.draws]
+    if norm != "linf":
+        raise ValueError("early_stop='cycle' is exact for norm='linf' only")
+    if velocity == "l1" and mu != 0:
+        raise ValueError(f"early_stop='cycle' needs velocity='sign' or mu=0: with mu={mu} the velocity does not repeat")
+    if random or eot > 1:
+        raise ValueError(f"early_stop='cycle' is for what draws nothing, got {', '.join([*random, f'eot={eot}'])}")
+    if callable(loss) or engine in FIXED:
+        raise ValueError("early_stop='cycle' changes the batch size: for a loss by name and engine='eager'")
 
 
 class MIFGSM(Attack):
@@ -224,9 +246,9 @@ class MIFGSM(Attack):
 class _Momentum:
     """One run."""
 
-    def __init__(self, alpha, steps, mu, kind, chain, callback) -> None:
+    def __init__(self, alpha, steps, mu, kind, chain, early_stop, callback) -> None:
         self.alpha, self.steps, self.mu, self.kind = alpha, steps, mu, kind
-        self.chain, self.callback = chain, callback
+        self.chain, self.early_stop, self.callback = chain, early_stop, callback
         self.planned = steps
 
     def continued(self, whole: bool) -> "_Momentum":
@@ -241,23 +263,45 @@ class _Momentum:
         alpha = ball.like(ball.radius / self.planned) if self.alpha is None else ball.per_sample(self.alpha)
         alpha = -alpha if objective.targeted else alpha
         now = Now(ball, torch.zeros_like(x_adv), alpha, self.mu, None, {})
-        lo, hi = ball.bounds
+        used = torch.zeros(len(x_adv), dtype=torch.int64, device=x_adv.device)
+        cycle = Cycle(self.steps, *self._state(x_adv, now)) if self.early_stop == "cycle" else None
+        asked, roll, active = objective, Roll(), None
         for k in range(self.steps):
-            seen = ball.as_seen(x_adv)
+            if cycle is not None:
+                active = cycle.last_step > k
+                if (left := roll.call(~active, k)) is not None:
+                    some = roll.dismiss(Kept(x_adv, None), left)
+                    asked, cycle, x_adv, active = asked.at(left), cycle.at(left), x_adv[left], active[left]
+                    now.ball, now.velocity = now.ball.at(left), now.velocity[left]
+                    now.alpha = now.alpha[left] if now.alpha.numel() > 1 else now.alpha
+                    if not some:
+                        break
+            seen = now.ball.as_seen(x_adv)
             now.noise = _numbers(noise, k)
-            scores, grad = self._ask(objective, now, 0)(seen)
+            scores, grad = self._ask(asked, now, 0)(seen)
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
+            used[roll.rows] += 1 if active is None else active
             with profiling.phase("step"):
-                if ball.norm == "linf":
-                    ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, self.kind, lo, hi)
-                    continue
-                length = rowwise(grad.flatten(1).norm(1, dim=1), grad)
-                now.velocity.mul_(self.mu).add_(torch.where(length > 0, grad / length, 0.0))
-                ball.step(x_adv, now.velocity, alpha)
+                self._step(x_adv, grad, now, active)
+            if cycle is not None:
+                cycle.look(k + 1, *self._state(x_adv, now))
+        x_adv = roll.close(Kept(x_adv, None)).x_adv
         seen = ball.as_seen(ball.nearest_(x_adv) if ball.strict_eps else x_adv)
-        used = torch.full((len(x_adv),), self.steps, device=x_adv.device)
         return Kept(seen, objective.score(seen) if scored else None), used
+
+    def _state(self, x_adv: Tensor, now: Now) -> tuple[Tensor, ...]:
+        """All that the next step depends on."""
+        return (x_adv,) if self.mu == 0 else (x_adv, now.velocity)
+
+    def _step(self, x_adv: Tensor, grad: Tensor, now: Now, active: Tensor | None) -> None:
+        ball, alpha, (lo, hi) = now.ball, now.alpha, now.ball.bounds
+        if ball.norm == "linf":
+            ops.momentum_step_(x_adv, now.velocity, grad, ball.x, alpha, ball.eps, self.mu, self.kind, lo, hi, active)
+            return
+        length = rowwise(grad.flatten(1).norm(1, dim=1), grad)
+        now.velocity.mul_(self.mu).add_(torch.where(length > 0, grad / length, 0.0))
+        ball.step(x_adv, now.velocity, alpha)
 
     def _ask(self, objective: Objective, now: Now, place: int) -> Ask:
         """The gradient as the transforms from `place` on make it; a map given with x goes in front of the model."""

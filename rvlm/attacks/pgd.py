@@ -20,6 +20,7 @@ from torch import Tensor
 from rvlm import profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
+from rvlm.attacks.cycle import Cycle
 from rvlm.attacks.engines import FIXED
 from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.objective import AttackResult, Objective, Scores
@@ -87,11 +88,11 @@ def pgd(
             and the end included.
         early_stop: "freeze" leaves a sample alone once an iterate of it fools the model (needs labels) and ends when
             all are; "compact" also takes it out of the batch, so that what is left costs less; "cycle" ends a sample
-            when its trajectory has returned to an earlier iterate. That is exact where the model draws no random
-            numbers (eot > 1 is refused): Linf with a fixed alpha moves on a finite grid, and the iterate of the last
-            step follows from the period. With a loss by name and without "compile" such samples leave the batch, too;
-            then models whose last bits depend on the batch's size may, for those that stay, give gradients with other
-            last bits than the full run's.
+            when its trajectory has returned to an earlier iterate (`rvlm.attacks.cycle`). That is exact where the model
+            draws no random numbers (eot > 1 is refused): Linf with a fixed alpha moves on a finite grid, and the
+            iterate of the last step follows from the period. With a loss by name and in eager mode such samples leave
+            the batch, too; then models whose last bits depend on the batch's size may, for those that stay, give
+            gradients with other last bits than the full run's.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
         precision: None runs the model as it is (under the caller's autocast, if any); "fp32" turns autocast off; "tf32"
@@ -175,7 +176,7 @@ class _Steps:
         kept: Kept | None = None
         roll = Roll()
         active = None if self.early_stop is None else torch.ones(len(x_adv), dtype=torch.bool, device=x_adv.device)
-        cycle = _Cycle(x_adv, self.steps) if self.early_stop == "cycle" else None
+        cycle = Cycle(self.steps, x_adv) if self.early_stop == "cycle" else None
         used = torch.zeros(len(x_adv), dtype=torch.int64, device=x_adv.device)
         for k in range(self.steps):
             seen = ball.as_seen(x_adv)
@@ -203,7 +204,7 @@ class _Steps:
             with profiling.phase("step"):
                 ball.step(x_adv, ball.of_iterate(grad), alpha, active)
             if cycle is not None:
-                cycle.look(x_adv, k + 1)
+                cycle.look(k + 1, x_adv)
         seen = ball.as_seen(x_adv)
         if not scored and self.best == "last" and roll.kept is None:
             return Kept(seen, None), used
@@ -227,35 +228,6 @@ class _Steps:
     def _all_done(active: Tensor, k: int) -> bool:
         # Asking waits for the device: on a GPU only now and then, steps of rows that are done change nothing.
         return (not active.is_cuda or k % 8 == 7) and not active.any().item()
-
-
-class _Cycle:
-    """Finds, per sample, when a trajectory has returned to an earlier iterate (Brent's algorithm).
-
-    The iterate is compared with a stored one that is renewed at steps 1, 2, 4, 8, ... Once they are equal, all later
-    iterates repeat with the period found, so only (steps left) mod period more steps are needed to land on the iterate
-    of the last step. All iterates of the cycle have been scored by then.
-    """
-
-    def __init__(self, x_adv: Tensor, steps: int) -> None:
-        self.anchor, self.anchor_step, self.steps = x_adv.clone(), 0, steps
-        self.last_step = torch.full((len(x_adv),), steps, device=x_adv.device)
-        self.found = torch.zeros(len(x_adv), dtype=torch.bool, device=x_adv.device)
-
-    def at(self, rows: Tensor) -> "_Cycle":
-        """Of some samples."""
-        part = copy.copy(self)
-        part.anchor, part.last_step, part.found = self.anchor[rows], self.last_step[rows], self.found[rows]
-        return part
-
-    def look(self, x_adv: Tensor, step: int) -> None:
-        same = (x_adv == self.anchor).flatten(1).all(1) & ~self.found
-        remaining = (self.steps - step) % (step - self.anchor_step)
-        self.last_step = torch.where(same, step + remaining, self.last_step)
-        self.found |= same
-        if step & (step - 1) == 0:
-            self.anchor.copy_(x_adv)
-            self.anchor_step = step
 
 
 class PGD(Attack):

@@ -100,6 +100,36 @@ def test_one_kernel_per_step(build, batch):
     assert calls["rvlm::momentum_step_"] == 7
 
 
+@pytest.mark.parametrize("mu, velocity, chain", [
+    (0.0, "l1", ()), (0.0, "l1", ("ti", "si")), (0.9, "sign", ()), (0.5, "sign", ("ni",)),
+])  # fmt: skip
+@pytest.mark.parametrize("settings", [{}, {"targeted": True}, {"quantize": 255}, {"random_start": True}])
+def test_cycle_is_exact_and_cheaper(build, batch, mu, velocity, chain, settings):
+    """On a model that takes one sample after the other, so that no bit depends on who is still in the batch."""
+    inner, (x, y) = build("mlp"), batch()
+    model = lambda v: torch.cat([inner(row[None]) for row in v])  # noqa: E731
+    given = dict(eps=EPS, alpha=ALPHA, steps=77, mu=mu, velocity=velocity, transforms=chain, return_info=True)
+    full = mifgsm(model, x, y, generator=fixed(), **given | settings)
+    short = mifgsm(model, x, y, early_stop="cycle", generator=fixed(), **given | settings)
+    assert torch.equal(short.x_adv, full.x_adv) and torch.equal(short.pred, full.pred)
+    assert short.backwards < full.backwards and (short.steps_used < 77).any() and (full.steps_used == 77).all()
+
+
+def test_the_velocity_is_part_of_the_state():
+    """Between two slopes the gradient is 0 and the pixel goes on as it went: back at an image, it may go elsewhere."""
+
+    def trough(v):
+        v = v.flatten(1)
+        return torch.cat([-F.relu(v - 0.6) - F.relu(0.3 - v), 0 * v], 1)
+
+    x, y = torch.full((1, 1, 1, 1), 0.25, dtype=torch.float64), torch.tensor([1])
+    for steps in range(1, 40):
+        given = dict(eps=0.75, alpha=1 / 8, mu=0.9, velocity="sign", steps=steps, return_info=True)
+        short, full = mifgsm(trough, x, y, early_stop="cycle", **given), mifgsm(trough, x, y, **given)
+        assert torch.equal(short.x_adv, full.x_adv), steps
+    assert short.backwards < full.backwards / 1.5
+
+
 def test_class_and_options(build, batch):
     model, (x, y) = build("mlp"), batch()
     attack = MIFGSM(model, steps=3, transforms=("si",))
@@ -122,6 +152,12 @@ def test_class_and_options(build, batch):
     (dict(steps=0), "steps must be an integer >= 1"),
     (dict(restarts=2), "same run"),
     (dict(alpha=-1.0), "alpha must be finite and not negative"),
+    (dict(early_stop="compact"), "early_stop must be one of None, 'cycle'"),
+    (dict(early_stop="cycle"), "the velocity does not repeat"),
+    (dict(early_stop="cycle", mu=0.0, norm="l2"), "exact for norm='linf' only"),
+    (dict(early_stop="cycle", mu=0.0, transforms=["di"]), "draws nothing, got DI, eot=1"),
+    (dict(early_stop="cycle", mu=0.0, eot=2), "draws nothing, got eot=2"),
+    (dict(early_stop="cycle", mu=0.0, engine="compile"), "for a loss by name and engine='eager'"),
     (dict(transforms=["ti"], x=torch.rand(6, 12)), r"TI: needs images \[B, C, H, W\]"),
 ])  # fmt: skip
 def test_bad_input(build, batch, change, message):
