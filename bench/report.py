@@ -32,6 +32,8 @@ COLUMNS = {
     "attacks": ("robust", "fooled", "distance"),
     "autoattack whole": ("peer", "robust"),
     "autoattack by one import": ("peer", "robust"),
+    "apgd-t in slots": ("peer", "robust"),
+    "pgd-100 exits": ("robust",),
     "training": (),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }

@@ -1,0 +1,113 @@
+"""What scheduling alone brings: the same attack with the same verdicts, run after run, in slots, and by its peers.
+
+    turns      `apgd(early_stop="compact")`: a run per target, each on the samples that are left
+    slots      the same runs in slots that a queue refills
+    cycle      `pgd` that ends a sample when its trajectory has returned to an earlier image
+    compact    `pgd` that ends a sample when it is fooled
+
+Before any timing all sides must leave the same number of samples robust; run after run and slots, and PGD with and
+without an exit, the same samples. Undefended models are broken at once, and nearly all of a peer's work is what fooled
+samples still do; on robust ones every side makes the same passes, and what scheduling can bring is fuller batches.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from measure import QUICK
+
+from rvlm.attacks import apgd, pgd
+
+AIMED = [  # model, eps in 1/255, steps, samples
+    ("digits-vit", 8, 100, 64),
+    ("digits-rn", 4, 100, 64),
+    ("digits-vit", 4, 10, 32),
+    ("digits-rn", 2, 10, 32),
+    ("digits-vit-tecoa", 24, 10, 32),
+    ("digits-vit-tecoa", 8, 10, 8),
+]
+LONG = [("digits-vit", 8, 100, 32), ("digits-rn", 8, 100, 32), ("digits-vit-tecoa", 8, 100, 16)]
+if QUICK:
+    AIMED, LONG = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in (AIMED, LONG))
+IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def load(device):
+    """load(name, samples) -> a classifier, images that it gets right, and labels."""
+    pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
+    from rvlm.data import load_data
+    from rvlm.models import ZeroShotClassifier, load_clip
+
+    def one(name: str, samples: int):
+        data = load_data("digits", "test")
+        clip = load_clip("tiny-vit" if QUICK else name, device)
+        model = ZeroShotClassifier(clip, data.class_names, data.template).to(device).eval()
+        x, y, _ = (t.to(device) for t in data.batch(slice(0, samples)))
+        with torch.no_grad():
+            y = model(x).argmax(1) if QUICK else y
+        return model, x, y
+
+    return one
+
+
+def robust(model, x_adv, y) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x_adv).argmax(1) == y
+
+
+def ours(model, eps: float, steps: int, slots: int | None):
+    settings = dict(eps=eps, steps=steps, loss="dlr-targeted", early_stop="compact", slots=slots)
+    return lambda x, y: apgd(model, x, y, generator=torch.Generator().manual_seed(0), **settings)
+
+
+def their_apgdt(library: str, model, eps: float, steps: int, device):
+    if library == "torchattacks":
+        import torchattacks
+
+        return torchattacks.APGDT(model, eps=eps, steps=steps, n_classes=10, seed=0)
+    from pyautoattack.autopgd_base import APGDAttack_targeted
+
+    given = dict(eps=eps, norm="Linf", device=device, seed=0, n_iter=steps, n_target_classes=9)
+    return APGDAttack_targeted(model, **given).perturb
+
+
+@pytest.mark.parametrize("case", AIMED, ids=IDS)
+@pytest.mark.parametrize("peer", ["turns", "torchattacks", "pyautoattack"])
+@pytest.mark.benchmark(group="apgd-t in slots")
+def test_targets(peer, case, load, compare, device, benchmark):
+    name, eps, steps, samples = case
+    model, x, y = load(name, samples)
+    slots = ours(model, eps / 255, steps, len(x))
+    if peer == "turns":
+        theirs = ours(model, eps / 255, steps, None)
+    else:
+        pytest.importorskip(peer, reason="install rvlm[oracles]")
+        theirs = their_apgdt(peer, model, eps / 255, steps, device)
+    left = [robust(model, attack(x, y), y) for attack in (slots, theirs)]
+    if peer == "turns":
+        assert torch.equal(*left)
+    assert abs(int(left[0].sum() - left[1].sum())) <= max(1, 0.02 * len(x)), left
+    info = {"impl": "rvlm in slots", "peer": peer, "case": f"{name} eps {eps}/255 N={samples}, {steps} steps"}
+    compare(lambda: slots(x, y), lambda: theirs(x, y), round_seconds=0.02, **info, robust=int(left[0].sum()))
+
+
+@pytest.mark.parametrize("case", LONG, ids=IDS)
+@pytest.mark.parametrize("exit", ["compact", "cycle"])
+@pytest.mark.benchmark(group="pgd-100 exits")
+def test_exits(exit, case, load, compare, benchmark):
+    torchattacks = pytest.importorskip("torchattacks", reason="install rvlm[oracles]")
+    name, eps, steps, samples = case
+    model, x, y = load(name, samples)
+    settings = dict(eps=eps / 255, alpha=2 / 255, steps=steps, random_start=False)
+    best = "adv" if exit == "compact" else "last"
+    attack = partial(pgd, model, best=best, early_stop=exit, **settings)
+    peer = torchattacks.PGD(model, **settings)
+    left = [robust(model, find(x, y), y) for find in (attack, partial(pgd, model, best=best, **settings), peer)]
+    assert torch.equal(left[0], left[1])
+    if exit == "compact":  # fooled at any step, of which torchattacks looks at the last alone
+        assert not (left[0] & ~left[2]).any() or QUICK
+    assert abs(int(left[0].sum() - left[2].sum())) <= max(1, 0.02 * len(x)), left
+    info = {"impl": f"rvlm, {exit}", "peer": "torchattacks"}
+    info |= {"case": f"{name} eps {eps}/255 N={samples}, {steps} steps", "robust": int(left[0].sum())}
+    compare(lambda: attack(x, y), lambda: peer(x, y), round_seconds=0.02, **info)
