@@ -185,10 +185,15 @@ def search(
                     return around.random_start(noise, on_sphere), noise
                 return part.x.clone(), noise
 
-            def judge(asked: Objective, kept: Kept, rows: Tensor) -> None:
-                """Scores that count, in fp32, for what a search in bf16 has kept of these samples."""
+            def judge(asked: Objective, kept: Kept, rows: Tensor, idle: int = 0) -> Kept:
+                """What a search in bf16 has kept of these samples, behind idle rows, with its scores in fp32."""
                 with in_float32():
-                    cut[rows[disagreement.settle(kept, asked.score(kept.x_adv))]] = True
+                    scores = asked.score(kept.x_adv)
+                if idle:
+                    theirs = torch.arange(idle, len(kept.x_adv))
+                    kept, scores = kept.at(theirs), scores.at(theirs)
+                cut[rows[disagreement.settle(kept, scores)]] = True
+                return kept
 
             how = {"slots": slots, "stop": survivors, "static": engine in FIXED}
             if slots is not None:
@@ -234,7 +239,9 @@ def search(
                         if slots is None:
                             kept, steps = go_on(asked, part, start, True, noise and noise.at(left))
                         else:
-                            kept, steps = in_slots(go_on, asked, part, lambda _, rows, at=start: at[rows], None, 1, **how)
+                            kept, steps = in_slots(
+                                go_on, asked, part, lambda _, rows, at=start: at[rows], None, 1, **how
+                            )
                     else:
                         kept, steps = go_on(objective, ball, chosen.x_adv.clone(), True, noise)
                         kept, steps = kept.at(left), steps[left]

@@ -60,7 +60,7 @@ def in_slots(
     slots: int,
     stop: bool,
     static: bool,
-    judge: Callable[[Objective, Kept, Tensor], None] | None = None,
+    judge: Callable[[Objective, Kept, Tensor, int], Kept] | None = None,
 ) -> tuple[Kept, Tensor]:
     """The best run of each sample, and its steps [N] in all of them.
 
@@ -73,7 +73,8 @@ def in_slots(
         slots: the largest batch.
         stop: a fooled sample is done with.
         static: all batches are of that size.
-        judge: judge(objective, kept, samples) gives what runs have kept the scores that count.
+        judge: judge(objective, kept, samples, idle) is what runs have kept of these samples, behind so many idle rows,
+            with the scores that count.
     """
     device, queue = ball.x.device, work_queue()
     for number in range(runs):
@@ -134,8 +135,8 @@ def in_slots(
         else:
             spare = slots - len(rows) if static else 0
             kept = climb.at(torch.cat([rows[:1].expand(spare), rows]) + idle).kept()
-            those = those[:1] * spare + those
-            judge(part(those)[0], kept, torch.tensor([sample for sample, _ in those], device=device))
+            samples = torch.tensor([sample for sample, _ in those], device=device)
+            kept = judge(part(those[:1] * spare + those)[0], kept, samples, spare)
         settle(those, kept)
         gone = set()
         if stop:
