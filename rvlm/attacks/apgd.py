@@ -202,7 +202,6 @@ class _Climb(Rows):
         scores: of x_adv.
         best, best_grad: the iterate with the best loss so far, and the gradient there.
         hit: the last adversarial iterate; None if nobody asks for it.
-        k: int64 [B], always on the CPU, so that asking does not wait for a device.
     """
 
     steps: int
@@ -214,7 +213,7 @@ class _Climb(Rows):
     best: Kept
     best_grad: Tensor
     hit: Kept | None
-    k: Tensor
+    k: list[int]
 
     @classmethod
     def of(cls, rule, objective: Objective, start: Tensor, steps: int, adversarial: bool) -> "_Climb":
@@ -225,13 +224,13 @@ class _Climb(Rows):
         hit = Kept(start.clone(), none) if adversarial and objective.labels is not None else None
         return cls(
             steps, rule, start, start.clone(), torch.zeros_like(start), none, Kept(start.clone(), none),
-            torch.zeros_like(start), hit, torch.zeros(rows, dtype=torch.int64),
+            torch.zeros_like(start), hit, [0] * rows,
         )  # fmt: skip
 
     @property
-    def ended(self) -> Tensor:
-        """bool [B] on the CPU: all steps are made."""
-        return self.k == self.steps
+    def ended(self) -> list[bool]:
+        """Whether all steps are made."""
+        return [k == self.steps for k in self.k]
 
     @property
     def fooled(self) -> Tensor:
@@ -258,7 +257,7 @@ class _Climb(Rows):
         """One step."""
         with profiling.phase("step"):
             self.rule.step(self.x_prev, self.x_adv, self.grad, ball, self._old)
-        self.x_prev, self.x_adv, self.k = self.x_adv, self.x_prev, self.k + 1
+        self.x_prev, self.x_adv, self.k = self.x_adv, self.x_prev, [k + 1 for k in self.k]
 
     def kept(self) -> Kept:
         if self.hit is not None:
@@ -268,7 +267,7 @@ class _Climb(Rows):
     @property
     def _old(self) -> int:
         """How many have made a step."""
-        return int((self.k > 0).sum())
+        return len(self.k) - self.k.count(0)
 
 
 @dataclasses.dataclass
@@ -283,7 +282,7 @@ class _Halving(Rows):
     """
 
     rho: float
-    spans: list[int]
+    spans: tuple[int, ...]
     size: Tensor
     rises: Tensor
     halved: Tensor
@@ -317,15 +316,17 @@ class _Halving(Rows):
         a = rowwise(a, x_adv)
         ball.nearest_(x_prev.copy_(x_adv + (z - x_adv) * a + (x_adv - x_prev) * (1 - a)))
 
-    def look(self, k: Tensor, old: int, scores: Scores, best: Kept, objective: Objective, ball: Ball) -> Tensor | None:
+    def look(
+        self, k: list[int], old: int, scores: Scores, best: Kept, objective: Objective, ball: Ball
+    ) -> Tensor | None:
         """Which samples go back to their best point; None if nobody is at a checkpoint."""
         self.rises = self.rises + (scores.loss < self.loss if objective.targeted else scores.loss > self.loss)
         self.loss = scores.loss.clone()
         self.rises[old:], self.loss[old:] = 0, 0.0
-        spans = [self.spans[steps] for steps in k.tolist()]
+        spans = [self.spans[steps] for steps in k]
         if not any(spans):
             return None
-        span = torch.tensor(spans, device=self.rises.device)
+        span = _on(self.rises.device, spans)
         here, many = span > 0, self.rises > self.rho * span
         stuck = ~self.halved & ~objective.better(best.scores.loss, self.best_loss)
         self.halved = torch.where(here, ~many | stuck, self.halved)
@@ -336,14 +337,21 @@ class _Halving(Rows):
         return back
 
 
-def _spans(steps: int) -> list[int]:
+def _spans(steps: int) -> tuple[int, ...]:
     interval, shortest, shrink = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     spans, last = [0] * (steps + 1), 0
     while last + interval <= steps:
         last += interval
         spans[last] = interval
         interval = max(interval - shrink, shortest)
-    return spans
+    return tuple(spans)
+
+
+def _on(device: torch.device, values: list) -> Tensor:
+    """Values as a tensor, without an upload where all are the same."""
+    if values.count(values[0]) == len(values):
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values, device=device)
 
 
 def _first_size(first_step: float, ball: Ball, objective: Objective) -> Tensor:
@@ -377,11 +385,13 @@ class _Sparsity(Rows):
     def step(self, x_prev: Tensor, x_adv: Tensor, grad: Tensor, ball: Ball, old: int) -> None:
         ball.step(x_prev.copy_(x_adv), grad, self.size, top=self.top)
 
-    def look(self, k: Tensor, old: int, scores: Scores, best: Kept, objective: Objective, ball: Ball) -> Tensor | None:
-        here = [steps > 0 and steps % self.interval == 0 for steps in k.tolist()]
+    def look(
+        self, k: list[int], old: int, scores: Scores, best: Kept, objective: Objective, ball: Ball
+    ) -> Tensor | None:
+        here = [steps > 0 and steps % self.interval == 0 for steps in k]
         if not any(here):
             return None
-        here, differ = torch.tensor(here, device=self.size.device), _differing(best.x_adv, ball)
+        here, differ = _on(self.size.device, here), _differing(best.x_adv, ball)
         sparser = differ / self.differ < 0.95
         self.top = torch.where(here, differ / self.pixels / 1.5, self.top)
         self.differ = torch.where(here, differ, self.differ)

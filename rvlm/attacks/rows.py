@@ -12,16 +12,27 @@ __all__ = ["Rows"]
 
 
 class Rows:
-    """Base of dataclasses whose fields are tensors [B, ...] or Rows of the same samples; others are shared."""
+    """Base of dataclasses whose fields are tensors [B, ...], lists of B or Rows of the same samples; others are shared.
+
+    A list is for what the host must know without waiting for a device.
+    """
 
     def at(self, rows: Tensor) -> Self:
         """Some of the samples."""
-        return self._each(lambda value: value.at(rows) if isinstance(value, Rows) else value[rows.to(value.device)])
+
+        def some(value: Any) -> Any:
+            if isinstance(value, list):
+                return [value[row] for row in rows.tolist()]
+            return value.at(rows) if isinstance(value, Rows) else value[rows]
+
+        return self._each(some)
 
     def join(self, other: Self) -> Self:
         """These samples and then the other's."""
 
         def joined(mine: Any, others: Any) -> Any:
+            if isinstance(mine, list):
+                return mine + others
             return mine.join(others) if isinstance(mine, Rows) else torch.cat([mine, others])
 
         return self._each(joined, other)
@@ -30,6 +41,6 @@ class Rows:
         part = copy.copy(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor | Rows):
+            if isinstance(value, Tensor | list | Rows):
                 setattr(part, field.name, change(value, *(getattr(other, field.name) for other in others)))
         return part

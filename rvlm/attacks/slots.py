@@ -29,11 +29,11 @@ FULL = 32  # rows from which on, on a CPU, an image costs about the same in a la
 class Climb(Protocol):
     """Where runs stand: Rows of B of them, those that have just begun last.
 
-    k: int64 [B] on the CPU, steps made. ended: bool [B] on the CPU. fooled: bool [B].
+    k: steps made. ended: whether these are all. fooled: bool [B].
     """
 
-    k: Tensor
-    ended: Tensor
+    k: list[int]
+    ended: list[bool]
     fooled: Tensor
 
     def at(self, rows: Tensor) -> Self: ...
@@ -120,35 +120,33 @@ def in_slots(
         while True:
             climb.look(of_items, around)
             looks += 1
-            over = climb.ended[idle:]
-            if stop and (device.type != "cuda" or looks % 8 == 0 or over.any()):  # asking a GPU waits for it
-                fooled = climb.fooled[idle:].cpu()
-                if over.any() or fooled.sum() * 8 >= len(items):
-                    over = over | fooled
-            if over.any():
+            over = _true(climb.ended[idle:])
+            if stop and (device.type != "cuda" or looks % 8 == 0 or over):  # asking a GPU waits for it
+                fooled = _true(climb.fooled[idle:].tolist())
+                if over or 8 * len(fooled) >= len(items):
+                    over |= fooled
+            if over:
                 break
             climb.move(around)
-        rows = over.nonzero().flatten()
-        those = [items[row] for row in rows.tolist()]
-        if judge is None:
-            kept = climb.at(rows + idle).kept()
-        else:
-            spare = slots - len(rows) if static else 0
-            kept = climb.at(torch.cat([rows[:1].expand(spare), rows]) + idle).kept()
+        rows, those = sorted(over), [items[row] for row in sorted(over)]
+        spare = slots - len(rows) if static and judge is not None else 0
+        kept = climb.at(idle + torch.tensor(rows[:1] * spare + rows)).kept()
+        if judge is not None:
             samples = torch.tensor([sample for sample, _ in those], device=device)
             kept = judge(part(those[:1] * spare + those)[0], kept, samples, spare)
         settle(those, kept)
-        gone = set()
-        if stop:
-            gone = {sample for (sample, _), fooled in zip(those, kept.fooled.tolist(), strict=True) if fooled}
-        leave = torch.tensor([sample in gone for sample, _ in items]) | over
+        gone = {those[row][0] for row in _true(kept.fooled.tolist())} if stop else set()
         for sample in gone:
             queue.drop(sample)
-        for row in leave.nonzero().flatten().tolist():
+        stay = [row for row, (sample, _) in enumerate(items) if row not in over and sample not in gone]
+        for row in set(range(len(items))).difference(stay):
             queue.end(items[row][0])
-            used[items[row][0]] += climb.k[row + idle]
-        stay = (~leave).nonzero().flatten()
-        climb, items = climb.at(stay + idle), [items[row] for row in stay.tolist()]
+            used[items[row][0]] += climb.k[idle + row]
+        climb, items = climb.at(idle + torch.tensor(stay, dtype=torch.int64)), [items[row] for row in stay]
         if items:
             climb.move(part(items)[1])
     return chosen, used
+
+
+def _true(flags: list[bool]) -> set[int]:
+    return {row for row, flag in enumerate(flags) if flag}
