@@ -32,6 +32,10 @@ class Eps(float):
     def __str__(self) -> str:
         return self.text
 
+    def __format__(self, spec: str) -> str:
+        """A width aligns what was written; a type, as in ".4f", formats the number."""
+        return super().__format__(spec) if spec[-1:].isalpha() and spec[-1:] != "s" else format(self.text, spec)
+
     def __repr__(self) -> str:
         return f"Eps({self.text!r})"
 

@@ -112,7 +112,10 @@ def rich_table(rows: list[dict[str, Any]], title: str = "", columns: dict[str, s
     from rich.text import Text
 
     columns = columns or COLUMNS
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True,
+        pad_edge=False,
+    )  # fmt: skip
     for key, heading in columns.items():
         table.add_column(
             heading, justify="left" if key in ("name", "attack", "target") else "right", overflow="fold",

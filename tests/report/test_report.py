@@ -37,6 +37,14 @@ def test_long_names_cut_no_figure():
     assert "…" not in out.getvalue() and max(map(len, out.getvalue().splitlines())) <= 80
 
 
+def test_no_figure_is_cut_where_every_cell_is_wide():
+    out = io.StringIO()
+    wide = ROW | {"robust": 1.0, "robust_ci": [0.98, 1.0], "eps": "16/255", "attack": "autoattack", "samples": 50000}
+    Console(file=out, width=80).print(rich_table([wide, wide | {"name": "resnet clip"}], "rvlm demo"))
+    first = next(line for line in out.getvalue().splitlines() if "clip" in line)
+    assert first.split() == ["clip", "98.6", "100.0", "(98-100)", "16/255", "autoattack", "white-box", "50000"]
+
+
 def test_accuracy_over_eps(tmp_path):
     curves = {"clip": [("8/255", 0.03, 0.02, 0.06), ("0", 0.98, 0.97, 0.99)], "tecoa": [("0", 0.98, 0.9, 1.0)]}
     path = accuracy_over_eps(tmp_path / "a.png", curves)

@@ -461,6 +461,7 @@ def test_schedule_is_set_before_the_step():
 def test_units():
     assert Eps("4/255") == 4 / 255 and str(Eps("4/255")) == "4/255" and str(Eps(8 / 255)) == "8/255"
     assert str(Eps(0.03)) == "0.03" and str(Eps("0")) == "0"
+    assert f"{Eps('4/255')}|{Eps('4/255'):>7}|{Eps('4/255'):6s}|{Eps('4/255'):.4f}" == "4/255|  4/255|4/255 |0.0157"
     for bad in ("x", "4/0", "-1/255", "nan", "1/2/3"):
         with pytest.raises(ValueError, match="eps must be"):
             Eps(bad)
