@@ -203,6 +203,8 @@ class TrainArgs(Arguments):
     """Train on this many samples."""
     shots: int | None = None
     """Train on this many samples of every class instead, drawn with the seed."""
+    draw: str = "rvlm"
+    """Who draws them: rvlm, or coop for the samples that CoOp trains on with this seed (sets in its layout)."""
     validate: int = 0
     """Hold out this many training samples, report on them after every epoch and keep the best model in best/."""
     eval_data: str | None = None

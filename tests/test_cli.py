@@ -62,7 +62,7 @@ def test_help_needs_no_torch(argv):
     (["train", "tecoa", "--epochz", "3"], 2, "unknown setting --epochz: did you mean --epochs?"),
     (["train", "tecoa", "--preset", "best"], 2, "no preset 'best'"),
     (["train", "tecoa", "--eps", "4"], 2, "did you mean 4/255?"),
-    (["train", "tecoa", "--shots", "2", "--limit", "9"], 2, "--limit and --shots both choose the training samples"),
+    (["train", "tecoa", "--shots", "2", "--limit", "9"], 2, "limit and shots both choose the samples"),
     (["ls", "cats"], 2, "cannot list 'cats'"),
 ])  # fmt: skip
 def test_mistakes_are_explained(argv, code, message, capsys):

@@ -21,12 +21,12 @@ def train(args: tuple[TrainArgs, Any]) -> int:
     args, settings = args
     parse_attack(args.eval_attack)
     check_training(method_class(args.method)(settings), args.parallel, args.tensorboard)
-    if None not in (args.limit, args.shots):
-        raise ValueError("--limit and --shots both choose the training samples: give one of them")
     with together(args) as ranks:
         with ranks.first_before_others():  # models of the zoo are trained on first use
-            data = load_data(args.data, args.split, size=args.size, limit=args.limit)
-            data = data if args.shots is None else data.few_shot(args.shots, args.seed)
+            data = load_data(
+                args.data, args.split, size=args.size, limit=args.limit, shots=args.shots, seed=args.seed,
+                draw=args.draw,
+            )  # fmt: skip
             data, held_out = data.held_out(args.validate) if args.validate else (data, None)
             test = load_data(args.eval_data or args.data, "test", size=args.size, limit=args.eval_limit)
             student = load_clip(args.student, device_of(args.device), seed=args.seed)

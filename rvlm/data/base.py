@@ -82,8 +82,8 @@ class Data:
     def few_shot(self, shots: int, seed: int = 0) -> "Data":
         """`shots` samples of every class, drawn without replacement, in their old order; fixed by the seed.
 
-        The setting of CoOp (Zhou et al. 2022, arXiv 2109.01134), with a draw of our own. A class that has fewer samples
-        gives all of them, and `index_rule` counts such classes.
+        The setting of CoOp (Zhou et al. 2022, arXiv 2109.01134), with a draw of our own; `load_data(draw="coop")` has
+        CoOp's. A class that has fewer samples gives all of them, and `index_rule` counts such classes.
         """
         if shots < 1:
             raise ValueError(f"shots must be at least 1, got {shots}")

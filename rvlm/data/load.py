@@ -1,9 +1,11 @@
 """How a spec becomes a data set."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 
 from rvlm.data.base import Data
+from rvlm.data.coop_shots import coop_few_shot
 from rvlm.data.digits import load_digits
 from rvlm.data.files import load_folder, load_npz
 from rvlm.data.images import Fit
@@ -14,6 +16,7 @@ from rvlm.data.wds import load_wds
 
 __all__ = ["is_plain", "load_data", "rooted"]
 
+DRAWS = ("rvlm", "coop")
 LOADERS = {"npz": load_npz, "folder": load_folder, "wds": load_wds, "parquet": load_parquet}
 
 
@@ -29,7 +32,10 @@ def rooted(spec: str, root: str | Path) -> str:
     return f"{spec}:{root}{halved}{part}" if named else f"{spec}{halved}{part}"
 
 
-def load_data(spec: str, split: str = "test", *, size: int | Fit | None = None, limit: int | None = None) -> Data:
+def load_data(
+    spec: str, split: str = "test", *, size: int | Fit | None = None, limit: int | None = None,
+    shots: int | None = None, seed: int = 0, draw: str = "rvlm",
+) -> Data:  # fmt: skip
     """Loads `digits`, `npz:PATH`, `folder:PATH`, `wds:PATH`, `parquet:PATH`, `torchvision:NAME:ROOT`, or a set of the
     registry, `NAME[@LAYOUT][:ROOT]` (see `rvlm.data.registry`). Nothing is ever downloaded.
 
@@ -42,10 +48,17 @@ def load_data(spec: str, split: str = "test", *, size: int | Fit | None = None, 
         size: resize the shorter side to `size` pixels (bicubic) and crop the centre; a `Fit` says it in detail. Needed
             where images differ in size.
         limit: this many samples, drawn with a fixed seed.
+        shots, seed: this many samples of every class instead, drawn with the seed.
+        draw: "rvlm" (`Data.few_shot`), or "coop", the samples that CoOp draws with this seed from its own lists, before
+            it halves the classes (`rvlm.data.coop_shots`); of a set in its layout, split train or val.
 
     Raises:
         FileNotFoundError: nothing there; says which layout is expected. ValueError: bad spec, split or content.
     """
+    if None not in (limit, shots):
+        raise ValueError("limit and shots both choose the samples: give one of them")
+    if draw not in DRAWS:
+        raise ValueError(f"draw must be {' or '.join(DRAWS)}, got {draw!r}")
     spec, halved, part = spec.partition("+classes=")
     kind, _, path = spec.partition(":")
     if spec == "digits":
@@ -69,4 +82,10 @@ def load_data(spec: str, split: str = "test", *, size: int | Fit | None = None, 
             f"{spec}: labels span {low} .. {high}, but there are {len(data.class_names)} class names. Labels count "
             "from 0; correct them, or the names."
         )
-    return (data.of_classes(part) if halved else data).limited(limit)
+    chosen = data.of_classes(part) if halved else data
+    if shots is None:
+        return chosen.limited(limit)
+    if draw == "rvlm":
+        return chosen.few_shot(shots, seed)
+    few = coop_few_shot(data, data if split == "train" else load_data(spec, "train", size=size), shots, seed)
+    return dataclasses.replace(few.of_classes(part), n_total=chosen.n_total) if halved else few
