@@ -31,9 +31,9 @@ def load_clip(spec: str, device: str | torch.device = "cpu", *, seed: int = 0) -
         seed: of random weights.
 
     Raises:
-        FileNotFoundError: no such folder or file. ImportError: hf: without transformers. ValueError: unknown
-            architecture or tag; weights of another architecture; QuickGELU in the checkpoint and not in the
-            architecture, or the reverse.
+        FileNotFoundError: no such folder or file, or weights that cannot be fetched. ImportError: hf: without
+            transformers. ValueError: unknown architecture or tag; weights of another architecture; QuickGELU in the
+            checkpoint and not in the architecture, or the reverse.
     """
     base, plus, adapter = spec.partition("+adapter=")
     if plus:
@@ -131,7 +131,12 @@ def _built(arch: str, pretrained: str, quick_gelu: bool):
 
     try:
         return open_clip.create_model(arch, pretrained=pretrained or None, force_quick_gelu=quick_gelu)
-    except (RuntimeError, AssertionError, pickle.UnpicklingError):  # what open_clip has to say of keys
+    except (RuntimeError, AssertionError, pickle.UnpicklingError) as error:  # what open_clip has to say of keys
+        if "Failed to download" in str(error):
+            raise FileNotFoundError(
+                f"{arch}:{pretrained} is not on this machine and could not be fetched: {error} Without a network, give "
+                f"a file of its weights ({arch}:FILE), or digits-vit for a try."
+            ) from error
         if not Path(pretrained).is_file():
             raise
     if read_weights(pretrained)[1]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rvlm.cli import main
 from rvlm.data import templates
 from rvlm.models import Clip, Ensemble, ZeroShotClassifier, load_clip, tiny
 from rvlm.models.clip import CONFIG, WEIGHTS
@@ -54,6 +55,17 @@ def test_checkpoints_load_back_exactly_here_and_in_open_clip(clip, tmp_path):
     torch.testing.assert_close(theirs.encode_text(tokens, normalize=True), clip.encode_text(texts))
     assert torch.equal(theirs.encode_image((x - 0.5) / 0.5, normalize=True), clip.encode_pixels(x))
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == [CONFIG, WEIGHTS], "no temporary files"
+
+
+def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch, capsys):
+    def offline(arch, **given):
+        raise RuntimeError("Failed to download weights for tag 'openai': no connection.")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(FileNotFoundError, match=r"no connection\. Without a network, give .* \(ViT-B-32:FILE\)"):
+        load_clip("ViT-B-32:openai")
+    assert main(["check", "ViT-B-32:openai"]) == 3
+    assert "rvlm check: ViT-B-32:openai is not on this machine" in capsys.readouterr().err
 
 
 def test_bad_specs(tmp_path):
