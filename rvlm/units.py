@@ -1,5 +1,7 @@
 """Radii in pixel units that remember how they were written: "4/255" is a number and a name."""
 
+import re
+
 __all__ = ["Eps"]
 
 
@@ -33,8 +35,8 @@ class Eps(float):
         return self.text
 
     def __format__(self, spec: str) -> str:
-        """A width aligns what was written; a type, as in ".4f", formats the number."""
-        return super().__format__(spec) if spec[-1:].isalpha() and spec[-1:] != "s" else format(self.text, spec)
+        """A width alone aligns what was written; all else, as ".4f", formats the number."""
+        return format(self.text, spec) if re.fullmatch(r"(.?[<>^])?([1-9]\d*)?s?", spec) else super().__format__(spec)
 
     def __repr__(self) -> str:
         return f"Eps({self.text!r})"

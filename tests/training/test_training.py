@@ -461,7 +461,8 @@ def test_schedule_is_set_before_the_step():
 def test_units():
     assert Eps("4/255") == 4 / 255 and str(Eps("4/255")) == "4/255" and str(Eps(8 / 255)) == "8/255"
     assert str(Eps(0.03)) == "0.03" and str(Eps("0")) == "0"
-    assert f"{Eps('4/255')}|{Eps('4/255'):>7}|{Eps('4/255'):6s}|{Eps('4/255'):.4f}" == "4/255|  4/255|4/255 |0.0157"
+    eps = Eps("4/255")
+    assert f"{eps}|{eps:>7}|{eps:6s}|{eps:.4f}|{eps:.1%}|{eps:.2}" == "4/255|  4/255|4/255 |0.0157|1.6%|0.016"
     for bad in ("x", "4/0", "-1/255", "nan", "1/2/3"):
         with pytest.raises(ValueError, match="eps must be"):
             Eps(bad)
