@@ -18,7 +18,7 @@ from rvlm import __version__
 from rvlm.arguments import COMMANDS, DATA_MISSING, USAGE, recipes
 from rvlm.units import Eps
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 # The settings that words before the first flag stand for; * takes all that are left.
 WORDS = {
@@ -57,6 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(command: str, argv: list[str]):
     """Arguments of a command as its dataclass; for train, a pair with the method's settings."""
+    argv = _positional(command, argv)
+    argv = [_recipe(argv[k - 1], word) for k, word in enumerate(argv)]
+    method = _peek(argv, "method") if command == "train" else None
+    parser, classes = build_parser(command, method, _peek(argv, "preset") or "rvlm")
+    fields = {field.name: field.type for kind in classes for field in dataclasses.fields(kind)}
+    parsed = parser.parse_args(_flags(argv, fields))
+    values = {name: getattr(parsed, name) for name in fields}
+    text = parser.dump(parsed)
+    result = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in classes]
+    if command == "train" and len(result) == 1:
+        raise ValueError("which method? rvlm train METHOD, or --config FILE with `method:`; see rvlm ls methods")
+    result[0].config_text = text
+    return result if command == "train" else result[0]
+
+
+def build_parser(command: str, method: str | None = None, preset: str = "rvlm"):
+    """The parser of a command, and the dataclasses whose fields it reads; of train with a method, that one's too."""
     import jsonargparse
     from jsonargparse.typing import register_type
 
@@ -68,36 +85,23 @@ def _parse(command: str, argv: list[str]):
     if importlib.util.find_spec("docstring_parser"):  # explains the settings in --help; nothing else needs it
         jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     register_type(Eps, serializer=str, deserializer=Eps, fail_already_registered=False)
-    cls = COMMANDS[command]
-    argv = _positional(command, argv)
-    argv = [_recipe(argv[k - 1], word) for k, word in enumerate(argv)]
-    classes, defaults = [cls], {}
-    if command == "train":
-        method, preset = _peek(argv, "method"), _peek(argv, "preset") or "rvlm"
-        if method:
-            from rvlm.methods import build_method, method_class
+    classes, defaults = [COMMANDS[command]], {}
+    if method:
+        from rvlm.methods import build_method, method_class
 
-            classes.append(method_class(method).Config)
-            defaults = dataclasses.asdict(build_method(method, preset).config)
-    fields = {field.name: field.type for kind in classes for field in dataclasses.fields(kind)}
-    known = [f"--{name}" for name in fields] + ["--config", "--print_config", "--help"]
-    argv = _flags(argv, fields)
-    parser = Parser(prog=f"rvlm {command}", description=cls.__doc__)
+        classes.append(method_class(method).Config)
+        defaults = dataclasses.asdict(build_method(method, preset).config)
+    names = [field.name for kind in classes for field in dataclasses.fields(kind)]
+    known = [f"--{name}" for name in names] + ["--config", "--print_config", "--help"]
+    parser = Parser(prog=f"rvlm {command}", description=COMMANDS[command].__doc__)
     parser.add_argument(
         "--config", action="config", help="YAML file of these settings, or a recipe such as digits/tecoa"
     )
-    for kind in classes:
-        parser.add_class_arguments(kind)
+    for kind, title in zip(classes, ("settings", f"settings of {method}"), strict=False):
+        parser.add_argument_group(title).add_class_arguments(kind, as_group=False)
     if defaults:
         parser.set_defaults(defaults)
-    parsed = parser.parse_args(argv)
-    values = {name: getattr(parsed, name) for name in fields}
-    text = parser.dump(parsed)
-    result = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in classes]
-    if command == "train" and len(result) == 1:
-        raise ValueError("which method? rvlm train METHOD, or --config FILE with `method:`; see rvlm ls methods")
-    result[0].config_text = text
-    return result if command == "train" else result[0]
+    return parser, classes
 
 
 def _positional(command: str, argv: list[str]) -> list[str]:

@@ -66,6 +66,8 @@ class Transform:
 
 
 class NI(Transform):
+    """Nesterov: the gradient where the velocity alone would lead (Lin et al. 2020)."""
+
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
         ahead = rowwise(now.alpha, x) * (now.mu * x[0].numel()) * now.velocity
         return ask(x + ahead)
@@ -73,7 +75,7 @@ class NI(Transform):
 
 @dataclasses.dataclass
 class SI(Transform):
-    """copies: how many, the first one being x itself."""
+    """Scale invariance: the mean gradient of x / 2^k, k < copies (Lin et al. 2020)."""
 
     copies: int = 5
 
@@ -89,7 +91,10 @@ class SI(Transform):
 
 @dataclasses.dataclass
 class DI(Transform):
-    """smallest: the shortest side, as a share; share: of the samples that are changed. What is left over is 0."""
+    """Input diversity: shrunk and moved at random (Xie et al. 2019).
+
+    smallest: the shortest side, as a share; share: of the samples that are changed. What is left over is 0.
+    """
 
     smallest: float = 0.9
     share: float = 0.5
@@ -112,7 +117,10 @@ class DI(Transform):
 
 @dataclasses.dataclass
 class TI(Transform):
-    """side: of the kernel in pixels, odd; deviations: how many standard deviations it reaches to each side."""
+    """Translation invariance: the gradient blurred by a Gaussian (Dong et al. 2019).
+
+    side: of the kernel in pixels, odd; deviations: how many standard deviations it reaches to each side.
+    """
 
     side: int = 15
     deviations: float = 3.0
@@ -133,7 +141,10 @@ class TI(Transform):
 
 @dataclasses.dataclass
 class VMI(Transform):
-    """neighbours: how many; beta: how far away, in eps."""
+    """Variance: adds how far the mean gradient around the last iterate was from its own (Wang & He 2021).
+
+    neighbours: how many; beta: how far away, in eps.
+    """
 
     neighbours: int = 5
     beta: float = 1.5

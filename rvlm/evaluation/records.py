@@ -448,4 +448,5 @@ def _peak_megabytes() -> float:
 
 
 def write_json(path: str | Path, content: Any) -> Path:
+    """Writes a file at once or not at all, readable by people."""
     return write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -277,10 +277,12 @@ def register(cls: type[Method]) -> type[Method]:
 
 
 def list_methods() -> list[str]:
+    """Names of all methods."""
     return sorted(_methods)
 
 
 def method_class(name: str) -> type[Method]:
+    """The class of a method; ValueError for a name that is none."""
     if name not in _methods:
         near = difflib.get_close_matches(name, _methods)
         hint = f": did you mean {near[0]!r}?" if near else f": expected one of {', '.join(list_methods())}"

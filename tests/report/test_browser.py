@@ -2,18 +2,12 @@
 
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 
 import pytest
 from PIL import Image
 
 from rvlm import cli
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium (Debian: apt install chromium)")
 
 # Sorts the first table by its robust column, measures, and sends what it found to the page around it.
 PROBE = """<script>
@@ -54,20 +48,8 @@ def page(tmp_path_factory, record):
     return folder
 
 
-def browse(page, width, height, *flags):
-    command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
-        f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},{height}", *flags, page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(page.parent)}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_at(width, page):
+def test_the_page_at(width, page, browse):
     picture = page / f"{width}.png"
     browse(page / "r.html", width, 2400, f"--screenshot={picture}")
     shot = Image.open(picture).convert("RGB")

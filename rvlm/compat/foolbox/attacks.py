@@ -164,6 +164,8 @@ class _Gradient(_Attack):
 
 @_keywords
 class LinfProjectedGradientDescentAttack(_Gradient):
+    """PGD in the Linf ball."""
+
     norm = "linf"
     rel_stepsize: float = 0.01 / 0.3
     abs_stepsize: float | None = None
@@ -173,6 +175,8 @@ class LinfProjectedGradientDescentAttack(_Gradient):
 
 @_keywords
 class L2ProjectedGradientDescentAttack(_Gradient):
+    """PGD in the L2 ball."""
+
     norm = "l2"
     rel_stepsize: float = 0.025
     abs_stepsize: float | None = None
@@ -182,6 +186,8 @@ class L2ProjectedGradientDescentAttack(_Gradient):
 
 @_keywords
 class LinfBasicIterativeAttack(_Gradient):
+    """PGD in the Linf ball, from the image itself."""
+
     norm = "linf"
     rel_stepsize: float = 0.2
     abs_stepsize: float | None = None
@@ -190,16 +196,22 @@ class LinfBasicIterativeAttack(_Gradient):
 
 
 class L2BasicIterativeAttack(LinfBasicIterativeAttack):
+    """PGD in the L2 ball, from the image itself."""
+
     norm = "l2"
 
 
 @_keywords
 class LinfFastGradientAttack(_Gradient):
+    """One step of PGD in the Linf ball."""
+
     norm, targets, rel_stepsize, steps = "linf", False, 1.0, 1
     random_start: bool = False
 
 
 class L2FastGradientAttack(LinfFastGradientAttack):
+    """One step of PGD in the L2 ball."""
+
     norm = "l2"
 
 
@@ -250,6 +262,8 @@ class L2DeepFoolAttack(_Shortest):
 
 
 class LinfDeepFoolAttack(L2DeepFoolAttack):
+    """`L2DeepFoolAttack` in Linf."""
+
     norm = "linf"
 
 
@@ -267,10 +281,14 @@ class LInfFMNAttack(_Shortest):
 
 
 class L2FMNAttack(LInfFMNAttack):
+    """`LInfFMNAttack` in L2."""
+
     norm = "l2"
 
 
 class L1FMNAttack(LInfFMNAttack):
+    """`LInfFMNAttack` in L1."""
+
     norm = "l1"
 
 
