@@ -30,6 +30,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 smartquotes = False
 default_role = "py:obj"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 autodoc_typehints = "signature"
 autodoc_member_order = "groupwise"
 autodoc_preserve_defaults = True

@@ -182,7 +182,7 @@ def _protocols() -> str:
         "What the files in `rvlm/protocols` hold; how they are run: [Data sets](../data.md#protocols).", "",
     ]  # fmt: skip
     for protocol in map(load_protocol, protocol_names()):
-        lines += [f"## {protocol.name}", "", _plain(protocol.about) + ".", ""]
+        lines += [f"## {protocol.name}", "", _plain(protocol.about[0].upper() + protocol.about[1:]) + ".", ""]
         lines += [f"Other than there: {_plain(protocol.differs)}.", ""] if protocol.differs else []
         lines += [f"- {key}: {said}" for key, said in _facts(protocol).items()]
         lines += ["", "| data set | images | prompts |", "| --- | --- | --- |"]
