@@ -282,7 +282,6 @@ def list_methods() -> list[str]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method; ValueError for a name that is none."""
     if name not in _methods:
         near = difflib.get_close_matches(name, _methods)
         hint = f": did you mean {near[0]!r}?" if near else f": expected one of {', '.join(list_methods())}"

@@ -48,7 +48,7 @@ class MMTARDConfig(MethodConfig):
     origin: str | None = None
     """A third teacher on clean images, weighted by origin_weight."""
     origin_weight: float = 0.0
-    """Weight of that teacher in every row."""
+    """Of the third teacher's divergence."""
     weights: str = "code"
     """code, fixed, mtard, sigmoid or hard."""
     robust_weight: float = 1.0
