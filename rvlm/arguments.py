@@ -68,7 +68,8 @@ class DataToolArgs(Arguments):
 @dataclasses.dataclass(kw_only=True)
 class DataArgs(Arguments):
     data: str = "digits"
-    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
+    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH, torchvision:NAME:ROOT, or
+    FILE.py:NAME, a callable (split, size) that returns Data."""
     split: str = "test"
     """Split of the data."""
     size: int | None = None
@@ -106,7 +107,8 @@ class AttackArgs(ModelArgs):
     """Attack a model and keep the adversarial images."""
 
     attack: str = "pgd-10"
-    """pgd-N, autoattack, or another of `rvlm ls attacks`; several with commas, each sees what the others left."""
+    """pgd-N, autoattack, or another of `rvlm ls attacks`, or FILE.py:NAME, a callable (model, x, y, *, eps, ...);
+    several with commas, each sees what the others left."""
     eps: Eps = Eps("8/255")
     """Radius in pixel units: 8/255 or 0.031."""
     norm: str = "linf"
@@ -128,8 +130,8 @@ class EvalArgs(ModelArgs):
     coco, captions:FILE.json), recall at 1, 5 and 10 in both directions."""
 
     attack: str = "pgd-10"
-    """pgd-N, autoattack, or another of `rvlm ls attacks`; several with commas, each sees what the others left. On
-    captions sga-N, coattack-N or pgd-N."""
+    """pgd-N, autoattack, or another of `rvlm ls attacks`, or FILE.py:NAME, a callable (model, x, y, *, eps, ...);
+    several with commas, each sees what the others left. On captions sga-N, coattack-N or pgd-N."""
     eps: str = "8/255"
     """Radii in pixel units, separated by commas: 4/255,8/255."""
     norm: str = "linf"
@@ -188,13 +190,14 @@ class TrainArgs(Arguments):
     """Train a model with a method; `rvlm train METHOD --help` lists the method's own settings too."""
 
     method: str = ""
-    """Name of the method (rvlm ls methods); also the first word after train."""
+    """Name of the method (rvlm ls methods), or FILE.py:NAME, a class; also the first word after train."""
     preset: str = "rvlm"
     """Settings to start from: paper, code or rvlm."""
     student: str = "digits-vit"
     """Model to train: as --model elsewhere, or tiny-vit, tiny-rn (random weights)."""
     data: str = "digits"
-    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
+    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH, torchvision:NAME:ROOT, or
+    FILE.py:NAME, a callable (split, size) that returns Data."""
     split: str = "train"
     """Split to train on."""
     size: int | None = None
@@ -250,7 +253,8 @@ class ProfileArgs(Arguments):
     attack: str = "pgd-10"
     """For attack: one of `rvlm ls attacks`, at 8/255 (Linf)."""
     data: str = "digits"
-    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH or torchvision:NAME:ROOT."""
+    """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH, torchvision:NAME:ROOT, or
+    FILE.py:NAME, a callable (split, size) that returns Data."""
     size: int | None = None
     """Resize the shorter side to this and crop the centre."""
     limit: int = 256

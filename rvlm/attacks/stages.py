@@ -13,6 +13,7 @@ fgsm@lowfreq=D0, pgd-N@lowfreq=D0, pgd-NxR@lowfreq=D0    the change low-passed b
 pgd-N@alpha=STEP, pgd-NxR@alpha=STEP    with steps of that size: pgd-10@alpha=1/255
 autoattack-plus, autoattack-rand    its other versions: 5 restarts and apgd-dlr and fab as well; only apgd-ce and
                 apgd-dlr with gradients averaged over 20 draws, for models that draw random numbers
+FILE.py:NAME    your own, a callable (model, x, y, *, eps, ...) -> x_adv (see rvlm.attacks.own)
 a,b,c           one after the other
 """
 
@@ -33,8 +34,10 @@ from rvlm.attacks.fmn import fmn
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.mifgsm import mifgsm
 from rvlm.attacks.objective import MOST_TARGETS, AttackResult
+from rvlm.attacks.own import own_settings, run_own
 from rvlm.attacks.pgd import pgd
 from rvlm.attacks.square import square
+from rvlm.plugins import file_sha, from_file, is_own
 from rvlm.units import Eps
 
 __all__ = ["PATTERNS", "Stage", "parse_attack", "usable"]
@@ -51,6 +54,7 @@ PATTERNS = (
     *(f"{name}[-STEPS]" for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
     "autoattack", "autoattack-plus", "autoattack-rand",
     *(f"{name}@lowfreq=BINS" for name in ("fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS")), "pgd-STEPS@alpha=STEP",
+    "FILE.py:NAME",
 )  # fmt: skip
 COMMON = {
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
@@ -64,10 +68,11 @@ class Stage:
 
     Attributes:
         name: of the stage.
-        attack: function, by its name.
+        attack: function, by its name, or FILE.py:NAME.
         settings: its keywords.
         restart: numbers the random start of stages that are restarts of one attack.
         classes: fewest classes that it needs.
+        sha256: hash of the file, of an attack of one's own.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Stage:
     settings: dict[str, Any]
     restart: int = 0
     classes: int = 2
+    sha256: str | None = None
 
     @property
     def refills(self) -> bool:
@@ -97,6 +103,10 @@ class Stage:
             transfer: the images will be scored on another model, so this model's verdict decides nothing.
             slots: the largest batch of a stage that `refills`; None: as many as there are images.
         """
+        if "precision" in more:
+            more["precision"] = self.precision(more["precision"])
+        if self.sha256 is not None:
+            return run_own(from_file(self.attack, self.sha256), self.attack, self.settings, model, x, y, **more)
         keeps = {"slots": slots or len(x)} if self.refills and len(x) else {}
         if self.attack in ("pgd", "apgd") and transfer:
             keeps["best"] = "last" if self.attack == "pgd" else "loss"
@@ -104,8 +114,6 @@ class Stage:
             keeps |= {"best": "adv", "early_stop": "compact"}
             if more.get("engine") in FIXED and not self.refills:  # batches that may not shrink
                 keeps["early_stop"] = "freeze" if self.attack == "pgd" else None
-        if "precision" in more:
-            more["precision"] = self.precision(more["precision"])
         function = FUNCTIONS[self.attack]
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing
@@ -117,6 +125,8 @@ class Stage:
 
     def every_setting(self) -> dict[str, Any]:
         """Its settings and the function's defaults: what decides what it does but the threat model."""
+        if self.sha256 is not None:
+            return self.settings
         parameters = inspect.signature(FUNCTIONS[self.attack]).parameters.values()
         usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in COMMON}
         return usual | self.settings
@@ -124,11 +134,15 @@ class Stage:
     def record(self) -> dict[str, Any]:
         """The stage in a record."""
         every = self.every_setting()
-        return {"name": self.name, "attack": self.attack, "settings": every, "restart": self.restart}
+        about = {"name": self.name, "attack": self.attack, "settings": every, "restart": self.restart}
+        return about if self.sha256 is None else about | {"sha256": self.sha256}
 
     def cost(self, classes: int) -> int:
         """Passes through the model per image that is never fooled; a backward pass counts as two forward ones."""
         given = self.every_setting()
+        if self.sha256 is not None:  # a guess: what happens inside cannot be known
+            steps = given.get("steps")
+            return (steps if isinstance(steps, int) else 1) * (1 + BACKWARD)
         runs, steps = given.get("restarts", 1), given.get("steps", 0)
         if self.attack == "square":
             return runs * given["queries"]
@@ -148,7 +162,7 @@ def parse_attack(text: str, norm: str = "linf") -> list[Stage]:
     """Stages of an attack by name; see the module.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: a name that is not known. FileNotFoundError: no such file of one's own.
     """
     return [stage for part in text.split(",") for stage in _varied(part.strip(), norm)]
 
@@ -167,7 +181,10 @@ def usable(stages: list[Stage], classes: int) -> tuple[list[Stage], list[str]]:
 
 
 def _varied(name: str, norm: str) -> list[Stage]:
-    """Stages of NAME, NAME@lowfreq=BINS or NAME@alpha=STEP."""
+    """Stages of NAME, NAME@lowfreq=BINS, NAME@alpha=STEP or FILE.py:NAME."""
+    if is_own(name):
+        function = from_file(name)
+        return [Stage(name, name, own_settings(function, name, norm), sha256=file_sha(function))]
     plain, at, variant = name.partition("@")
     stages = _stages(plain, norm)
     if not at:

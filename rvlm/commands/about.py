@@ -42,7 +42,10 @@ def ls(args: LsArgs) -> int:
             "hf:PATH_OR_NAME",
             "FOLDER",
         ],
-        "methods": [f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()],
+        "methods": [
+            *(f"{name} (presets: {', '.join(method_class(name).presets)})" for name in list_methods()),
+            "FILE.py:NAME",
+        ],
         "attacks": [*PATTERNS, "several, separated by commas"],
         "datasets": [
             "digits",
@@ -50,6 +53,7 @@ def ls(args: LsArgs) -> int:
             "folder:PATH",
             "wds:PATH",
             "parquet:PATH",
+            "FILE.py:NAME",
             *(f"torchvision:{name}:ROOT" for name in SETS),
             *(_line_of(entry) for entry in entries().values()),
         ],  # fmt: skip

@@ -5,7 +5,8 @@ import json
 import sys
 
 from rvlm.arguments import CHECK_FAILED, BenchArgs, CheckArgs
-from rvlm.commands.shared import device_of, from_file, load, show_findings
+from rvlm.commands.shared import device_of, load, show_findings
+from rvlm.plugins import from_file
 from rvlm.ranks import Ranks
 
 __all__ = ["bench", "check"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from rvlm.arguments import ProfileArgs
-from rvlm.commands.shared import device_of, from_file, load_model
+from rvlm.commands.shared import device_of, load_model
+from rvlm.plugins import from_file
 
 __all__ = ["profile"]
 

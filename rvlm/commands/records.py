@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from rvlm.arguments import CHECK_FAILED, CompareArgs, ReportArgs, ReproArgs
-from rvlm.commands.shared import Run, device_of, from_file, together
+from rvlm.commands.shared import Run, device_of, together
+from rvlm.plugins import from_file, is_own
 
 __all__ = ["compare", "report", "repro"]
 
@@ -71,7 +72,7 @@ def repro(args: ReproArgs) -> int:
     def load(spec: str | None, role: str):
         if spec is None:
             return None
-        model = from_file(spec) if ".py:" in spec else load_clip(spec)
+        model = from_file(spec) if is_own(spec) else load_clip(spec)
         return old.classifier(model.to(device) if isinstance(model, torch.nn.Module) else model, data, role)
 
     with together(args) as ranks:
@@ -85,7 +86,10 @@ def repro(args: ReproArgs) -> int:
             return 0
         result, record = old.compare(found), old.record
         mark = record["protocol"] and record["protocol"] | {"status": record["status"]}
-        about = {"method": record["model"]["method"], "processes": ranks.size, "source": source, "protocol": mark}
+        about = {
+            "method": record["model"]["method"], "method_sha": record["model"].get("method_sha"),
+            "processes": ranks.size, "source": source, "protocol": mark,
+        }  # fmt: skip
         rows = [write_evaluation(run.out, record["name"], found, data, model, **about)]
         run.write_json(run.out / "repro.json", {"record": str(old.path), **dataclasses.asdict(result)})
         run.finish(rows, json.dumps(dataclasses.asdict(result), indent=1) if args.json else _reproduced(result))

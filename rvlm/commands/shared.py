@@ -1,7 +1,5 @@
 """What the commands share: the processes that run together, what their specs name, run folders."""
 
-import importlib.metadata
-import importlib.util
 import shlex
 import sys
 import time
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rvlm.arguments import CHECK_FAILED, Arguments, DataArgs
+from rvlm.plugins import from_file, is_own
 from rvlm.ranks import Ranks, joined
 
-__all__ = ["Run", "device_of", "from_file", "load", "load_model", "show_findings", "together", "warn"]
+__all__ = ["Run", "device_of", "load", "load_model", "show_findings", "together", "warn"]
 
 
 @contextmanager
@@ -42,29 +41,11 @@ def load(args: DataArgs, ranks: Ranks):
 def load_model(spec: str, device: torch.device, data, templates: str = "auto") -> Callable[[Tensor], Tensor]:
     from rvlm.models import ZeroShotClassifier, load_clip
 
-    if ".py:" in spec:
+    if is_own(spec):
         model = from_file(spec)
         return model.to(device) if isinstance(model, torch.nn.Module) else model
     template = data.template if templates == "auto" else templates
     return ZeroShotClassifier(load_clip(spec, device), data.class_names, template).eval()
-
-
-def from_file(spec: str) -> Callable[[Tensor], Tensor]:
-    path, _, name = spec.rpartition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}: expected FILE.py:NAME, a callable")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(file.parent))  # the file may import its neighbours
-    try:
-        module_spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(file.parent))
-    if not callable(getattr(module, name, None)):
-        have = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n)))
-        raise ValueError(f"{file} has no callable {name!r}; it has {have or 'none'}")
-    return getattr(module, name)
 
 
 def device_of(name: str) -> torch.device:

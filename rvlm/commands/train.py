@@ -6,6 +6,7 @@ from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, ConvertArgs, TrainArgs
 from rvlm.commands.shared import Run, device_of, together, warn
+from rvlm.plugins import file_sha
 
 __all__ = ["convert", "train"]
 
@@ -50,6 +51,7 @@ def train(args: tuple[TrainArgs, Any]) -> int:
             if run is not None:
                 about = {
                     "method": None if name == "before" else args.method,
+                    "method_sha": None if name == "before" else file_sha(type(method)),
                     "processes": ranks.size,
                     "source": made_on,
                 }

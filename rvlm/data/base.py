@@ -24,6 +24,7 @@ class Data:
         template: id of the default prompt templates.
         n_total: samples in the full split.
         index_rule: how the samples were chosen, "all" or a rule in words.
+        file_sha: hash of the user's file that made it, of FILE.py:NAME.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Data:
     template: str = "plain"
     n_total: int = 0
     index_rule: str = "all"
+    file_sha: str | None = None
 
     def __len__(self) -> int:
         return len(self.y)

@@ -9,10 +9,12 @@ from rvlm.data.coop_shots import coop_few_shot
 from rvlm.data.digits import load_digits
 from rvlm.data.files import load_folder, load_npz
 from rvlm.data.images import Fit
+from rvlm.data.own import load_own
 from rvlm.data.parquet import load_parquet
 from rvlm.data.registry import entries, load_registered
 from rvlm.data.torchvision_sets import load_torchvision
 from rvlm.data.wds import load_wds
+from rvlm.plugins import is_own
 
 __all__ = ["is_plain", "load_data", "rooted"]
 
@@ -22,7 +24,7 @@ LOADERS = {"npz": load_npz, "folder": load_folder, "wds": load_wds, "parquet": l
 
 def is_plain(spec: str) -> bool:
     """Whether a spec says itself how the data is to be read, instead of naming a set of the registry."""
-    return spec == "digits" or spec.partition(":")[0] in (*LOADERS, "torchvision")
+    return spec == "digits" or is_own(spec) or spec.partition(":")[0] in (*LOADERS, "torchvision")
 
 
 def rooted(spec: str, root: str | Path) -> str:
@@ -36,8 +38,9 @@ def load_data(
     spec: str, split: str = "test", *, size: int | Fit | None = None, limit: int | None = None,
     shots: int | None = None, seed: int = 0, draw: str = "rvlm",
 ) -> Data:  # fmt: skip
-    """Loads `digits`, `npz:PATH`, `folder:PATH`, `wds:PATH`, `parquet:PATH`, `torchvision:NAME:ROOT`, or a set of the
-    registry, `NAME[@LAYOUT][:ROOT]` (see `rvlm.data.registry`). Nothing is ever downloaded.
+    """Loads `digits`, `npz:PATH`, `folder:PATH`, `wds:PATH`, `parquet:PATH`, `torchvision:NAME:ROOT`, `FILE.py:NAME`
+    (your own, see `rvlm.data.own`), or a set of the registry, `NAME[@LAYOUT][:ROOT]` (see `rvlm.data.registry`).
+    Nothing is ever downloaded.
 
     Args:
         spec: which data set. `wds` are WebDataset shards; torchvision's NAME is a class of torchvision.datasets, in any
@@ -63,6 +66,8 @@ def load_data(
     kind, _, path = spec.partition(":")
     if spec == "digits":
         data = load_digits(split, size.size if isinstance(size, Fit) else size or 32)
+    elif is_own(spec):
+        data = load_own(spec, split, size)
     elif kind in LOADERS and path:
         data = LOADERS[kind](path, split, size)
     elif kind == "torchvision" and all(path.partition(":")):
@@ -74,7 +79,7 @@ def load_data(
         close = difflib.get_close_matches(kind.partition("@")[0], known, 1)
         raise ValueError(
             f"unknown data {spec!r}{f'; did you mean {close[0]}?' if close else ''}: expected digits, npz:PATH, "
-            "folder:PATH, wds:PATH, parquet:PATH, torchvision:NAME:ROOT or a name of rvlm ls datasets"
+            "folder:PATH, wds:PATH, parquet:PATH, torchvision:NAME:ROOT, FILE.py:NAME or a name of rvlm ls datasets"
         )
     low, high = data.y.min().item(), data.y.max().item()
     if low < 0 or high >= len(data.class_names):

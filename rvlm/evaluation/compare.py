@@ -19,7 +19,7 @@ __all__ = ["Comparison", "compare", "mcnemar", "read_record", "right_samples", "
 
 ALIKE = {
     "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"),
-    "first image": ("data", "first_image"),
+    "first image": ("data", "first_image"), "data file": ("data", "file_sha"),
     "resizing": ("data", "resized"), "size": ("input", "attack_res"), "norm": ("threat", "norm"),
     "eps": ("threat", "eps"), "target": ("threat", "target"), "source": ("source", "sha256"),
     "attack": ("attack", "name"), "stages": ("attack", "stages"), "seed": ("attack", "seed"),

@@ -25,6 +25,7 @@ from rvlm.data.images import Reader
 from rvlm.data.load import rooted
 from rvlm.data.prompts import fingerprint, templates
 from rvlm.evaluation.retrieval import parse_retrieval_attack
+from rvlm.plugins import is_own
 from rvlm.units import Eps
 
 __all__ = ["Part", "Protocol", "load_protocol", "protocol_names"]
@@ -179,6 +180,8 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
     for part in parts:
         if not {"data"} <= set(part) <= known:
             raise ValueError(f"{file}: part {part} must have data, and of {', '.join(sorted(known))}")
+        if is_own(part["data"]):
+            raise ValueError(f"{file}: {part['data']} may change, and a protocol is frozen: run it by rvlm eval --data")
     norm = told.get("norm", "linf")
     if norm not in ORDER:
         raise ValueError(f"{file}: unknown norm {norm!r}, expected {', '.join(ORDER)}")
@@ -200,7 +203,9 @@ def _radii(file: Path, attack: str, radii: Any, norm: str) -> list[str]:
 
 
 def _check_attack(name: str, norm: str) -> None:
-    """Raises ValueError for what is an attack neither on retrieval nor on classification."""
+    """Raises ValueError for what is an attack neither on retrieval nor on classification, or is not frozen."""
+    if is_own(name):
+        raise ValueError(f"{name} may change, and a protocol is frozen: run it by rvlm eval --attack {name}")
     try:
         parse_retrieval_attack(name)
     except ValueError:

@@ -55,6 +55,7 @@ def write_evaluation(
     classifier: Callable[[Tensor], Tensor],
     *,
     method: str | None = None,
+    method_sha: str | None = None,
     processes: int = 1,
     source: Callable[[Tensor], Tensor] | None = None,
     protocol: Mapping[str, str] | None = None,
@@ -68,6 +69,7 @@ def write_evaluation(
         data: what it was found on; a cut one makes the record "partial".
         classifier: what was evaluated.
         method: how it was trained, if that is known.
+        method_sha: hash of the method's file, if it is not rvlm's.
         processes: how many shared the work.
         source: what the images were crafted on, for transfer.
         protocol: {"name", "sha", "status"} if it is a part of one; then the file names hold the data's name, too.
@@ -82,12 +84,14 @@ def write_evaluation(
     np.savez_compressed(buffer, **{column: getattr(evaluation, column).numpy() for column in SAMPLE_COLUMNS})
     write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
     n, attacked = len(evaluation), max(evaluation.n_clean, 1)
+    about = _describe(classifier, data, evaluation.resolution, method)
+    about["model"]["method_sha"] = method_sha
     record = {
         "schema": SCHEMA,
         "status": _status(data, protocol),
         "name": name,
         "protocol": _protocol(protocol),
-        **_describe(classifier, data, evaluation.resolution, method),
+        **about,
         "source": _source(evaluation, data, source),
         "data": _describe_data(data),
         "threat": _threat(evaluation.norm, evaluation.eps, evaluation.target),
@@ -151,7 +155,11 @@ def write_transfer(
         "models": {name: _describe(model, data, resolution, None) for name, model in models.items()},
         "data": _describe_data(data),
         "threat": _threat(matrix.norm, Eps(matrix.eps), "transfer"),
-        "attack": {"name": matrix.attack, "seed": matrix.seed},
+        "attack": {
+            "name": matrix.attack,
+            "seed": matrix.seed,
+            "stages": [stage.record() for stage in matrix.stages],
+        },
         "sources": matrix.sources,
         "targets": matrix.targets,
         "clean_acc": matrix.clean.tolist(),
@@ -269,6 +277,7 @@ def _describe_data(data: Data) -> dict[str, Any]:
         "index_sha": _sha(data.index.tolist()),
         "fingerprint": data.fingerprint,
         "first_image": data.first_image,
+        "file_sha": data.file_sha,
         "resized": _resized(data),
     }
 

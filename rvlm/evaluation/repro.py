@@ -22,6 +22,7 @@ from rvlm.evaluation.evaluate import Evaluation, evaluate
 from rvlm.evaluation.records import SCHEMA, environment, recorded_settings
 from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import differing, weights_of
+from rvlm.plugins import is_own
 
 __all__ = ["Recorded", "Reproduction", "read_recorded"]
 
@@ -78,13 +79,19 @@ class Recorded:
         """
         about, side = self.record["data"], self.record["input"]["attack_res"]
         size = Fit(**about["resized"]) if about["resized"] else None
-        if size is None and spec.partition(":")[0].partition("+")[0] in ("digits", "npz") and side[0] == side[1]:
+        takes_any = is_own(spec) or spec.partition(":")[0].partition("+")[0] in ("digits", "npz")
+        if size is None and takes_any and side[0] == side[1]:
             size = side[0]
         data = load_data(spec, about["split"], size=size).numbered(self.index, about["index_rule"])
         if data.fingerprint != about["fingerprint"]:
             raise ValueError(
                 f"{spec} is not the recorded data: {data.name}, {data.split} has the fingerprint {data.fingerprint}, "
                 f"{about['name']}, {about['split']} had {about['fingerprint']}"
+            )
+        if about.get("file_sha") != data.file_sha:
+            raise ValueError(
+                f"{spec} is not the recorded data: the file that reads it has the hash {data.file_sha}, recorded is "
+                f"{about.get('file_sha')}"
             )
         if about.get("first_image") not in (None, data.first_image):
             raise ValueError(f"{spec} is not the recorded data: its first image is another one")

@@ -68,7 +68,8 @@ class Keeper:
             "schema": SCHEMA, "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
             "target": result.target, "seed": result.seed, "batch_size": result.batch_size, "data": data.name,
             "fingerprint": data.fingerprint, "samples": _sha(json.dumps(data.index.tolist()).encode()),
-            "first_image": data.first_image,
+            "first_image": data.first_image, "data_file": data.file_sha,
+            "attack_files": [stage.sha256 for stage in result.stages if stage.sha256] or None,
             **{role: _name(model) for role, model in models.items()}, **settings,
             **{f"{role}.{name}": v for role, model in models.items() for name, v in settings_of(model).items()},
         }  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from rvlm.attacks.stages import parse_attack, usable
+from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import logits_of, predictions, progress_bar
 from rvlm.ranks import Ranks
@@ -29,6 +29,7 @@ class TransferMatrix:
         correct: the same per sample, bool [S, T, N].
         attack, eps, norm, seed, samples: what was run.
         seconds: what it took.
+        stages: of the attack.
     """
 
     sources: list[str]
@@ -42,6 +43,7 @@ class TransferMatrix:
     seed: int
     samples: int
     seconds: float
+    stages: list[Stage]
 
     @property
     def checks(self) -> list[dict]:
@@ -122,4 +124,5 @@ def transfer_matrix(
         clean, correct = clean | their_clean, correct | their_correct
     shares = clean.double().mean(1), correct.double().mean(2)
     names = list(sources), list(targets)
-    return TransferMatrix(*names, *shares, correct, attack, str(eps), norm, seed, n, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return TransferMatrix(*names, *shares, correct, attack, str(eps), norm, seed, n, seconds, stages)

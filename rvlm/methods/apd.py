@@ -86,15 +86,11 @@ class APDConfig(PromptConfig):
             self.from_noise("inner_loss kl_self")
         if self.beta is None:
             self.beta = 0.5 if self.beta_mode == "convex" else 1.0
-        for name in ("beta", "ce_weight", "clean_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self.at_least(0, "beta", "ce_weight", "clean_weight")
         if self.beta_mode == "convex" and self.beta > 1:
             raise ValueError(f"beta_mode convex needs a beta of at most 1, got {self.beta}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.teacher_epochs is not None and self.teacher_epochs < 1:
-            raise ValueError(f"teacher_epochs must be at least 1, got {self.teacher_epochs}")
+        self.positive("temperature")
+        self.at_least(1, "teacher_epochs")
 
 
 @register

@@ -37,6 +37,10 @@ class ARDConfig(MethodConfig):
     cache_teachers: bool = True
     """Compute the teacher's logits on the training images once."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("temperature")
+
 
 @register
 class ARD(VisionMethod):

@@ -16,6 +16,7 @@ from torch import Tensor
 from rvlm.data import Data
 from rvlm.models import Clip
 from rvlm.models.zero_shot import text_head
+from rvlm.plugins import from_file, is_own
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
@@ -124,15 +125,25 @@ class MethodConfig:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        for name in ("epochs", "batch_size", "steps", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.at_least(1, "epochs", "batch_size", "steps", "accumulate")
 
     def one_of(self, **allowed: tuple[str, ...]) -> None:
         """Refuses a setting that is none of the words allowed for it."""
         for name, words in allowed.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+
+    def at_least(self, least: float, *names: str) -> None:
+        """Refuses settings below a bound; those that are None are left alone."""
+        for name in names:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def positive(self, *names: str) -> None:
+        """Refuses settings that are 0 or less; those that are None are left alone."""
+        for name in names:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def from_noise(self, what: str) -> None:
         """Refuses an attack on a divergence from the model's own output that starts where it has no slope."""
@@ -282,6 +293,13 @@ def list_methods() -> list[str]:
 
 
 def method_class(name: str) -> type[Method]:
+    """The class of a method by its name, or your own by FILE.py:NAME.
+
+    Raises:
+        ValueError: no such method, or what a file has there is none. FileNotFoundError: no such file.
+    """
+    if is_own(name):
+        return _own(name)
     if name not in _methods:
         near = difflib.get_close_matches(name, _methods)
         hint = f": did you mean {near[0]!r}?" if near else f": expected one of {', '.join(list_methods())}"
@@ -289,8 +307,19 @@ def method_class(name: str) -> type[Method]:
     return _methods[name]
 
 
+def _own(spec: str) -> type[Method]:
+    cls = from_file(spec)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"{spec} is no method: expected a class that inherits from rvlm.methods.Method")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise ValueError(f'{spec} must say what it is called: name = "..." in the class')
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, MethodConfig)):
+        raise ValueError(f"{spec}: Config must inherit from rvlm.methods.MethodConfig")
+    return cls
+
+
 def build_method(name: str, preset: str = "rvlm", **overrides: Any) -> Method:
-    """The method `name` with a preset's settings and your own on top.
+    """The method `name`, or FILE.py:NAME, with a preset's settings and your own on top.
 
     Presets name their source: "paper", "code" (the authors' defaults where they differ), "rvlm" (ours, measured on the
     bundled data).

@@ -33,8 +33,7 @@ class FAPConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.trade_off < 0:
-            raise ValueError(f"trade_off must be at least 0, got {self.trade_off}")
+        self.at_least(0, "trade_off")
         self.from_noise("fap's attack")
 
 

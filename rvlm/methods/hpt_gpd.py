@@ -86,6 +86,8 @@ class HPTGPDConfig(MethodConfig):
             direction=("student_first", "teacher_first"),
             reduction=("mean", "sum"),
         )
+        self.at_least(1, "ga_epochs")
+        self.positive("logit_scale", "temperature")
         for name in ("gamma", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -93,8 +93,8 @@ class MMTARDConfig(MethodConfig):
             robust_input=("adv", "clean"),
             lora_targets=("all", "qkv", "out"),
         )
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        self.at_least(0, "lora_rank")
+        self.positive("temperature", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
 

@@ -43,6 +43,7 @@ class PMGAFTConfig(MethodConfig):
         super().__post_init__()
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, got {self.reduction!r}")
+        self.positive("logit_scale")
 
 
 _PAPER = {

@@ -59,9 +59,8 @@ class PromptConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.one_of(coupling=COUPLINGS)
-        for name, least in (("visual_tokens", 0), ("text_tokens", 0), ("visual_depth", 1), ("text_depth", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self.at_least(0, "visual_tokens", "text_tokens")
+        self.at_least(1, "visual_depth", "text_depth")
         if not self.visual_tokens and not self.text_tokens:
             raise ValueError("there is nothing to learn: visual_tokens or text_tokens must be above 0")
         if self.text_tokens and "{}" not in self.sentence:

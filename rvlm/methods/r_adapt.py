@@ -90,8 +90,7 @@ class RAdaptConfig(MethodConfig):
         AdapterConfig(base="", size=1, cutoff=self.cutoff, alpha=self.alpha_anchor or 0.0, mix=self.mix, site=self.site)
         if self.anchor == "learned" and self.alpha_anchor == 0:
             raise ValueError("alpha_anchor must not be 0 for an anchor that is learned: nothing would depend on it")
-        if self.clean_weight < 0:
-            raise ValueError(f"clean_weight must be at least 0, got {self.clean_weight}")
+        self.at_least(0, "clean_weight", "block")
 
 
 @register

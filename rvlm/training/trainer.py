@@ -36,6 +36,7 @@ from rvlm.methods import Batch, Method, lora
 from rvlm.methods.base import Stage, mixed
 from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import settings_of, weights_sha
+from rvlm.plugins import file_sha
 from rvlm.ranks import Ranks, placed_like, whole
 from rvlm.training.sharding import Sharded
 from rvlm.units import Eps
@@ -493,8 +494,9 @@ def _key(student: Clip, data: Data, method: Method, seed: int, validation: Data 
     """What decides a run, for the state file."""
     return {
         "method": method.name, **{name: _described(value) for name, value in vars(method.config).items()},
-        "data": data.fingerprint, "validation": validation and validation.fingerprint, "seed": seed,
-        "student": weights_sha(student), "settings": json.dumps(settings_of(student)),
+        "method_file": file_sha(type(method)), "data_file": data.file_sha, "data": data.fingerprint,
+        "validation": validation and validation.fingerprint, "seed": seed, "student": weights_sha(student),
+        "settings": json.dumps(settings_of(student)),
     }  # fmt: skip
 
 
