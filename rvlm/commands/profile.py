@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -114,6 +115,7 @@ def _profile_infer(args: ProfileArgs, data) -> int:
         raise ValueError(f"name every model once, got {', '.join(names)}")
     device = device_of(args.device)
     models = {name: load_model(name, device, data) for name in names}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch writes to stderr whenever its profiler starts or stops
     x = data.batch(slice(0, max(batch_sizes)))[0].to(device)
     rows = infer.measure(models, x, len(data.class_names), batch_sizes, 20 if args.rounds is None else args.rounds)
     if args.json:
