@@ -8,7 +8,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # the code beside these pages is the code that they describe
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-from _tools import docstrings, figures, pages  # noqa: E402
+from _tools import docstrings, figures, formulas, pages  # noqa: E402
 
 from rvlm import __version__  # noqa: E402
 
@@ -23,6 +23,7 @@ suppress_warnings = ["myst.header"]  # decisions are headings of the third level
 # Markdown and notebooks are read by one parser. Notebooks show the output that is stored in them; CI runs them apart.
 nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+html_math_renderer = "mathml"
 myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -53,3 +54,4 @@ figures.write_figures(DOCS / "reference" / "figures")
 def setup(app):
     app.connect("autodoc-process-docstring", docstrings.on_docstring, priority=100)
     app.connect("source-read", pages.on_source)
+    app.add_html_math_renderer(*formulas.RENDERER)

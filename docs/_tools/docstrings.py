@@ -13,8 +13,6 @@ NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?$")
 
 def on_docstring(app, what, name, obj, options, lines) -> None:
     """Handler of Sphinx's autodoc-process-docstring, before napoleon's."""
-    if what == "module":  # with the indentation that it has, all of which is lost where only its first line has none
-        lines[:] = (obj.__doc__ or "").splitlines()
     if what == "data":  # what Python says of a dictionary is about dictionaries
         lines[:] = ["Keys: " + ", ".join(f"``{key}``" for key in obj) + ".", ""]
     lines[:] = as_rest(lines)

@@ -1,6 +1,8 @@
 """Training methods: one file per paper, whose docstring holds the formulas.
 
-method = build_method("tecoa", preset="rvlm", eps=4 / 255)
+    method = build_method("tecoa", preset="rvlm", eps=4 / 255)
+
+`list_methods()` has their names.
 """
 
 from rvlm.methods import (  # noqa: F401  (registers them)

@@ -1,8 +1,10 @@
 """CLIP models as modules from pixels in [0, 1] to embeddings, and zero-shot classifiers on top of them.
 
-clip = load_clip("ViT-B-32:openai")
-classifier = ZeroShotClassifier(clip, ["cat", "dog"], templates="openai")
-logits = classifier(x)
+    clip = load_clip("ViT-B-32:openai")
+    classifier = ZeroShotClassifier(clip, ["cat", "dog"], templates="openai")
+    logits = classifier(x)
+
+Which models can be named stands at `load_clip`.
 """
 
 from rvlm.models.adapter import Adapter, apply_adapter

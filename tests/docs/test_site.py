@@ -87,9 +87,18 @@ def test_links_lead_to_pages_or_name_the_file(tmp_path):
         assert links.relinked(text, docs / "p.md", docs / "p.md", docs, copies) == shown
 
 
+def test_formulas():
+    pytest.importorskip("latex2mathml", reason="formulas need the extra [docs]")
+    formulas = importlib.import_module("_tools.formulas")
+    assert "<mfrac>" in formulas.as_mathml(r"\frac{a}{b}") and "\\" not in formulas.as_mathml(r"\arg\max_x f(x)")
+    assert '<mrow class="overline"><mrow><mi>a</mi>' in formulas.as_mathml(r"\overline{a + b}")
+    with pytest.raises(ValueError, match="unknown"):
+        formulas.as_mathml(r"\nothing{x}")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    for package in ("sphinx", "furo", "myst_nb", "sphinx_copybutton"):
+    for package in ("sphinx", "furo", "myst_nb", "sphinx_copybutton", "latex2mathml"):
         pytest.importorskip(package, reason="the site needs the extra [docs]")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", str(folder / "trees")]
@@ -123,19 +132,22 @@ def ids(page):
 
 
 @pytest.mark.slow
-def test_every_link_leads_somewhere(site):
+def test_every_link_leads_somewhere_and_no_page_fetches(site):
     files = sorted(site.rglob("*.html"))
-    anchors, lost, count = {page: ids(page) for page in files}, [], 0
+    anchors, lost, fetched, count = {page: ids(page) for page in files}, [], [], 0
     for page in files:
-        for target in re.findall(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"', read(page)):
+        for match in re.finditer(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"', read(page)):
+            target = match[1]
             path, _, anchor = target.partition("#")
             if re.match(r"[a-z]+:", path):
+                fetched += [target] if not match[0].startswith("<a") else []
                 continue
             file = (page.parent / path.partition("?")[0]).resolve() if path else page
             count += 1
             if not file.is_file() or (anchor and file.suffix == ".html" and anchor not in anchors[file]):
                 lost.append(f"{page.relative_to(site)}: {target}")
     assert count > 1000 and not lost, lost[:20]
+    assert not fetched, "a page reads from elsewhere"
 
 
 @pytest.mark.slow
