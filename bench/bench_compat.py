@@ -23,22 +23,6 @@ if QUICK:
     CASES = [(name, eps, 2, 2, 8) for name, eps, *_ in CASES]
 
 
-@pytest.fixture(scope="module")
-def load(device):
-    """load(name, samples) -> a classifier, images and labels."""
-    pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
-    from rvlm.data import load_data
-    from rvlm.models import ZeroShotClassifier, load_clip
-
-    def one(name: str, samples: int):
-        data = load_data("digits", "test")
-        clip = load_clip("tiny-vit" if QUICK else name, device)
-        x, y, _ = (t.to(device) for t in data.batch(slice(0, samples)))
-        return ZeroShotClassifier(clip, data.class_names, data.template).to(device).eval(), x, y
-
-    return one
-
-
 def torchattacks(library, model, eps: float, steps: int, queries: int):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

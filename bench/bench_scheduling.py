@@ -32,25 +32,6 @@ if QUICK:
 IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
 
 
-@pytest.fixture(scope="module")
-def load(device):
-    """load(name, samples) -> a classifier, images that it gets right, and labels."""
-    pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
-    from rvlm.data import load_data
-    from rvlm.models import ZeroShotClassifier, load_clip
-
-    def one(name: str, samples: int):
-        data = load_data("digits", "test")
-        clip = load_clip("tiny-vit" if QUICK else name, device)
-        model = ZeroShotClassifier(clip, data.class_names, data.template).to(device).eval()
-        x, y, _ = (t.to(device) for t in data.batch(slice(0, samples)))
-        with torch.no_grad():
-            y = model(x).argmax(1) if QUICK else y
-        return model, x, y
-
-    return one
-
-
 def robust(model, x_adv, y) -> torch.Tensor:
     with torch.no_grad():
         return model(x_adv).argmax(1) == y

@@ -98,6 +98,22 @@ def copy_ceiling(device) -> float:
     return 2 * source.numel() * source.element_size() / quartiles(seconds[3:])[1]
 
 
+@pytest.fixture(scope="module")
+def load(device):
+    """load(name, samples) -> a classifier, images and labels."""
+    pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
+    from rvlm.data import load_data
+    from rvlm.models import ZeroShotClassifier, load_clip
+
+    def one(name: str, samples: int):
+        data = load_data("digits", "test")
+        clip = load_clip("tiny-vit" if QUICK else name, device)
+        x, y, _ = (t.to(device) for t in data.batch(slice(0, samples)))
+        return ZeroShotClassifier(clip, data.class_names, data.template).to(device).eval(), x, y
+
+    return one
+
+
 @pytest.fixture
 def compare(benchmark, device) -> Callable[..., None]:
     """compare(subject, peer, round_seconds=..., **info): times both in turn and records their ratio.

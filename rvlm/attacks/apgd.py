@@ -89,10 +89,11 @@ def apgd(
         best: "adv" returns the last adversarial iterate, or the one with the best loss where there is none (never the
             clean image); "loss" the one with the best loss of all runs.
         early_stop: "compact" takes samples out of the batch once they are fooled: the same verdicts for less.
-        slots: the largest batch that the model sees. Runs, each of a sample, a restart and a target, take the places of
-            those that are over, so that batches stay full, and x may be as large as memory allows; with "compile" all
-            batches have that size. For a loss by name; best="adv" goes with early_stop="compact". The same verdicts
-            as run after run: where several runs fool a sample, the image may be another one's.
+        slots: the largest batch that is attacked (`rvlm.attacks.slots`). Runs, each of a sample, a restart and a
+            target, take the places of those that are over, so that batches stay full, and x may be as large as memory
+            allows; with "compile" and "cudagraph" all batches have that size. For a loss by name; best="adv" goes with
+            early_stop="compact". The same verdicts as run after run: where several runs fool a sample, the image may be
+            another one's. Without y the model is asked about all of x at once.
 
     Returns:
         As `pgd`.
