@@ -35,6 +35,7 @@ COLUMNS = {
     "apgd-t in slots": ("peer", "robust"),
     "pgd-100 exits": ("robust",),
     "training": (),
+    "gains": ("peer", "fooled", "images", "verdicts_differing", "over_eager", "compile_seconds", "break_even"),
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }
 LOSING = 0.98  # below this the implementation is slower than what it is compared with

@@ -22,7 +22,7 @@ total=480
 failed=0
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET RVLM_BACKEND
-rm -f "$out"/{parts.tsv,info.json,{steps,iterates,losses,attention,filters,pgd,attacks,train}.json}
+rm -f "$out"/{parts.tsv,info.json,{steps,iterates,losses,attention,filters,pgd,engines,attacks,train}.json}
 
 # part NAME SECONDS COMMAND...: the command, for at most so long and never past the total; its output goes to a log.
 part() {
@@ -93,6 +93,7 @@ RVLM_BENCH_SECONDS=45 part losses 65 bash -c "bench losses"
 RVLM_BENCH_SECONDS=30 part attention 60 bash -c "bench attention"
 RVLM_BENCH_SECONDS=20 part filters 30 bash -c "bench filters"
 RVLM_BENCH_SECONDS=75 part pgd 140 bash -c "bench pgd"
+RVLM_BENCH_SECONDS=60 part engines 120 bash -c "bench engines"
 RVLM_BENCH_SECONDS=40 part attacks 90 bash -c "bench attacks"
 RVLM_BENCH_SECONDS=30 part train 60 bash -c "bench train"
 if [[ "$dry" == 1 ]] || command -v compute-sanitizer > /dev/null; then
@@ -113,6 +114,6 @@ except (OSError, ValueError):
     info = None
 (out / "parts.json").write_text(json.dumps({"parts": parts, "info": info}))
 PY
-"$python" bench/report.py --out "$out/result" --parts "$out/parts.json" "$out"/{steps,iterates,losses,attention,filters,pgd,attacks,train}.json || failed=$((failed + 1))
+"$python" bench/report.py --out "$out/result" --parts "$out/parts.json" "$out"/{steps,iterates,losses,attention,filters,pgd,engines,attacks,train}.json || failed=$((failed + 1))
 printf '\n%s part(s) failed; %s s; %s\n' "$failed" "$SECONDS" "$out/result.json"
 exit "$failed"

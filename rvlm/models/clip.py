@@ -22,6 +22,7 @@ __all__ = ["CONFIG", "WEIGHTS", "Clip"]
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 RESIZED = {"mode": "bicubic", "antialias": True}  # images of another size than the tower's
+NARROW = (torch.bfloat16, torch.float16)
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -85,6 +86,16 @@ class Clip(nn.Module):
         }
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the vision tower takes pixels in: the dtype of its first convolution (norms may have another one)."""
+        first = None
+        for parameter in self.visual.parameters():
+            first = parameter if first is None else first
+            if parameter.dim() == 4:
+                return parameter.dtype
+        return torch.float32 if first is None else first.dtype
+
+    @property
     def logit_scale(self) -> Tensor:
         """The factor on cosines that gives logits, 100 for OpenAI's weights."""
         return self.model.logit_scale.exp()
@@ -95,7 +106,11 @@ class Clip(nn.Module):
             self.model.logit_scale.clamp_(0, math.log(100))
 
     def encode_pixels(self, x: Tensor, unit_norm: bool = True) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> embeddings [B, D], of unit norm; other sizes are resized (bicubic)."""
+        """Pixels [B, 3, H, W] in [0, 1] -> embeddings [B, D], of unit norm; other sizes are resized (bicubic).
+
+        Of a tower whose weights have 16 bits pixels stay what they are up to its door, so that gradients with respect to
+        them do, and embeddings are normalised in float32.
+        """
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, H, W], got {list(x.shape)}")
         if x.shape[-2] != x.shape[-1]:
@@ -104,8 +119,9 @@ class Clip(nn.Module):
             x = F.interpolate(x, (self.size, self.size), align_corners=False, **RESIZED)
         if self.adapter is not None:
             x = self.adapter.filter(x)
-        embedding = self.model.encode_image((x - self.mean) / self.std)
-        return F.normalize(embedding, dim=-1) if unit_norm else embedding
+        dtype, x = self.dtype, (x - self.mean) / self.std
+        embedding = self.model.encode_image(x.to(dtype) if dtype in NARROW else x)
+        return _unit(embedding) if unit_norm else embedding
 
     forward = encode_pixels
 
@@ -115,9 +131,9 @@ class Clip(nn.Module):
         Towers that `rvlm.models.text` knows run what the texts begin with once and nothing behind their ends.
         """
         context = None if self.adapter is None else self.adapter.context
-        if context is not None or causal_text_tower(self) is not None:
+        if context is not None or (causal_text_tower(self) is not None and self.dtype not in NARROW):
             return text.encode(self, text.tokenized(self, texts), context)
-        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1)
+        return _unit(self.model.encode_text(self.tokenizer(texts).to(self.device)))
 
     def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
         """Writes weights and config that open_clip loads back exactly (`local-dir:FOLDER`), each file atomically.
@@ -142,6 +158,10 @@ class Clip(nn.Module):
         write_bytes(folder / CONFIG, json.dumps(self.config, indent=1).encode())
         _remove(folder, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
         return folder
+
+
+def _unit(embedding: Tensor) -> Tensor:
+    return F.normalize(embedding.float() if embedding.dtype in NARROW else embedding, dim=-1)
 
 
 def _remove(folder: Path, *names: str) -> None:

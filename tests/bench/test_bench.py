@@ -86,6 +86,7 @@ def test_gpu_script_runs_dry(tmp_path):
         "attention",
         "filters",
         "pgd",
+        "engines",
         "attacks",
         "train",
         "memcheck",
@@ -108,6 +109,7 @@ def test_gpu_script_runs_dry(tmp_path):
         "clip_head_loss",
         "gaussian_filter",
         "pgd-10",
+        "gains",
         "fold_teachers",
         "training",
     }

@@ -170,3 +170,33 @@ def test_an_ensemble_averages_log_probabilities():
         Ensemble([])
     with pytest.raises(ValueError, match=r"same classes, got logits \[5, 4\], \[5, 3\]"):
         Ensemble([first, torch.nn.Linear(6, 3)])(x)
+
+
+@pytest.mark.parametrize("spec", ["tiny-vit", "tiny-rn"])
+@pytest.mark.parametrize("kind", ["bf16", "pure_bf16", "fp16"])
+def test_models_with_weights_of_16_bits_are_attacked_in_fp32_pixels(spec, kind):
+    from open_clip.model import convert_weights_to_lp
+
+    from rvlm.attacks import pgd
+
+    wide, clip = load_clip(spec), load_clip(spec)
+    if kind == "pure_bf16":
+        clip.model.bfloat16()
+    else:
+        convert_weights_to_lp(clip.model, torch.bfloat16 if kind == "bf16" else torch.float16)
+    names = ["zero", "one", "two"]
+    narrow, plain = ZeroShotClassifier(clip, names).eval(), ZeroShotClassifier(wide, names).eval()
+    assert clip.dtype == (torch.float16 if kind == "fp16" else torch.bfloat16) and wide.dtype == torch.float32
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    slopes = []
+    for model in (narrow, plain):
+        leaf = x.clone().requires_grad_()
+        embedding = model.embed(leaf)
+        assert embedding.dtype == torch.float32 and model(x).dtype == torch.float32
+        weight = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
+        slopes.append(torch.autograd.grad((embedding * weight).sum(), leaf)[0])
+    assert slopes[0].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*(slope.flatten(1) for slope in slopes)).min() > 0.98
+    torch.testing.assert_close(narrow.embed(x), plain.embed(x), rtol=0, atol=0.03)
+    result = pgd(narrow, x, steps=3, return_info=True)
+    assert result.x_adv.dtype == result.loss.dtype == torch.float32 and result.zero_gradients == 0
