@@ -108,8 +108,8 @@ class Clip(nn.Module):
     def encode_pixels(self, x: Tensor, unit_norm: bool = True) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> embeddings [B, D], of unit norm; other sizes are resized (bicubic).
 
-        Of a tower whose weights have 16 bits pixels stay what they are up to its door, so that gradients with respect to
-        them do, and embeddings are normalised in float32.
+        Of a tower whose weights have 16 bits pixels stay what they are up to its door, so that gradients with respect
+        to them do, and embeddings are normalised in float32.
         """
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, H, W], got {list(x.shape)}")

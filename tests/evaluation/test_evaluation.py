@@ -362,3 +362,39 @@ def test_wilson():
     assert 0.03 < wilson(0, 100)[1] < 0.04
     with pytest.raises(ValueError, match="0 .. n"):
         wilson(5, 4)
+
+
+class Overconfident(Threshold):
+    """In bf16 it sees images 20/255 darker."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.one.weight)
+
+    def forward(self, x):
+        narrow = self.one(x.flatten(1)[:, :1]).dtype == torch.bfloat16
+        return super().forward(x - (20 / 255 if narrow else 0.0))
+
+
+@pytest.mark.parametrize("attack", ["pgd-10", "apgd-ce-10", "autoattack"])
+def test_a_cascade_has_the_verdicts_of_fp32_and_counts_disagreements(attack, data, tmp_path):
+    model = Overconfident()
+    names = "apgd-ce-10,fab-3,square-20" if attack == "autoattack" else attack
+    plain, cascade = (
+        evaluate(model, data, attack=names, eps="8/255", precision=precision, progress=False)
+        for precision in ("fp32", "cascade")
+    )
+    assert torch.equal(cascade.broken_by == -1, plain.broken_by == -1) and plain.disagreement is None
+    assert cascade.disagreement["fooled_in_bf16_only"] > 0
+    assert all(item["ok"] for item in cascade.checks if item["id"] == "verdict_rescored")
+    write_evaluation(tmp_path, "toy", cascade, data, model)
+    record = json.loads(next((tmp_path / "result").glob("*.json")).read_text())["attack"]
+    assert record["precision"] == "cascade" and record["disagreement"] == cascade.disagreement
+    expected = {"apgd": "cascade", "pgd": "cascade", "square": "cascade", "fab": "fp32"}
+    assert [stage["precision"] for stage in record["stages"]] == [expected[s["attack"]] for s in record["stages"]]
+
+
+def test_precision_is_checked_before_anything_runs(data):
+    with pytest.raises(ValueError, match="precision must be one of 'fp32', 'tf32', 'bf16', 'cascade'"):
+        run(data, precision="fp8")
