@@ -77,6 +77,8 @@ class Compiled:
         self.model = torch.compile(model, dynamic=False)
         self.embed = torch.compile(model.embed, dynamic=False) if hasattr(model, "embed") else None
         self.regions = _regions_of(model)
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self.convolves = sum(isinstance(m, nn.Conv2d) for m in modules) > 1  # not only to cut patches
         self.asked: dict[Any, int] = {}
 
     @property
@@ -93,6 +95,9 @@ class Compiled:
         region = self.regions.of(question)
         if region is None:
             return None
+        if self.convolves and x.dim() == 4 and not x.is_cuda:
+            # The compiler keeps the layout of the images, and the CPU's convolutions are faster in this one.
+            x = x.contiguous(memory_format=torch.channels_last)
         key = (question.loss, x.shape, x.dtype, x.stride(), torch.is_autocast_enabled(x.device.type))
         asked = self.asked.get(key, 0)
         # The first call may compile. One that would compile again tells of a model that changes as it runs.
