@@ -221,3 +221,20 @@ def test_cuda_graphs_are_eager_attacks(attack, given, precision, build, batch):
     )
     assert ((graphed.x_adv - plain.x_adv).abs() > 1e-6).float().mean() < (0.01 if precision is None else 0.1)
     assert (graphed.success != plain.success).sum() <= 1
+
+
+def test_nets_of_convolutions_see_images_channels_last(batch, monkeypatch):
+    uncompiled(monkeypatch)
+    seen, (x, y) = [], batch(torch.float32)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    model.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    plain = pgd(model, x, y, steps=3, random_start=False)
+    assert not any(seen)
+    for _ in range(2):
+        seen.clear()
+        got = pgd(model, x, y, steps=3, random_start=False, engine="compile")
+        assert got.is_contiguous() and ((got - plain).abs() > 1e-6).float().mean() < 0.01
+    assert seen == [True] * 3
