@@ -230,11 +230,12 @@ class TrainArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class ProfileArgs(Arguments):
-    """Where the time goes, per phase. train: an epoch of each stage of a method; attack: an attack on a model; infer:
-    forward passes of a model and of defended ones beside it."""
+    """Where the time goes, per phase, with FLOPs and memory. train: an epoch of each stage of a method; attack: an
+    attack on images in memory; eval: an evaluation, from reading images to the record; infer: forward passes of a model
+    and of defended ones beside it."""
 
     what: str = "train"
-    """train, attack or infer."""
+    """train, attack, eval or infer."""
     method: str = "tecoa"
     """For train: name of the method (rvlm ls methods)."""
     preset: str = "rvlm"
@@ -251,7 +252,13 @@ class ProfileArgs(Arguments):
     rounds: int | None = None
     """How often both are timed, in turn: with --twin 3 times, by infer 20 times, unless this says otherwise."""
     attack: str = "pgd-10"
-    """For attack: one of `rvlm ls attacks`, at 8/255 (Linf)."""
+    """For attack and eval: as rvlm eval --attack."""
+    eps: Eps = Eps("8/255")
+    """For attack and eval: radius in pixel units, 8/255 or 0.031."""
+    norm: str = "linf"
+    """For attack and eval: linf, l2 or l1."""
+    batch_size: int = 100
+    """For attack and eval: images per forward."""
     data: str = "digits"
     """digits, a name of `rvlm ls datasets`, npz:PATH, folder:PATH, wds:PATH, parquet:PATH, torchvision:NAME:ROOT, or
     FILE.py:NAME, a callable (split, size) that returns Data."""
@@ -261,8 +268,12 @@ class ProfileArgs(Arguments):
     """Samples."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
-    json: bool = False
-    """Print JSON."""
+    trace: str | None = None
+    """For train, attack and eval: FILE.json or FILE.json.gz for a Chrome trace of one batch more, phases over ops."""
+    flame: str | None = None
+    """The same as a flame chart: FILE.html, which needs nothing from outside."""
+    json: bool | str = False
+    """Print JSON; with FILE.json, write it there and print the table."""
 
 
 @dataclasses.dataclass(kw_only=True)

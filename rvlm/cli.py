@@ -147,14 +147,17 @@ def _peek(argv: list[str], key: str) -> str | None:
 
 
 def _flags(argv: list[str], fields: dict[str, type]) -> list[str]:
-    """--quick and --no-quick for booleans, --save-png for --save_png."""
+    """--quick and --no-quick for booleans, --json for --json FILE without a file, --save-png for --save_png."""
     words = []
     for k, word in enumerate(argv):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             following = argv[k + 1] if k + 1 < len(argv) else ""
+            alone = following.startswith("-") or not following
             if fields.get(name) is bool and not equals and following.lower() not in ("true", "false"):
+                equals, value = "=", "true"
+            elif fields.get(name) == (bool | str) and not equals and alone:
                 equals, value = "=", "true"
             elif name.startswith("no_") and fields.get(name[3:]) is bool and not equals:
                 name, equals, value = name[3:], "=", "false"

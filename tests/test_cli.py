@@ -256,38 +256,6 @@ def test_bench_mine(tmp_path, cache, capsys):
     assert run("bench") == 2 and "--mine FILE.py:NAME is missing" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_profile(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RVLM_CACHE", str(tmp_path))
-    assert run("profile", "train", "--method", "pmg_aft", "--model", "tiny-vit", "--limit", "64") == 0
-    text = capsys.readouterr().out
-    for phase in ("attack", "student forward", "loss and teachers", "student backward", "optimizer", "images/s"):
-        assert phase in text
-    assert run("profile", "train", "--method", "hpt_gpd", "--model", "tiny-vit", "--limit", "64") == 0
-    assert "| 128 images," in capsys.readouterr().out, "an epoch of both stages"
-    assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["phases"]["forward"][0] < found["seconds"] and found["images_per_s"] > 0
-    assert 0 < found["step_share"] < 1 - found["model_share"] < 1
-    assert run("profile", "attack", "--model", "tiny-vit", "--limit", "8", "--attack", "pgd-2") == 0
-    assert "the attack's own arithmetic " in capsys.readouterr().out
-    (tmp_path / "twin.py").write_text(
-        "def epoch(method, student, data):\n    return lambda: len(data) // method.config.steps"
-    )
-    flags = ("--limit", "64", "--twin", tmp_path / "twin.py:epoch", "--rounds", "2", "--json")
-    assert run("profile", "train", "--method", "tecoa", "--model", "tiny-vit", *flags) == 0
-    twin = json.loads(capsys.readouterr().out)["twin"]
-    assert twin["rounds"] == 2 and twin["ratio_min"] <= twin["ratio"] <= twin["ratio_max"]
-    assert run("profile", "train", "--model", "tiny-vit", "--limit", "64", "--twin", tmp_path / "twin.py:lunch") == 2
-    assert "has no callable 'lunch'" in capsys.readouterr().err
-    assert run("profile", "attack", "--twin", "x.py:y") == 2
-    assert "goes with profile train" in capsys.readouterr().err
-    assert run("profile", "lunch") == 2
-    assert "expected train, attack, infer" in capsys.readouterr().err
-    assert run("profile", "train", "--defended", "x") == 2
-    assert "goes with profile infer" in capsys.readouterr().err
-
-
 def test_profile_infer(cache, tmp_path, capsys):
     from rvlm.methods import build_method
     from rvlm.models import load_clip

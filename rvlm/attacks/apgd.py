@@ -256,7 +256,7 @@ class _Climb(Rows):
 
     def move(self, ball: Ball) -> None:
         """One step."""
-        with profiling.phase("step"):
+        with profiling.phase("step", len(self.x_adv)):
             self.rule.step(self.x_prev, self.x_adv, self.grad, ball, self._old)
         self.x_prev, self.x_adv, self.k = self.x_adv, self.x_prev, [k + 1 for k in self.k]
 

@@ -157,7 +157,7 @@ class _Rounds:
         for k in range(given.steps):
             x_adv = self.pixels(w)
             scores, grad = self.objective.gradient(x_adv)
-            with profiling.phase("step"):
+            with profiling.phase("step", len(x_adv)):
                 surplus = sign * scores.loss.to(w.dtype)
                 fooled = scores.fooled & (surplus >= given.confidence) & active
                 self.nearest.take(x_adv, fooled)

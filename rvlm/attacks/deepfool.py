@@ -99,7 +99,7 @@ class _Straight:
             missing = nearest.distance.isinf()
             if not missing.any():  # waits for the device once a step, which has a backward pass for each class
                 break
-            with profiling.phase("step"):
+            with profiling.phase("step", len(x_adv)):
                 slopes = torch.stack([g.flatten(1).norm(DUAL[ball.norm], dim=1) for g in gradients], 1) + 1e-8
                 far = gaps.abs() / slopes
                 which = far.argmin(1)

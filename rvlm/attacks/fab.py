@@ -109,7 +109,7 @@ class _Boundary:
         both, rows = torch.cat([clean, clean]), len(clean)
         for k in range(self.steps):
             gap, w = self._plane(objective, point, norm, classes)
-            with profiling.phase("step"):
+            with profiling.phase("step", len(point)):
                 offset = (w * point).flatten(1).sum(1) - gap
                 both[:rows] = point
                 d = to_plane(both, torch.cat([w, w]), torch.cat([offset, offset]), norm, lo, hi)

@@ -104,7 +104,7 @@ class _Shrinking:
             alpha = self.alpha / 100 + 0.99 * self.alpha * fall
             gamma = 0.001 + (self.gamma - 0.001) * fall
             scores, grad = objective.gradient(x_adv)
-            with profiling.phase("step"):
+            with profiling.phase("step", len(x_adv)):
                 nearest.take(x_adv, scores.fooled)
                 found |= scores.fooled
                 if self.callback is not None:

@@ -293,7 +293,7 @@ class _Momentum:
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
             used[roll.rows] += 1 if active is None else active
-            with profiling.phase("step"):
+            with profiling.phase("step", len(x_adv)):
                 self._step(x_adv, grad, now, active)
             if cycle is not None:
                 cycle.look(k + 1, *self._state(x_adv, now))

@@ -157,7 +157,7 @@ class Objective:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] of x, without a gradient, in float32 or float64."""
-        with torch.no_grad(), profiling.phase("forward"):
+        with torch.no_grad(), profiling.phase("forward", len(x)):
             output = self.model(x)
         self.count.forwards += len(x)
         if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
@@ -187,14 +187,14 @@ class Objective:
         predicted classes [B].
         """
         leaf = x.detach().requires_grad_()
-        with profiling.phase("forward"):
+        with profiling.phase("forward", len(x)):
             output = self._ask(leaf)
         self.count.forwards += len(x)
         if not output.requires_grad:
             raise ValueError(NO_GRADIENT)
         z = output if output.dtype == torch.float64 else output.float()
         gaps = z.gather(1, classes) - z.gather(1, self.labels[:, None])
-        with profiling.phase("backward"):
+        with profiling.phase("backward", len(x) * gaps.shape[1]):
             last = gaps.shape[1] - 1
             grads = [
                 torch.autograd.grad(gaps[:, k].sum(), leaf, retain_graph=k < last)[0].to(x.dtype)
@@ -244,7 +244,7 @@ class Objective:
             output, of_output = scores.loss, torch.ones_like(scores.loss)
         if not output.requires_grad:
             raise ValueError(NO_GRADIENT)
-        with profiling.phase("backward"):
+        with profiling.phase("backward", len(x)):
             (grad,) = torch.autograd.grad(output, leaf, of_output, allow_unused=True)
         if grad is None:
             raise ValueError(
@@ -264,7 +264,7 @@ class Objective:
         return (new < old if self.targeted else new > old) | (old.isnan() & ~new.isnan())
 
     def _evaluate(self, x: Tensor) -> Scores:
-        with profiling.phase("forward"):
+        with profiling.phase("forward", len(x)):
             output = self._ask(x)
             self.count.forwards += len(x)
             logits = output if isinstance(output, Tensor) and output.is_floating_point() else None
@@ -295,7 +295,7 @@ class Objective:
 
     def _evaluate_head(self, x: Tensor) -> tuple[Scores, Tensor, Tensor]:
         """Scores, embeddings and the gradient with respect to them; nothing behind the embedding is in a graph."""
-        with profiling.phase("forward"):
+        with profiling.phase("forward", len(x)):
             embedding = self._ask(x, "embed")
             self.count.forwards += len(x)
             if not self.count.classes:

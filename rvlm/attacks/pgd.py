@@ -201,7 +201,7 @@ class _Steps:
             elif active is not None and self._all_done(active, k):
                 break
             used[roll.rows] += 1 if active is None else active
-            with profiling.phase("step"):
+            with profiling.phase("step", len(x_adv)):
                 ball.step(x_adv, ball.of_iterate(grad), alpha, active)
             if cycle is not None:
                 cycle.look(k + 1, x_adv)

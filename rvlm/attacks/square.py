@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rvlm import profiling
 from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import AttackResult, Objective
@@ -129,8 +130,9 @@ class _Squares:
                 if len(left) < len(part.x):
                     rows, part, target, draws = left, ball.at(left), objective.at(left), noise.at(left)
             mine = kept if rows is None else kept.at(rows)
-            draw = draws.around(part.x.new_zeros(len(part.x), 4 + 3 * x.shape[1]), draw=2 + query)
-            proposal = part.as_seen(moves.propose(part, mine.x_adv, self._side(self.spent + query, x), draw))
+            with profiling.phase("step", len(part.x)):
+                draw = draws.around(part.x.new_zeros(len(part.x), 4 + 3 * x.shape[1]), draw=2 + query)
+                proposal = part.as_seen(moves.propose(part, mine.x_adv, self._side(self.spent + query, x), draw))
             scores = target.score(proposal)
             if self.callback is not None:
                 self.callback(query, proposal, scores.loss)

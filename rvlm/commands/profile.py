@@ -2,16 +2,18 @@
 
 import copy
 import dataclasses
-import json
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from rvlm import profiling
 from rvlm.arguments import ProfileArgs
+from rvlm.commands import phases
 from rvlm.commands.shared import device_of, load_model
 from rvlm.plugins import from_file
 
@@ -21,20 +23,26 @@ __all__ = ["profile"]
 def profile(args: ProfileArgs) -> int:
     from rvlm.data import load_data
 
-    whats = {"train": _profile_train, "attack": _profile_attack, "infer": _profile_infer}
+    whats = {"train": _profile_train, "attack": _profile_attack, "eval": _profile_eval, "infer": _profile_infer}
     if args.what not in whats:
         raise ValueError(f"cannot profile {args.what!r}: expected {', '.join(whats)}")
     if args.twin is not None and args.what != "train":
         raise ValueError("--twin is another training loop: it goes with profile train")
     if args.defended is not None and args.what != "infer":
         raise ValueError("--defended are models beside --model: it goes with profile infer")
+    for name, ends in (("trace", (".json", ".json.gz")), ("flame", (".html",))):
+        file = getattr(args, name)
+        if file is not None and args.what == "infer":
+            raise ValueError(f"--{name} goes with profile train, attack and eval")
+        if file is not None and not file.endswith(ends):
+            raise ValueError(f"--{name} {file}: expected a file that ends in {' or '.join(ends)}")
     data = load_data(args.data, "train" if args.what == "train" else "test", size=args.size, limit=args.limit)
     return whats[args.what](args, data)
 
 
 def _profile_train(args: ProfileArgs, data) -> int:
     """Phases of one epoch of each stage; with a twin, images per second of both, timed in turn."""
-    from rvlm import profiling
+    from rvlm import ops
     from rvlm.methods import build_method
     from rvlm.models import load_clip
     from rvlm.training import train as run_training
@@ -42,22 +50,26 @@ def _profile_train(args: ProfileArgs, data) -> int:
     twin = None if args.twin is None else from_file(args.twin)
     device = device_of(args.device)
     clip = load_clip(args.model, device)
+    config = build_method(args.method, args.preset).config
 
-    def work():
-        method = build_method(args.method, args.preset)
+    def work(some):
+        with profiling.phase("setup"):
+            student, method = copy.deepcopy(clip), build_method(args.method, args.preset)
         whole = method.stages
         method.stages = lambda: [dataclasses.replace(stage, length=1) for stage in whole()]
-        return run_training(copy.deepcopy(clip), data, method, progress=False)
+        return run_training(student, some, method, progress=False)
 
     build_method(args.method, args.preset).setup(copy.deepcopy(clip), data)  # what is made at first use
-    with profiling.record(device) as timer:
-        result = work()
-    speed = result.images / result.seconds
-    found = {"seconds": result.seconds, "images_per_s": speed, "phases": timer.totals()}
+    batch = data.subset(torch.arange(min(config.batch_size, len(data))), "the first batch")
+    with ops.use_backend("reference"), profiling.record(device, flops=True) as counted:
+        work(batch)
+    result, found = phases.measure(args, device, lambda: work(data), counted, config.precision)
+    found |= {"images": result.images, "images_per_s": result.images / result.seconds}
+    found |= phases.trace(args, device, lambda: work(batch))
     if twin is not None:
         epoch = twin(build_method(args.method, args.preset), clip, data)
-        found["twin"] = _against(work, epoch, 3 if args.rounds is None else args.rounds, device)
-    return _show_profile(args, found, result.images)
+        found["twin"] = _against(lambda: work(data), epoch, 3 if args.rounds is None else args.rounds, device)
+    return phases.show(args, found)
 
 
 def _against(work, epoch: Callable[[], int], rounds: int, device: torch.device) -> dict[str, float]:
@@ -80,24 +92,55 @@ def _against(work, epoch: Callable[[], int], rounds: int, device: torch.device) 
 
 
 def _profile_attack(args: ProfileArgs, data) -> int:
-    from rvlm import profiling
-    from rvlm.attacks import pgd
-    from rvlm.evaluation import evaluate, parse_attack
-    from rvlm.models import ZeroShotClassifier, load_clip
+    """Phases of the stages of an attack, each on all images, which are in memory."""
+    from rvlm.attacks.stages import parse_attack, usable
 
-    parse_attack(args.attack)
+    eps = args.eps.check(args.norm)
+    stages = parse_attack(args.attack, args.norm)
     device = device_of(args.device)
-    classifier = ZeroShotClassifier(load_clip(args.model, device), data.class_names, data.template)
-    x, y, _ = (t.to(device) for t in data.batch(slice(0, 1)))
-    pgd(classifier, x, y, steps=1)  # what is slow once
-    began = time.perf_counter()
-    with profiling.record(device) as timer:
-        evaluate(classifier, data, attack=args.attack, eps="8/255", device=device, progress=False)
-    phases, seconds = timer.totals(), time.perf_counter() - began
-    found = {"seconds": seconds, "images_per_s": len(data) / seconds, "phases": phases}
-    for share, names in (("model_share", ("forward", "backward")), ("step_share", ("step",))):
-        found[share] = sum(phases[name][0] for name in names if name in phases) / seconds
-    return _show_profile(args, found, len(data))
+    model = load_model(args.model, device, data)
+    stages, _ = usable(stages, len(data.class_names))
+    batches = [tuple(t.to(device) for t in data.batch(rows)) for rows in torch.arange(len(data)).split(args.batch_size)]
+
+    def work(some: Sequence[tuple[Tensor, ...]]) -> None:
+        for stage in stages:
+            for x, y, index in some:
+                generator = torch.Generator().manual_seed(stage.restart)
+                with profiling.phase(stage.name, len(x)):
+                    stage(model, x, y, eps=float(eps), norm=args.norm, generator=generator, sample_ids=index)
+
+    counted = phases.count(model, batches[0][0])
+    work([tuple(t[: phases.FEW] for t in batches[0])])
+    _, found = phases.measure(args, device, lambda: work(batches), counted)
+    found |= {"images": len(data), "images_per_s": len(data) / found["seconds"]}
+    found |= phases.trace(args, device, lambda: work(batches[:1]))
+    return phases.show(args, found)
+
+
+def _profile_eval(args: ProfileArgs, data) -> int:
+    """Phases of an evaluation as `rvlm eval` makes it, whose record goes to a folder that is thrown away."""
+    from rvlm.evaluation import evaluate, parse_attack, write_evaluation
+
+    eps = args.eps.check(args.norm)
+    parse_attack(args.attack, args.norm)
+    device = device_of(args.device)
+    model = load_model(args.model, device, data)
+
+    def work(some) -> None:
+        found = evaluate(
+            model, some, attack=args.attack, eps=eps, norm=args.norm, batch_size=args.batch_size, device=device,
+            progress=False,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder, profiling.phase("records", len(some)):
+            write_evaluation(folder, args.model, found, some, model)
+
+    counted = phases.count(model, data.batch(slice(0, phases.FEW))[0].to(device))
+    work(data.subset(torch.arange(min(phases.FEW, len(data))), "the first few"))
+    _, found = phases.measure(args, device, lambda: work(data), counted)
+    found |= {"images": len(data), "images_per_s": len(data) / found["seconds"]}
+    batch = data.subset(torch.arange(min(args.batch_size, len(data))), "the first batch")
+    found |= phases.trace(args, device, lambda: work(batch))
+    return phases.show(args, found)
 
 
 def _profile_infer(args: ProfileArgs, data) -> int:
@@ -118,31 +161,7 @@ def _profile_infer(args: ProfileArgs, data) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch writes to stderr whenever its profiler starts or stops
     x = data.batch(slice(0, max(batch_sizes)))[0].to(device)
     rows = infer.measure(models, x, len(data.class_names), batch_sizes, 20 if args.rounds is None else args.rounds)
-    if args.json:
-        print(
-            json.dumps({"rows": rows, "data": data.name, "pixels": list(x.shape[-2:]), "env": environment()}, indent=1)
-        )
-    else:
+    found = {"rows": rows, "data": data.name, "pixels": list(x.shape[-2:]), "env": environment()}
+    if not phases.as_json(args, found):
         print(latency_table(rows))
-    return 0
-
-
-def _show_profile(args: ProfileArgs, found: dict[str, Any], images: int) -> int:
-    from rvlm.report import phase_table
-
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    print(phase_table(found["phases"], found["seconds"], images))
-    if "model_share" in found:
-        model, step = found["model_share"], found["step_share"]
-        print(
-            f"The model's passes are {model:.1%} of the time, the attack's own arithmetic {step:.1%}. Without any "
-            f"cost, that would make it {1 / (1 - step):.2f}x as fast, and all that is not the model {1 / model:.2f}x."
-        )
-    if twin := found.get("twin"):
-        print(
-            f"{twin['images_per_s']:.0f} images/s, {args.twin} {twin['twin_images_per_s']:.0f}: {twin['ratio']:.2f}x "
-            f"({twin['ratio_min']:.2f} to {twin['ratio_max']:.2f} in {twin['rounds']} pairs)"
-        )
     return 0

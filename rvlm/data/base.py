@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rvlm import profiling
+
 __all__ = ["Data"]
 
 
@@ -44,7 +46,8 @@ class Data:
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels [B, 3, H, W] fp32 in [0, 1] on the grid k/255, labels [B], sample numbers [B]."""
         index = self.index[rows]
-        return self.read(index).float() / 255, self.y[rows], index
+        with profiling.phase("data", len(index)):
+            return self.read(index).float() / 255, self.y[rows], index
 
     def subset(self, rows: Tensor, rule: str) -> "Data":
         """The samples at `rows`, which keep their numbers."""

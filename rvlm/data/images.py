@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rvlm import profiling
+
 __all__ = ["Fit", "Reader", "as_png", "fit"]
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what goes into a tar as it is
@@ -96,9 +98,11 @@ class Reader:
         return "png", as_png(image)
 
     def _read(self, i: int) -> Tensor:
-        name, image = self.name(i), self.image(i)
+        with profiling.phase("read and decode", 1):
+            name, image = self.name(i), self.image(i)
         if self.size is not None:
-            return fit(image, self.size)
+            with profiling.phase("resize and crop", 1):
+                return fit(image, self.size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         self.shape = self.shape or pixels.shape
         if pixels.shape != self.shape:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rvlm import profiling
 from rvlm.attacks import AttackResult, scoring
 from rvlm.attacks.ball import ORDER
 from rvlm.attacks.checks import are_probabilities
@@ -205,11 +206,13 @@ def evaluate(
         """The chunks that are left of a stage."""
         while wave := chunks[tally.chunk : tally.chunk + ranks.size]:
             mine = work(wave[ranks.rank]) if ranks.rank < len(wave) else None
-            for part in ranks.gather(mine)[: len(wave)]:
-                part.enter(result, tally)
-            tally.chunk += len(wave)
-            bar.update(sum(map(len, wave)) * cost)
-            keeper.save_now_and_then()
+            images = sum(map(len, wave))
+            with profiling.phase("bookkeeping", images):
+                for part in ranks.gather(mine)[: len(wave)]:
+                    part.enter(result, tally)
+                tally.chunk += len(wave)
+                bar.update(images * cost)
+                keeper.save_now_and_then()
 
     def clean(rows: Tensor) -> _Part:
         x, y, _ = data.batch(rows)
@@ -218,20 +221,21 @@ def evaluate(
 
     def attacked(rows: Tensor) -> _Part:
         x, y, index = data.batch(rows)
-        found = stage(
-            source or classifier,
-            x.to(device),
-            y.to(device),
-            transfer=not white_box,
-            slots=batch_size,
-            eps=float(eps),
-            norm=norm,
-            # One seed per restart; stages that differ in the loss alone start from the same points.
-            generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
-            sample_ids=index,
-            quantize=quantize,
-            precision=None if precision == "fp32" else precision,
-        )
+        with profiling.phase(stage.name, len(rows)):
+            found = stage(
+                source or classifier,
+                x.to(device),
+                y.to(device),
+                transfer=not white_box,
+                slots=batch_size,
+                eps=float(eps),
+                norm=norm,
+                # One seed per restart; stages that differ in the loss alone start from the same points.
+                generator=torch.Generator().manual_seed(seed * 1000 + stage.restart),
+                sample_ids=index,
+                quantize=quantize,
+                precision=None if precision == "fp32" else precision,
+            )
         part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images, batch_size)
         part.spent(found)
         if white_box:
@@ -348,19 +352,20 @@ def _scored(
     look: bool = False,
 ) -> _Part:
     """Scores images (x itself, or what an attack made of it) on the classifier."""
-    logits = torch.cat([logits_of(classifier, batch, classes) for batch in x_adv.split(batch_size)])
-    again = logits_of(classifier, x_adv, classes) if look else None
-    x_adv = x_adv.cpu()
-    pred, nonfinite = predictions(logits)
-    delta = (x_adv.double() - x.double()).flatten(1)
-    part = _Part(
-        rows, pred, pred != y, margin(logits, y), delta.abs().amax(1), delta.norm(ORDER[norm], dim=1),
-        x_adv if keep_images else None, classes=logits.shape[1],
-        outside=max(-x_adv.min().item(), x_adv.max().item() - 1), nonfinite=nonfinite, forwards=len(rows),
-    )  # fmt: skip
-    if look:
-        part.look_at_the_model(logits, again)
-    return part
+    with profiling.phase("scoring", len(rows)):
+        logits = torch.cat([logits_of(classifier, batch, classes) for batch in x_adv.split(batch_size)])
+        again = logits_of(classifier, x_adv, classes) if look else None
+        x_adv = x_adv.cpu()
+        pred, nonfinite = predictions(logits)
+        delta = (x_adv.double() - x.double()).flatten(1)
+        part = _Part(
+            rows, pred, pred != y, margin(logits, y), delta.abs().amax(1), delta.norm(ORDER[norm], dim=1),
+            x_adv if keep_images else None, classes=logits.shape[1],
+            outside=max(-x_adv.min().item(), x_adv.max().item() - 1), nonfinite=nonfinite, forwards=len(rows),
+        )  # fmt: skip
+        if look:
+            part.look_at_the_model(logits, again)
+        return part
 
 
 def _checks(result: Evaluation, tally: Tally, slack: float) -> list[dict]:
@@ -414,7 +419,7 @@ def _black_box(result: Evaluation) -> dict:
 
 
 def logits_of(classifier: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> Tensor:
-    with scoring(classifier):
+    with scoring(classifier), profiling.phase("forward", len(x)):
         logits = classifier(x)
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < classes:
         raise ValueError(f"the classifier must return logits [{len(x)}, {classes}], got {list(logits.shape)}")

@@ -12,9 +12,7 @@ import io
 import json
 import platform
 import re
-import resource
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from rvlm.evaluation.transfer import TransferMatrix
 from rvlm.files import write_bytes
 from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import differing, settings_of, weights_of, weights_sha
+from rvlm.profiling import memory_peak
 from rvlm.units import Eps
 
 __all__ = [
@@ -448,12 +447,10 @@ def _sha(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _peak_megabytes() -> float:
+def _peak_megabytes() -> float | None:
     """Peak memory so far: of the device where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    peak = memory_peak("cuda" if torch.cuda.is_available() else "cpu")
+    return None if peak is None else peak / 2**20
 
 
 def write_json(path: str | Path, content: Any) -> Path:

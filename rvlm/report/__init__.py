@@ -1,6 +1,7 @@
 """Reports: tables, plots with their numbers as CSV beside them, and a self-contained HTML page."""
 
 from rvlm.report.card import model_card
+from rvlm.report.flame import frames, write_flame
 from rvlm.report.gather import Found, gather
 from rvlm.report.html import write_html
 from rvlm.report.leaderboard import Entry, leaderboards, load_entries
@@ -39,6 +40,7 @@ __all__ = [
     "csv_text",
     "facts",
     "figures",
+    "frames",
     "gather",
     "heat_map",
     "image_grid",
@@ -58,6 +60,7 @@ __all__ = [
     "rich_table",
     "training_curves",
     "transfer_heat_map",
+    "write_flame",
     "write_html",
     "write_report",
 ]

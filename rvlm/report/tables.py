@@ -161,13 +161,44 @@ def comparison_table(found: list[Any]) -> str:
     return "\n".join(lines)
 
 
-def phase_table(phases: dict[str, tuple[float, int]], seconds: float, images: int) -> str:
-    """A Markdown table of `rvlm.profiling` totals: phases nest, so that an attack contains forward and backward."""
-    lines = ["| phase | seconds | share | calls |", "| --- | --- | --- | --- |"]
-    for name, (spent, calls) in sorted(phases.items(), key=lambda item: -item[1][0]):
-        lines.append(f"| {name} | {spent:.3f} | {spent / seconds:.1%} | {calls} |")
-    lines.append(f"| whole | {seconds:.3f} | 100.0% | {images} images, {images / seconds:.0f} images/s |")
-    return "\n".join(lines)
+def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) -> str:
+    """A Markdown table of `rvlm profile`: phases stand under those that they ran in, "other" is the time of a phase
+    that is in none below it, so that the shares of whatever has nothing below it add up to the whole.
+
+    Args:
+        phases: rows with path (names), seconds, own (seconds in no phase below), calls, images (that went through, as
+            often as they did) and flops (or None); the first is the whole, each is followed by those inside it.
+        images, images_per_s: of the whole.
+    """
+    whole = phases[0]
+    lines = [["phase", "seconds", "share", "calls", "images", "images/s", "GFLOP/image", "GFLOP/s"]]
+    lines.append(["---"] * len(lines[0]))
+
+    def line(title: str, seconds: float, calls: str = "", *rest: str) -> None:
+        cells = [title, f"{seconds:.3f}", f"{seconds / whole['seconds']:.1%}", calls, *rest]
+        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+
+    def below(row: dict[str, Any]) -> None:
+        depth = len(row["path"])
+        inside = [other for other in phases if len(other["path"]) == depth + 1 and other["path"][:-1] == row["path"]]
+        for inner in inside:
+            seen, flops = inner["images"], inner["flops"]
+            rates = [str(seen), f"{seen / max(inner['seconds'], 1e-9):.0f}"] if seen else ["", ""]
+            rates += [f"{flops / seen / 1e9:.3g}" if seen else "", _gflops(inner)] if flops else []
+            line("· " * depth + inner["path"][-1], inner["seconds"], str(inner["calls"]), *rates)
+            below(inner)
+        if inside:
+            line("· " * depth + "other", row["own"])
+
+    below(whole)
+    rates = [str(images), f"{images_per_s:.0f}"]
+    rates += [f"{whole['flops'] / images / 1e9:.3g}", _gflops(whole)] if whole["flops"] else []
+    line("whole", whole["seconds"], "1", *rates)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _gflops(row: dict[str, Any]) -> str:
+    return f"{row['flops'] / max(row['seconds'], 1e-9) / 1e9:.3g}"
 
 
 def latency_table(rows: list[dict[str, Any]]) -> str:

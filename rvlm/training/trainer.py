@@ -139,9 +139,10 @@ def train(
         began = time.perf_counter()
         bare = student.adapter is None
         try:
-            with ranks.first_before_others():  # what the first writes to caches, the others find
-                method.setup(student, data)
-            method.prepare(ranks)
+            with profiling.phase("setup"):
+                with ranks.first_before_others():  # what the first writes to caches, the others find
+                    method.setup(student, data)
+                method.prepare(ranks)
         except BaseException:
             if bare and student.adapter is not None:
                 student.adapter.detach(student)
@@ -277,7 +278,7 @@ class _Run:
             self.scaler.unscale_(self.optimizer)
             for group in self.optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], config.clip_grad)
-        with profiling.phase("optimizer"):
+        with profiling.phase("optimizer", len(mine)):
             self.scaler.step(self.optimizer)  # leaves a step with infinite gradients out
             self.scaler.update()
         self.at.count += len(mine)
@@ -289,12 +290,13 @@ class _Run:
         batch = Batch(*(t.to(student.device) for t in self.data.batch(mine)), count=count)
         student.train(method.trains_tower)
         if method.inputs in ("adv", "both"):
-            with profiling.phase("attack"), parametrize.cached():
+            with profiling.phase("attack", len(mine)), parametrize.cached():
                 made = method.adversary(batch)
                 batch.x_adv = _craft(student, method, batch, noise_seed, self.scaler) if made is None else made
-        with profiling.phase("student forward"), parametrize.cached(), mixed(student, method.config.precision):
+        precision = method.config.precision
+        with profiling.phase("student forward", len(mine)), parametrize.cached(), mixed(student, precision):
             outputs = _forward(self.forward, method, batch)
-        with profiling.phase("loss and teachers"), parametrize.cached():
+        with profiling.phase("loss and teachers", len(mine)), parametrize.cached():
             losses = method.loss(*(None if o is None else o.float() for o in outputs), batch)
         values = dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
         if not abs(values["total"]) < float("inf"):
@@ -303,7 +305,7 @@ class _Run:
                 f"{self.at.batch}; the model was not updated. Lower the learning rate, clip gradients (clip_grad), or "
                 f"look at these images{self._keep_failed(batch, values)}."
             )
-        with profiling.phase("student backward"):
+        with profiling.phase("student backward", len(mine)):
             # Wrappers average over processes, and the shares of all are to be added up.
             self.scaler.scale(losses["total"] * self.ranks.size).backward()
         values["total"] *= count / len(mine)
