@@ -278,8 +278,20 @@ class ProfileArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class BenchArgs(ModelArgs):
-    """Your own PGD: is it correct (ball, box, the model left as it was, strength), and how fast is it beside rvlm's."""
+    """rvlm bench [SUITE...]: the benchmarks of a source checkout, compared with a run that was saved. With --mine your
+    own PGD: is it correct (ball, box, the model left as it was, strength), and how fast is it beside rvlm's."""
 
+    suites: list[str] = dataclasses.field(default_factory=list)
+    """Files of bench/ without bench_ and .py: steps, pgd, ...; none for all."""
+    only: str | None = None
+    """For suites: cells whose names fit, as pytest -k."""
+    save: str | None = None
+    """For suites: keep the run, machine and versions under this name, in .benchmarks."""
+    compare: str | None = None
+    """For suites: name of a run that was saved, or a JSON file of pytest-benchmark, to compare with cell by cell."""
+    fail_above: float | None = None
+    """With --compare: fail (exit code 4) if a cell's median is more than this many per cent longer, and its quartiles
+    do not overlap with those before."""
     mine: str = ""
     """FILE.py:NAME, a callable (model, images, labels, ...) that returns adversarial images. Of eps, alpha and steps it
     is passed those that it takes, also under names such as epsilon, step_size, num_steps."""

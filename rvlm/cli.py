@@ -24,7 +24,7 @@ __all__ = ["build_parser", "main"]
 WORDS = {
     "train": ("method",), "ls": ("what",), "data": ("what", "names*"), "check": ("model",), "analyze": ("what",),
     "profile": ("what",), "compare": ("a", "b"), "report": ("runs*",), "convert": ("src", "dst"),
-    "repro": ("record",),
+    "repro": ("record",), "bench": ("suites*",),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import sys
 
 from rvlm.arguments import CHECK_FAILED, BenchArgs, CheckArgs
 from rvlm.commands.shared import device_of, load, show_findings
+from rvlm.commands.suites import run_suites
 from rvlm.plugins import from_file
 from rvlm.ranks import Ranks
 
@@ -25,7 +26,9 @@ def bench(args: BenchArgs) -> int:
     from rvlm.evaluation.mine import compare
 
     if not args.mine:
-        raise ValueError("--mine FILE.py:NAME is missing: which attack is to be compared?")
+        return run_suites(args)
+    if args.suites or args.only or args.save or args.compare or args.fail_above is not None:
+        raise ValueError("--mine compares an attack with rvlm's: suites, --only, --save and --compare go without it")
     attack, eps, device = from_file(args.mine), args.eps.check(args.norm), device_of(args.device)
     data, model, _ = load(args, Ranks())
     x, y, _ = (t.to(device) for t in data.batch(slice(None)))

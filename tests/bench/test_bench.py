@@ -161,6 +161,80 @@ def test_report_keeps_losing_cells_and_names_missing_files(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["speedup"] == [0.4, 0.5, 0.6]
 
 
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import compare
+
+    return compare
+
+
+def a_run(cells, **machine):
+    """A file of pytest-benchmark; cells: name -> (lower quartile, median, upper quartile) in us, calls of a round."""
+    benchmarks = [
+        {
+            "fullname": name,
+            "stats": dict(zip(("q1", "median", "q3"), (1e-6 * calls * us for us in times), strict=True)),
+            "extra_info": {"calls_per_round": calls, "speedup": [1.9, 2.0, 2.1]} if calls > 1 else {},
+        }
+        for name, (times, calls) in cells.items()
+    ]
+    info = {"device": "x", "threads": 2, "torch": "2.15.0", "quick": False} | machine
+    return {"machine_info": {"rvlm": info}, "commit_info": {"id": "f" * 40}, "benchmarks": benchmarks}
+
+
+def test_cells_are_slower_only_where_quartiles_do_not_overlap(compare):
+    before = a_run({"same": ((9, 10, 11), 1), "slow": ((9, 10, 11), 200), "gone": ((1, 1, 1), 1)})
+    now = a_run({"slow": ((12, 13, 14), 50), "same": ((10.9, 13, 14), 1), "a|b": ((1, 1, 1), 1)})
+    found = compare.compare(before, now)
+    slow, same = found["cells"]
+    assert (slow["verdict"], same["verdict"]) == ("slower", "") and slow["ratio"] == pytest.approx(1.3)
+    assert slow["us"] == pytest.approx(13), "a call, however many a round has"
+    assert same["spread"] == pytest.approx([10.9 / 11, 14 / 9]) and (slow["speedup"], same["speedup"]) == (2.0, None)
+    assert (found["gone"], found["new"], found["machine"], found["versions"]) == (["gone"], ["a|b"], {}, {})
+    assert compare.compare(now, before)["cells"][1]["verdict"] == "faster"
+    text = compare.text(found)
+    assert "| slow | 10.0 | 13.0 | 1.30 | 1.09-1.56 | 2.00 | 2.00 | **slower** |" in text
+    assert "2 cells, ratios around 1.30: 1 slower, 0 faster" in text and "1 cells not measured before: a|b" in text
+    assert "ANOTHER MACHINE" not in text
+
+
+def test_another_machine_is_named_and_quick_runs_are_refused(compare):
+    cell = {"a": ((1, 1, 1), 1)}
+    found = compare.compare(a_run(cell), a_run(cell, device="y", torch="2.16.0"))
+    assert found["machine"] == {"device": ["x", "y"]} and found["versions"] == {"torch": ["2.15.0", "2.16.0"]}
+    assert compare.text(found).startswith("ANOTHER MACHINE: device x -> y: ratios say little about the code\n")
+    with pytest.raises(ValueError, match="RVLM_BENCH_QUICK"):
+        compare.compare(a_run(cell), a_run(cell, quick=True))
+    with pytest.raises(ValueError, match="the run before is no JSON of pytest-benchmark"):
+        compare.compare({"schema": "rvlm.bench/1"}, a_run(cell))
+
+
+@pytest.mark.slow
+def test_a_run_is_saved_and_compared(tmp_path):
+    argv = [sys.executable, "-m", "rvlm", "bench", "filters", "--only", "rvlm or fft", "--device", "cpu"]
+    done = quick([*argv, "--save", "test-of-the-benchmarks", "--json"])
+    (saved,) = (BENCH.parent / ".benchmarks").glob("*/*_test-of-the-benchmarks.json")
+    try:
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout)
+        assert found["machine"]["quick"] and found["compared"] is None
+        assert sorted(row["impl"] for row in found["rows"]) == ["fft", "rvlm"]
+        done = quick([*argv, "--compare", "test-of-the-benchmarks", "--fail-above", "100000"])
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "## Against test-of-the-benchmarks" in done.stdout and "2 cells, ratios around" in done.stdout
+        data = json.loads(saved.read_text())
+        for bench in data["benchmarks"]:
+            bench["stats"] = {
+                name: value / 1e4 for name, value in bench["stats"].items() if name in ("q1", "median", "q3")
+            }
+        (tmp_path / "fast.json").write_text(json.dumps(data))
+        done = quick([*argv, "--compare", str(tmp_path / "fast.json"), "--fail-above", "5"])
+        assert done.returncode == 4 and done.stderr.count("FAIL bench/bench_filters.py::") == 2
+    finally:
+        saved.unlink()
+
+
 @pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
 def test_lines_of_the_divergences_are_the_ops(peers, kind):
     student, teachers = torch.randn(4, 9).double(), torch.randn(3, 4, 9).double()
