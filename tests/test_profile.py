@@ -27,6 +27,18 @@ def cache(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """Six, of two classes."""
+    generator = torch.Generator().manual_seed(0)
+    for k in range(6):
+        file = tmp_path / "data" / f"class {k % 2}" / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(file)
+    return f"folder:{tmp_path / 'data'}"
+
+
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch):
     monkeypatch.setitem(peak.SIDE, "cpu", 256)
@@ -106,6 +118,14 @@ def test_attack_with_trace_and_flame(cache, tmp_path, capsys):
     assert not re.search(r"(src|href)=|url\(|@import|https?:", page), "nothing is fetched"
 
 
+def test_stages_that_the_classes_rule_out_are_named(cache, photographs, capsys):
+    argv = ["attack", "--model", cache, "--data", photographs, "--size", "32", "--attack", "fgsm,apgd-dlr-1", "--json"]
+    assert run(*argv) == 0
+    said = capsys.readouterr()
+    assert "NOT PROFILED apgd-dlr-1 needs 3 classes, there are 2" in said.err
+    assert {row["path"][0] for row in json.loads(said.out)["phases"][1:]} == {"fgsm"}
+
+
 def test_counted_operations_are_the_models(cache):
     clip = load_clip(cache)
     tower = sum(  # of a product with n tokens, n times as many
@@ -119,13 +139,8 @@ def test_counted_operations_are_the_models(cache):
     assert per_image == phases._per_image(phases.count(clip.encode_pixels, torch.rand(7, 3, 32, 32)).spans())
 
 
-def test_eval_reads_images_and_writes_a_record(cache, tmp_path, capsys):
-    torch.manual_seed(0)
-    for k in range(6):
-        file = tmp_path / "data" / f"class {k % 2}" / f"{k}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()).save(file)
-    argv = ["eval", "--model", cache, "--data", f"folder:{tmp_path / 'data'}", "--size", "32", "--batch_size", "4"]
+def test_eval_reads_images_and_writes_a_record(cache, photographs, capsys):
+    argv = ["eval", "--model", cache, "--data", photographs, "--size", "32", "--batch_size", "4"]
     assert run(*argv, "--attack", "fgsm,square-5", "--eps", "0.00001", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     check_sums(found)

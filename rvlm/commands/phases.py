@@ -23,7 +23,7 @@ from rvlm.commands.peak import peak_of
 __all__ = ["as_json", "count", "measure", "show", "trace"]
 
 FEW = 8  # images that are enough to count
-TOP = 10  # ops that are listed
+TOP, WIDE = 10, 60  # ops that are listed, and how much of their names
 MODEL, STEP = ("forward", "backward"), ("step",)
 
 
@@ -141,8 +141,10 @@ def trace(args: ProfileArgs, device: torch.device, work: Callable[[], Any]) -> d
     if args.flame is not None:
         intro = f"rvlm profile {args.what} on {args.model}: one batch, under torch.profiler, which slows it down."
         write_flame(args.flame, f"Where the time of {args.what} goes", intro, frames(json.loads(content)))
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    spent = [(getattr(op, own) / 1e6, op.key, op.count) for op in seen.key_averages() if not op.is_user_annotation]
+    # What ran on a GPU has rows of its own beside those of the ops that asked for it.
+    where, own = ("CUDA", "self_device_time_total") if on_gpu else ("CPU", "self_cpu_time_total")
+    ran = [op for op in seen.key_averages() if op.device_type.name == where and not op.is_user_annotation]
+    spent = [(getattr(op, own) / 1e6, op.key, op.count) for op in ran]
     whole = sum(seconds for seconds, _, _ in spent)
     return {
         "ops": [
@@ -188,11 +190,11 @@ def show(args: ProfileArgs, found: dict[str, Any]) -> int:
         )
     if top := found.get("ops"):
         rows = [
-            {"name": op["name"], "ms": f"{1e3 * op['seconds']:.2f}", "share": f"{op['share']:.1%}",
+            {"name": op["name"][:WIDE], "ms": f"{1e3 * op['seconds']:.2f}", "share": f"{op['share']:.1%}",
              "calls": str(op["calls"])}
             for op in top
         ]  # fmt: skip
-        print("\nOps of one batch by their own time, under torch.profiler\n")
+        print("\nOps (on a GPU, kernels) of one batch by their own time, under torch.profiler\n")
         print(markdown(rows, {"name": "op", "ms": "ms", "share": "share", "calls": "calls"}))
         if args.trace is not None:
             print(f"{args.trace}: open it in https://ui.perfetto.dev or chrome://tracing")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -99,7 +100,9 @@ def _profile_attack(args: ProfileArgs, data) -> int:
     stages = parse_attack(args.attack, args.norm)
     device = device_of(args.device)
     model = load_model(args.model, device, data)
-    stages, _ = usable(stages, len(data.class_names))
+    stages, refused = usable(stages, len(data.class_names))
+    for sentence in refused:
+        print(f"NOT PROFILED {sentence}", file=sys.stderr)
     batches = [tuple(t.to(device) for t in data.batch(rows)) for rows in torch.arange(len(data)).split(args.batch_size)]
 
     def work(some: Sequence[tuple[Tensor, ...]]) -> None:
