@@ -31,7 +31,7 @@ def compare(before: dict, now: dict) -> dict:
         ValueError: something that is not such a file, or a quick run against a full one.
     """
     for title, data in (("before", before), ("now", now)):
-        if not isinstance(data.get("benchmarks"), list) or "machine_info" not in data:
+        if not isinstance(data, dict) or not {"machine_info", "benchmarks"} <= data.keys():
             raise ValueError(f"the run {title} is no JSON of pytest-benchmark: expected machine_info and benchmarks")
     commits = [(data.get("commit_info") or {}).get("id", "")[:12] for data in (before, now)]
     told = [

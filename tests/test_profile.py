@@ -158,6 +158,9 @@ def test_train(cache, tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     check_sums(found)
     per_image = found["flops"]["per_image"]
+    rest = found["seconds"] - at(found, "setup")["seconds"]
+    assert found["images_per_s"] == pytest.approx(100 / rest), "what happens once is no matter of speed"
+    assert found["flops"]["per_s"] * rest == pytest.approx(found["flops"]["total"])
     assert found["images"] == 100 and at(found, "attack")["images"] == 100 and at(found, "setup")["images"] == 0
     assert per_image["student backward"] == pytest.approx(2 * per_image["student forward"], rel=0.1), "weights, too"
     assert per_image["backward"] == pytest.approx(per_image["forward"], rel=0.1)
@@ -193,6 +196,7 @@ def test_train_other_methods_and_a_twin(tmp_path, monkeypatch, capsys):
         (["attack", "--trace", "x.txt"], "expected a file that ends in .json or .json.gz"),
         (["infer", "--flame", "x.html"], "goes with profile train, attack and eval"),
         (["eval", "--attack", "lunch"], "unknown attack"),
+        (["eval", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["eval", "--eps", "4"], "did you mean 4/255?"),
     ],
 )

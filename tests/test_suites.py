@@ -92,6 +92,14 @@ def test_saved_runs_go_by_name_and_the_newest_counts(monkeypatch, tmp_path):
         suites._kept("b")
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"benchmarks": [{}], "machine_info": {}}'])
+def test_a_file_that_is_no_run_is_refused_before_anything_runs(content, tmp_path, pytest_that, capsys):
+    words = pytest_that(a_run(1.0))
+    (tmp_path / "x.json").write_text(content)
+    assert run("steps", "--compare", tmp_path / "x.json") == 2 and not words
+    assert "x.json cannot be compared with: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, code, message",
     [

@@ -24,7 +24,7 @@ __all__ = ["as_json", "count", "measure", "show", "trace"]
 
 FEW = 8  # images that are enough to count
 TOP, WIDE = 10, 60  # ops that are listed, and how much of their names
-MODEL, STEP = ("forward", "backward"), ("step",)
+SETUP, MODEL, STEP = "setup", ("forward", "backward"), ("step",)
 
 
 def count(model: Callable[[Tensor], Tensor], x: Tensor) -> profiling.Recording:
@@ -45,16 +45,16 @@ def count(model: Callable[[Tensor], Tensor], x: Tensor) -> profiling.Recording:
 def measure(
     args: ProfileArgs,
     device: torch.device,
-    work: Callable[[], Any],
+    work: Callable[[], int],
     counted: profiling.Recording,
     precision: str = "fp32",
-) -> tuple[Any, dict[str, Any]]:
-    """What `work` returns, and what was found.
+) -> dict[str, Any]:
+    """What was found: seconds, phases, operations and what they are of the device's peak, memory.
 
     Args:
         args: of the command.
         device: that `work` runs on.
-        work: what is measured.
+        work: what is measured; returns how many images it was for. A phase "setup" in it counts in no rate.
         counted: a recording with flops: of every phase as many an image as there.
         precision: of the matrix products, for the peak.
     """
@@ -64,13 +64,14 @@ def measure(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with profiling.record(device) as recording:
-        result = work()
+        images = work()
     per_image = _per_image(counted.spans())
     phases = _rows(recording.spans(), per_image)
     whole = phases[0]
+    seconds = whole["seconds"] - sum(row["seconds"] for row in phases if row["path"] == [SETUP])
     found = {
         "what": args.what, "model": args.model, "clock": "CUDA events" if on_gpu else "wall clock",
-        "seconds": whole["seconds"], "phases": phases,
+        "seconds": whole["seconds"], "images": images, "images_per_s": images / seconds, "phases": phases,
         "memory": {
             "peak_bytes": profiling.memory_peak(device),
             "of": "tensors on the device" if on_gpu else "this process at its largest, Python and libraries included",
@@ -81,14 +82,14 @@ def measure(
         for share, names in (("model_share", MODEL), ("step_share", STEP)):
             found[share] = sum(row["seconds"] for row in phases[1:] if row["path"][-1] in names) / whole["seconds"]
     if whole["flops"]:
-        peak, rate = peak_of(device, precision), whole["flops"] / whole["seconds"]
+        peak, rate = peak_of(device, precision), whole["flops"] / seconds
         busy = whole["flops"] / sum(row["seconds"] for row in phases[1:] if row["path"][-1] in per_image)
         found["flops"] = {
             "per_image": per_image, "total": whole["flops"], "per_s": rate, "per_s_in_model": busy,
             "peak_per_s": peak.flops_per_s, "precision": peak.precision, "peak_source": peak.source,
             "utilisation": rate / peak.flops_per_s, "utilisation_in_model": busy / peak.flops_per_s,
         }  # fmt: skip
-    return result, found
+    return found
 
 
 def _per_image(spans: list[profiling.Span]) -> dict[str, float]:
@@ -172,7 +173,8 @@ def show(args: ProfileArgs, found: dict[str, Any]) -> int:
     if as_json(args, found):
         return 0
     print(phase_table(found["phases"], found["images"], found["images_per_s"]))
-    print(f"\nSeconds by {found['clock']}. Images are counted as often as they go through a phase.")
+    once = " Rates of the whole are those without setup." if found["phases"][1]["path"] == [SETUP] else ""
+    print(f"\nSeconds by {found['clock']}. Images are counted as often as they go through a phase.{once}")
     if "flops" in found:
         _show_flops(found["flops"])
     if (peak := found["memory"]["peak_bytes"]) is not None:

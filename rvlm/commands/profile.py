@@ -31,6 +31,8 @@ def profile(args: ProfileArgs) -> int:
         raise ValueError("--twin is another training loop: it goes with profile train")
     if args.defended is not None and args.what != "infer":
         raise ValueError("--defended are models beside --model: it goes with profile infer")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     for name, ends in (("trace", (".json", ".json.gz")), ("flame", (".html",))):
         file = getattr(args, name)
         if file is not None and args.what == "infer":
@@ -53,7 +55,7 @@ def _profile_train(args: ProfileArgs, data) -> int:
     clip = load_clip(args.model, device)
     config = build_method(args.method, args.preset).config
 
-    def work(some):
+    def epochs(some):
         with profiling.phase("setup"):
             student, method = copy.deepcopy(clip), build_method(args.method, args.preset)
         whole = method.stages
@@ -63,13 +65,12 @@ def _profile_train(args: ProfileArgs, data) -> int:
     build_method(args.method, args.preset).setup(copy.deepcopy(clip), data)  # what is made at first use
     batch = data.subset(torch.arange(min(config.batch_size, len(data))), "the first batch")
     with ops.use_backend("reference"), profiling.record(device, flops=True) as counted:
-        work(batch)
-    result, found = phases.measure(args, device, lambda: work(data), counted, config.precision)
-    found |= {"images": result.images, "images_per_s": result.images / result.seconds}
-    found |= phases.trace(args, device, lambda: work(batch))
+        epochs(batch)
+    found = phases.measure(args, device, lambda: epochs(data).images, counted, config.precision)
+    found |= phases.trace(args, device, lambda: epochs(batch))
     if twin is not None:
         epoch = twin(build_method(args.method, args.preset), clip, data)
-        found["twin"] = _against(lambda: work(data), epoch, 3 if args.rounds is None else args.rounds, device)
+        found["twin"] = _against(lambda: epochs(data), epoch, 3 if args.rounds is None else args.rounds, device)
     return phases.show(args, found)
 
 
@@ -105,17 +106,17 @@ def _profile_attack(args: ProfileArgs, data) -> int:
         print(f"NOT PROFILED {sentence}", file=sys.stderr)
     batches = [tuple(t.to(device) for t in data.batch(rows)) for rows in torch.arange(len(data)).split(args.batch_size)]
 
-    def work(some: Sequence[tuple[Tensor, ...]]) -> None:
+    def work(some: Sequence[tuple[Tensor, ...]]) -> int:
         for stage in stages:
             for x, y, index in some:
                 generator = torch.Generator().manual_seed(stage.restart)
                 with profiling.phase(stage.name, len(x)):
                     stage(model, x, y, eps=float(eps), norm=args.norm, generator=generator, sample_ids=index)
+        return len(data)
 
     counted = phases.count(model, batches[0][0])
     work([tuple(t[: phases.FEW] for t in batches[0])])
-    _, found = phases.measure(args, device, lambda: work(batches), counted)
-    found |= {"images": len(data), "images_per_s": len(data) / found["seconds"]}
+    found = phases.measure(args, device, lambda: work(batches), counted)
     found |= phases.trace(args, device, lambda: work(batches[:1]))
     return phases.show(args, found)
 
@@ -129,18 +130,18 @@ def _profile_eval(args: ProfileArgs, data) -> int:
     device = device_of(args.device)
     model = load_model(args.model, device, data)
 
-    def work(some) -> None:
+    def work(some) -> int:
         found = evaluate(
             model, some, attack=args.attack, eps=eps, norm=args.norm, batch_size=args.batch_size, device=device,
             progress=False,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, profiling.phase("records", len(some)):
             write_evaluation(folder, args.model, found, some, model)
+        return len(some)
 
     counted = phases.count(model, data.batch(slice(0, phases.FEW))[0].to(device))
     work(data.subset(torch.arange(min(phases.FEW, len(data))), "the first few"))
-    _, found = phases.measure(args, device, lambda: work(data), counted)
-    found |= {"images": len(data), "images_per_s": len(data) / found["seconds"]}
+    found = phases.measure(args, device, lambda: work(data), counted)
     batch = data.subset(torch.arange(min(args.batch_size, len(data))), "the first batch")
     found |= phases.trace(args, device, lambda: work(batch))
     return phases.show(args, found)

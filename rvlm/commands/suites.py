@@ -29,7 +29,7 @@ def run_suites(args: BenchArgs) -> int:
         raise ValueError("--fail-above is a percentage of a --compare run's times, at least 0: what is compared?")
     if args.save is not None and not re.fullmatch(r"[\w.-]+", args.save):
         raise ValueError(f"--save {args.save!r}: expected a name of letters, digits, dots and dashes")
-    before = None if args.compare is None else json.loads(_kept(args.compare).read_bytes())
+    before = None if args.compare is None else _before(args.compare)
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", *files, "--benchmark-disable-gc", "--benchmark-quiet"]
@@ -78,6 +78,17 @@ def _files(suites: list[str]) -> list[str]:
     if unknown := [name for name in suites if name not in have]:
         raise ValueError(f"unknown suite {unknown[0]!r}: expected {', '.join(have)}, or none for all")
     return [str(have[name].relative_to(ROOT)) for name in suites or have]
+
+
+def _before(name: str) -> dict:
+    """A run to compare with; what is wrong with it is said before another one takes minutes."""
+    path = _kept(name)
+    try:
+        found = json.loads(path.read_bytes())
+        from_file(f"{ROOT}/bench/compare.py:compare")(found, found)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be compared with: {error}") from None
+    return found
 
 
 def _kept(name: str) -> Path:

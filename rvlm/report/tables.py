@@ -168,7 +168,7 @@ def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) 
     Args:
         phases: rows with path (names), seconds, own (seconds in no phase below), calls, images (that went through, as
             often as they did) and flops (or None); the first is the whole, each is followed by those inside it.
-        images, images_per_s: of the whole.
+        images, images_per_s: of the whole, whose rates may leave something out.
     """
     whole = phases[0]
     lines = [["phase", "seconds", "share", "calls", "images", "images/s", "GFLOP/image", "GFLOP/s"]]
@@ -184,7 +184,8 @@ def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) 
         for inner in inside:
             seen, flops = inner["images"], inner["flops"]
             rates = [str(seen), f"{seen / max(inner['seconds'], 1e-9):.0f}"] if seen else ["", ""]
-            rates += [f"{flops / seen / 1e9:.3g}" if seen else "", _gflops(inner)] if flops else []
+            if flops:
+                rates += [f"{flops / seen / 1e9:.3g}" if seen else "", f"{flops / inner['seconds'] / 1e9:.3g}"]
             line("· " * depth + inner["path"][-1], inner["seconds"], str(inner["calls"]), *rates)
             below(inner)
         if inside:
@@ -192,13 +193,11 @@ def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) 
 
     below(whole)
     rates = [str(images), f"{images_per_s:.0f}"]
-    rates += [f"{whole['flops'] / images / 1e9:.3g}", _gflops(whole)] if whole["flops"] else []
+    if whole["flops"]:
+        each = whole["flops"] / images / 1e9
+        rates += [f"{each:.3g}", f"{each * images_per_s:.3g}"]
     line("whole", whole["seconds"], "1", *rates)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _gflops(row: dict[str, Any]) -> str:
-    return f"{row['flops'] / max(row['seconds'], 1e-9) / 1e9:.3g}"
 
 
 def latency_table(rows: list[dict[str, Any]]) -> str:
