@@ -257,6 +257,10 @@ class ProfileArgs(Arguments):
     """For attack and eval: radius in pixel units, 8/255 or 0.031."""
     norm: str = "linf"
     """For attack and eval: linf, l2 or l1."""
+    precision: str = "fp32"
+    """For attack and eval, of the attack: fp32, tf32, bf16 or cascade."""
+    engine: str = "auto"
+    """For attack: auto, eager, compile or cudagraph."""
     batch_size: int = 100
     """For attack and eval: images per forward."""
     data: str = "digits"

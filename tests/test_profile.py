@@ -197,12 +197,32 @@ def test_train_other_methods_and_a_twin(tmp_path, monkeypatch, capsys):
         (["infer", "--flame", "x.html"], "goes with profile train, attack and eval"),
         (["eval", "--attack", "lunch"], "unknown attack"),
         (["eval", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["eval", "--engine", "compile"], "--engine goes with profile attack"),
+        (["eval", "--precision", "fp8"], "precision"),
         (["eval", "--eps", "4"], "did you mean 4/255?"),
     ],
 )
 def test_bad_input_is_named(argv, message, capsys):
     assert run(*argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_engines_pass_is_forward_and_backward(cache, capsys):
+    argv = ["attack", "--model", cache, "--limit", "4", "--attack", "pgd-3", "--engine", "compile", "--json"]
+    assert run(*argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    check_sums(found)
+    flops, row = found["flops"]["per_image"], at(found, "pgd-3", "model")
+    assert row["flops"] == pytest.approx((flops["forward"] + flops["backward"]) * row["images"])
+    assert found["model_share"] > row["seconds"] / found["seconds"] > 0
+
+
+@pytest.mark.parametrize("precision, peak_of", [("bf16", "bf16"), ("cascade", "bf16"), ("fp32", "fp32")])
+def test_the_peak_is_of_the_attacks_precision(precision, peak_of, cache, capsys):
+    argv = ["eval", "--model", cache, "--limit", "30", "--attack", "fgsm", "--eps", "1/2550", "--json"]
+    assert run(*argv, "--precision", precision) == 0
+    assert json.loads(capsys.readouterr().out)["flops"]["precision"] == peak_of
 
 
 def test_a_model_without_gradients_has_forward_passes_alone():

@@ -221,7 +221,7 @@ class Objective:
         if not self.count.classes:
             self._check_range(classes)
         target = self.target if self.loss in AIMED else None
-        with profiling.phase("model"):
+        with profiling.phase("model", len(x)):
             found = self.engine.gradient(
                 Question(self.model, self.loss, self.labels, target, self.head if self.fused else None), x
             )

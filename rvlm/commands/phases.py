@@ -24,7 +24,8 @@ __all__ = ["as_json", "count", "measure", "show", "trace"]
 
 FEW = 8  # images that are enough to count
 TOP, WIDE = 10, 60  # ops that are listed, and how much of their names
-SETUP, MODEL, STEP = "setup", ("forward", "backward"), ("step",)
+SETUP, STEP = "setup", ("step",)
+MODEL, BOTH = ("forward", "backward", "model"), "model"  # which an engine makes of forward and backward pass
 
 
 def count(model: Callable[[Tensor], Tensor], x: Tensor) -> profiling.Recording:
@@ -56,7 +57,7 @@ def measure(
         device: that `work` runs on.
         work: what is measured; returns how many images it was for. A phase "setup" in it counts in no rate.
         counted: a recording with flops: of every phase as many an image as there.
-        precision: of the matrix products, for the peak.
+        precision: of the matrix products, for the peak; of a cascade that of its search.
     """
     from rvlm.evaluation.records import environment
 
@@ -65,8 +66,10 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     with profiling.record(device) as recording:
         images = work()
-    per_image = _per_image(counted.spans())
-    phases = _rows(recording.spans(), per_image)
+    spans, per_image = recording.spans(), _per_image(counted.spans())
+    if any(span.name == BOTH for span in spans):
+        per_image[BOTH] = per_image["forward"] + per_image["backward"]
+    phases = _rows(spans, per_image)
     whole = phases[0]
     seconds = whole["seconds"] - sum(row["seconds"] for row in phases if row["path"] == [SETUP])
     found = {
@@ -82,7 +85,7 @@ def measure(
         for share, names in (("model_share", MODEL), ("step_share", STEP)):
             found[share] = sum(row["seconds"] for row in phases[1:] if row["path"][-1] in names) / whole["seconds"]
     if whole["flops"]:
-        peak, rate = peak_of(device, precision), whole["flops"] / seconds
+        peak, rate = peak_of(device, {"cascade": "bf16"}.get(precision, precision)), whole["flops"] / seconds
         busy = whole["flops"] / sum(row["seconds"] for row in phases[1:] if row["path"][-1] in per_image)
         found["flops"] = {
             "per_image": per_image, "total": whole["flops"], "per_s": rate, "per_s_in_model": busy,

@@ -31,6 +31,8 @@ def profile(args: ProfileArgs) -> int:
         raise ValueError("--twin is another training loop: it goes with profile train")
     if args.defended is not None and args.what != "infer":
         raise ValueError("--defended are models beside --model: it goes with profile infer")
+    if args.engine != "auto" and args.what != "attack":
+        raise ValueError("--engine goes with profile attack")
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     for name, ends in (("trace", (".json", ".json.gz")), ("flame", (".html",))):
@@ -111,12 +113,15 @@ def _profile_attack(args: ProfileArgs, data) -> int:
             for x, y, index in some:
                 generator = torch.Generator().manual_seed(stage.restart)
                 with profiling.phase(stage.name, len(x)):
-                    stage(model, x, y, eps=float(eps), norm=args.norm, generator=generator, sample_ids=index)
+                    stage(
+                        model, x, y, eps=float(eps), norm=args.norm, generator=generator, sample_ids=index,
+                        precision=None if args.precision == "fp32" else args.precision, engine=args.engine,
+                    )  # fmt: skip
         return len(data)
 
     counted = phases.count(model, batches[0][0])
     work([tuple(t[: phases.FEW] for t in batches[0])])
-    found = phases.measure(args, device, lambda: work(batches), counted)
+    found = phases.measure(args, device, lambda: work(batches), counted, args.precision)
     found |= phases.trace(args, device, lambda: work(batches[:1]))
     return phases.show(args, found)
 
@@ -132,8 +137,8 @@ def _profile_eval(args: ProfileArgs, data) -> int:
 
     def work(some) -> int:
         found = evaluate(
-            model, some, attack=args.attack, eps=eps, norm=args.norm, batch_size=args.batch_size, device=device,
-            progress=False,
+            model, some, attack=args.attack, eps=eps, norm=args.norm, precision=args.precision,
+            batch_size=args.batch_size, device=device, progress=False,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, profiling.phase("records", len(some)):
             write_evaluation(folder, args.model, found, some, model)
@@ -141,7 +146,7 @@ def _profile_eval(args: ProfileArgs, data) -> int:
 
     counted = phases.count(model, data.batch(slice(0, phases.FEW))[0].to(device))
     work(data.subset(torch.arange(min(phases.FEW, len(data))), "the first few"))
-    found = phases.measure(args, device, lambda: work(data), counted)
+    found = phases.measure(args, device, lambda: work(data), counted, args.precision)
     batch = data.subset(torch.arange(min(args.batch_size, len(data))), "the first batch")
     found |= phases.trace(args, device, lambda: work(batch))
     return phases.show(args, found)
