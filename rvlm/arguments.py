@@ -282,8 +282,8 @@ class ProfileArgs(Arguments):
 
 @dataclasses.dataclass(kw_only=True)
 class BenchArgs(ModelArgs):
-    """rvlm bench [SUITE...]: the benchmarks of a source checkout, compared with a run that was saved. With --mine your
-    own PGD: is it correct (ball, box, the model left as it was, strength), and how fast is it beside rvlm's."""
+    """The benchmarks of a source checkout, by name or all, compared with a run that was saved. With --mine your own
+    PGD: is it correct (ball, box, the model left as it was, strength), and how fast is it beside rvlm's."""
 
     suites: list[str] = dataclasses.field(default_factory=list)
     """Files of bench/ without bench_ and .py: steps, pgd, ...; none for all."""
