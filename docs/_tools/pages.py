@@ -79,11 +79,8 @@ def copies() -> dict[Path, Path]:
 
 
 def on_source(app, docname: str, content: list[str]) -> None:
-    """Handler of Sphinx's source-read: links of the pages that were written, and no folders that are not there."""
+    """Handler of Sphinx's source-read: links of the pages that somebody wrote."""
     page = Path(app.env.doc2path(docname))
-    content[0] = re.sub(
-        r"^\S+\*$", lambda glob: glob[0] if any(DOCS.glob(f"{glob[0]}.*")) else "", content[0], flags=re.M
-    )
     if page.suffix == ".md" and not page.is_relative_to(FOLDER):
         content[0] = relinked(content[0], page, page, DOCS, copies())
 
