@@ -147,6 +147,8 @@ class EvalArgs(ModelArgs):
     and how."""
     root: str | None = None
     """Where a protocol's data sets lie; default $RVLM_DATA, or ./data."""
+    examples: int = 4
+    """Keep so many images of each evaluation, the first of its samples, for rvlm report; 0: none."""
     out: str | None = None
     """Run folder; default runs/eval-DATE. Give the folder of a run that was killed to go on with it."""
 

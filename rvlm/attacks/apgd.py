@@ -160,14 +160,15 @@ class _AutoSteps:
         used = torch.zeros(len(start), dtype=torch.int64, device=start.device)
         if not self.larger_eps:
             return self._run(objective, ball, self.begin(objective, ball, start), used), used
-        counts = [math.ceil(share * self.steps) for share in SHARES[:2]]
+        counts, done = [math.ceil(share * self.steps) for share in SHARES[:2]], 0
         for radius, steps in zip(RADII, (*counts, self.steps - sum(counts)), strict=True):
             scaled = ball.scaled(radius)
             start = scaled.nearest_(start)
             rule = _Sparsity.of(scaled, objective, steps, self.first_step, start)
-            climb = _Climb.of(rule, objective, start, steps, adversarial=radius == RADII[-1] and self.best == "adv")
-            best = self._run(objective, scaled, climb, used)
-            start = best.x_adv.clone()
+            last = radius == RADII[-1]  # success in a larger ball is none
+            climb = _Climb.of(rule, objective, start, steps, adversarial=last and self.best == "adv")
+            best = self._run(objective, scaled, climb, used, done, last)
+            start, done = best.x_adv.clone(), done + steps
         return best, used
 
     def begin(self, objective: Objective, ball: Ball, start: Tensor) -> "_Climb":
@@ -177,11 +178,17 @@ class _AutoSteps:
             rule = _Halving.of(ball, objective, self.steps, self.first_step, self.rho)
         return _Climb.of(rule, objective, start, self.steps, adversarial=self.best == "adv")
 
-    def _run(self, objective: Objective, ball: Ball, climb: "_Climb", used: Tensor) -> Kept:
-        """What one run keeps; counts its steps in `used`."""
+    def _run(
+        self, objective: Objective, ball: Ball, climb: "_Climb", used: Tensor, done: int = 0, counts: bool = True
+    ) -> Kept:
+        """What one run keeps; counts its steps in `used`, and notes them behind those done.
+
+        counts: whether fooling the model does.
+        """
         roll = Roll()
         for k in range(climb.steps):
             climb.look(objective, ball)
+            objective.note(done + k, climb.scores, counts)
             if self.compact and climb.hit is not None and (left := roll.call(climb.fooled, k)) is not None:
                 if not roll.dismiss(climb.hit, left):
                     return roll.kept
@@ -191,6 +198,7 @@ class _AutoSteps:
             climb.move(ball)
             used[roll.rows] += 1
         climb.look(objective, ball)
+        objective.note(done + climb.steps, climb.scores, counts)
         return roll.close(climb.kept())
 
 

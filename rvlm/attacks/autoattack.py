@@ -138,7 +138,8 @@ def autoattack(
     forwards = count.forwards + last.count.forwards
     return AutoAttackResult(
         x_adv, final.fooled, final.loss, final.pred, steps_used, forwards, count.backwards, count.zeros,
-        *disagreement.tolist(), [stage.name for stage in stages], refused, broken_by, robust,
+        *disagreement.tolist(), stages=[stage.name for stage in stages], refused=refused, broken_by=broken_by,
+        robust=robust,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
 from rvlm.attacks.engines import Compiled, Question, Replayed
 from rvlm.attacks.losses import AIMED, LOSSES
 from rvlm.attacks.rows import Rows
+from rvlm.attacks.trace import Trace
 
 __all__ = ["AttackResult", "Objective", "Scores"]
 
@@ -60,6 +61,7 @@ class AttackResult:
         forwards, backwards: images that went through the model, there and back.
         zero_gradients: how many of those gradients were exactly zero in every pixel, and so showed no way.
         fooled_in_bf16_only, fooled_in_fp32_only: images that a search in bf16 has kept on which the two disagree.
+        trace: of the iterates, for attacks that climb a loss: pgd, apgd and square.
     """
 
     x_adv: Tensor
@@ -72,6 +74,7 @@ class AttackResult:
     zero_gradients: int = 0
     fooled_in_bf16_only: int = 0
     fooled_in_fp32_only: int = 0
+    trace: Trace | None = None
 
 
 class Objective:
@@ -93,6 +96,7 @@ class Objective:
         target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
         count: images so far.
         watched: whether gradients are looked at for zeros, which costs a pass over them.
+        trace: where `note` writes, None: nowhere.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class Objective:
     ) -> None:
         self.model, self.targeted, self.batch, self.eot, self.engine = model, targeted, len(x), eot, engine
         self.count, self.target, self.watched, self.labels = Count(), None, False, None
+        self.trace: Trace | None = None
+        self._rows = torch.arange(len(x), device=x.device)  # in the whole batch
         self.named = isinstance(loss, str)
         if self.named and loss not in LOSSES and loss not in AIMED:
             known = ", ".join((*LOSSES, *AIMED))
@@ -128,12 +134,17 @@ class Objective:
     def at(self, rows: Tensor) -> "Objective":
         """The same objective for some of the samples; what went through the model is counted together."""
         part = copy.copy(self)
-        part.batch = len(rows)
+        part.batch, part._rows = len(rows), self._rows[rows]
         for name in ("y", "labels", "target"):
             t = getattr(self, name)
             if isinstance(t, Tensor) and t.dim() and len(t) == self.batch:
                 setattr(part, name, t[rows])
         return part
+
+    def note(self, steps: int | list[int], scores: Scores, counts: bool = True) -> None:
+        """Notes the scores of an iterate; see `Trace`. counts: whether it may count as fooled."""
+        if self.trace is not None:
+            self.trace.note(self._rows, steps, scores.loss, scores.fooled if counts else None)
 
     def score(self, x: Tensor) -> Scores:
         """Scores of x, without a gradient."""

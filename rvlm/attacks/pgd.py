@@ -181,6 +181,7 @@ class _Steps:
         for k in range(self.steps):
             seen = ball.as_seen(x_adv)
             scores, grad = objective.gradient(seen)
+            objective.note(k, scores)
             kept = self._keep(kept, seen, scores, objective)
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
@@ -209,6 +210,7 @@ class _Steps:
         if not scored and self.best == "last" and roll.kept is None:
             return Kept(seen, None), used
         scores = objective.score(seen)
+        objective.note(self.steps, scores)
         return roll.close(
             Kept(seen, scores) if self.best == "last" else self._keep(kept, seen, scores, objective)
         ), used

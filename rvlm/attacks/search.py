@@ -26,6 +26,7 @@ from rvlm.attacks.kept import Kept
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Scores
 from rvlm.attacks.slots import in_slots
+from rvlm.attacks.trace import Trace
 
 __all__ = [
     "PRECISIONS",
@@ -161,6 +162,7 @@ def search(
             with in_float32() if cascade else nullcontext():  # the model's own predictions may be the labels
                 objective = Objective(model, x, y, loss, targeted, eot, engine_for(engine, model, x))
             objective.watched = return_info
+            trace = objective.trace = Trace(len(x), x.device) if return_info else None
             if survivors and objective.labels is None:
                 raise ValueError("early_stop needs labels or targets y: int64 [B]")
             if cascade and objective.labels is None:
@@ -192,7 +194,10 @@ def search(
                 if idle:
                     theirs = torch.arange(idle, len(kept.x_adv))
                     kept, scores = kept.at(theirs), scores.at(theirs)
-                cut[rows[disagreement.settle(kept, scores)]] = True
+                wrongly = disagreement.settle(kept, scores)
+                cut[rows[wrongly]] = True
+                if trace is not None:
+                    trace.recant(rows, wrongly)
                 return kept
 
             how = {"slots": slots, "stop": survivors, "static": engine in FIXED}
@@ -213,6 +218,8 @@ def search(
                 if aimed:
                     objective.target = aims[:, number // restarts]
                 start, noise = begin(number, rows)
+                if trace is not None:
+                    trace.next_run()
                 asked = objective if rows is None else objective.at(rows)
                 kept, steps = run(asked, ball.at(rows), start, return_info or runs > 1 or cascade, noise)
                 if cascade:
@@ -229,6 +236,8 @@ def search(
                 if not len(left):
                     continue
                 noise = noise_of(runs + whole, ids) if draws else None
+                if trace is not None:
+                    trace.next_run()
                 with in_float32():
                     if aimed:
                         aims = [objective.at(rows).runners_up(chosen.x_adv[rows], 1)[:, 0] for rows in parts]
@@ -259,8 +268,9 @@ def search(
                 disagreement.settle(chosen, verdict)
         counts = objective.count.forwards, objective.count.backwards, int(objective.count.zeros)
         return AttackResult(
-            chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts, *disagreement.counts()
-        )
+            chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts, *disagreement.counts(),
+            None if trace.last < 0 else trace,
+        )  # fmt: skip
 
 
 class Disagreement:

@@ -29,9 +29,11 @@ FULL = 32  # rows from which on, on a CPU, an image costs about the same in a la
 class Climb(Protocol):
     """Where runs stand: Rows of B of them, those that have just begun last.
 
-    k: steps made. ended: whether these are all. fooled: bool [B].
+    steps: of a run. k: those made. ended: whether these are all. scores: of the iterates. fooled: bool [B].
     """
 
+    steps: int
+    scores: Scores
     k: list[int]
     ended: list[bool]
     fooled: Tensor
@@ -119,6 +121,9 @@ def in_slots(
         of_items, around = part(items[:1] * idle + items)
         while True:
             climb.look(of_items, around)
+            numbers = [number for _, number in items[:1] * idle + items]
+            steps = [number * climb.steps + k for number, k in zip(numbers, climb.k, strict=True)]
+            of_items.note(steps, climb.scores)
             looks += 1
             over = _true(climb.ended[idle:])
             if stop and (device.type != "cuda" or looks % 8 == 0 or over):  # asking a GPU waits for it

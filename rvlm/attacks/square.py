@@ -118,6 +118,7 @@ class _Squares:
         moves = _Stripes() if ball.norm == "linf" else _Tiles(ORDER[ball.norm])
         seen = ball.as_seen(x if self.begun else moves.start(ball, noise))
         kept = Kept(seen.clone(), objective.score(seen))
+        objective.note(0, kept.scores)
         used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         rows, part, target, draws = None, ball, objective, noise
         every = 1 if not x.is_cuda else 32  # asking a GPU who is left waits for it; a fooled sample does not change
@@ -149,6 +150,7 @@ class _Squares:
                 used[rows] += alive.to(used.dtype)
                 mine.take(take, proposal, scores)
                 kept.put(rows, mine)
+            target.note(query + 1, mine.scores)
         return kept, used
 
     def _side(self, query: int, x: Tensor) -> float:

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,15 +37,15 @@ def eval(args: EvalArgs) -> int:
             found = evaluate(
                 model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
                 batch_size=args.batch_size, seed=args.seed, device=device_of(args.device), precision=args.precision,
+                keep_images=args.examples,
                 # A run that was killed goes on with the same command.
                 state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
             )  # fmt: skip
             seen.append(found)
             found.checks += over_radii(seen)
             if run is not None:
-                rows.append(
-                    write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
-                )
+                about = {"processes": ranks.size, "source": source, "examples": args.examples}
+                rows.append(write_evaluation(run.out, args.model, found, data, model, **about))
                 curve.append((str(eps), found.robust, *found.robust_ci))
                 warn(found.checks)
         if run is None:
@@ -69,11 +70,15 @@ def _eval_images(args: EvalArgs) -> int:
         data, model, _ = load(args, ranks)
         data = images.samples(data)
         run = Run("eval", args) if ranks.first else None
-        found = evaluate(model, data, images=images, batch_size=args.batch_size, device=device_of(args.device))
+        found = evaluate(
+            model, data, images=images, batch_size=args.batch_size, device=device_of(args.device),
+            keep_images=args.examples,
+        )  # fmt: skip
         if run is None:
             return 0
         warn(found.checks)
-        return run.finish([write_evaluation(run.out, args.model, found, data, model, processes=ranks.size)])
+        about = {"processes": ranks.size, "examples": args.examples}
+        return run.finish([write_evaluation(run.out, args.model, found, data, model, **about)])
 
 
 def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
@@ -180,9 +185,10 @@ def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "
                 write = write_retrieval
             else:
                 state = run and run.out / "state" / f"{stem}.npz"
-                found = evaluate(model, data, attack=attack, eps=eps, source=source, state=state, **settings)
+                kept = {"state": state, "keep_images": args.examples}
+                found = evaluate(model, data, attack=attack, eps=eps, source=source, **kept, **settings)
                 found.checks += checks + _beside(rows, found)
-                write = write_evaluation
+                write = partial(write_evaluation, examples=args.examples)
             if run is not None:
                 about = {"processes": ranks.size, "source": source, "protocol": mark}
                 rows.append(write(run.out, args.model, found, data, model, **about))

@@ -12,11 +12,13 @@ changes nothing but the time.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rvlm import profiling
 from rvlm.attacks import AttackResult, scoring
@@ -26,7 +28,7 @@ from rvlm.attacks.losses import margin
 from rvlm.attacks.search import PRECISIONS, check_choices
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
-from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.metrics import reliability, wilson
 from rvlm.evaluation.resume import Keeper, Tally
 from rvlm.evaluation.saved import SavedImages
 from rvlm.ranks import Ranks
@@ -40,6 +42,8 @@ ZERO_GRADIENTS = (
 BLACK_BOX_GAIN = 0.002  # AutoAttack's threshold
 AHEAD, CHUNKS = 4, 4  # batches of a chunk at most, and as many chunks at least, so that processes can share them
 RANDOM = 1e-4  # of the largest logit, by which two passes of a deterministic model may differ
+TOP = 3  # likeliest classes that are kept of every image
+POINTS = 100  # intervals of a curve over steps, at most
 
 
 @dataclasses.dataclass
@@ -53,10 +57,18 @@ class Evaluation:
         pred_clean, pred_adv: predicted classes, -1 where the logits are NaN; pred_adv equals pred_clean where no stage
             attacked the sample.
         broken_by: number of the stage that fooled it, -1 robust, -2 wrong when clean.
+        fooled_at: step of that stage whose iterate did so first (`rvlm.attacks.trace`), -1 where no stage
+            did or its attack climbs no loss, and by transfer, where the attack does not see the classifier.
+        top_clean, top_adv: the three likeliest classes [N, 3], likeliest first, -1 beyond the model's; of x_adv as
+            pred_adv is.
+        prob_clean, prob_adv: their probabilities [N, 3], a softmax of the logits; 0 where the logits are NaN.
         linf: largest |x_adv - x| of the sample, in float64.
         distance: |x_adv - x| in the threat's norm, in float64.
         margin: largest other logit minus the label's, on x_adv.
-        x_adv: adversarial images [N, 3, H, W] if they were asked for (clean ones where no stage attacked).
+        x_adv: adversarial images [K, 3, H, W] of the first K samples, all of them if they were asked for, None if none
+            were (clean ones where no stage attacked).
+        losses: for every stage its loss at every step, summed over the samples that it began with; a fooled sample
+            keeps its loss of then. Empty where fooled_at is -1 for all.
         checks: list of {"id", "ok", "detail"}.
         quantize: levels of the images' grid, None: floats.
         images: that were made before, if there was no attack.
@@ -78,6 +90,11 @@ class Evaluation:
     pred_clean: Tensor
     pred_adv: Tensor
     broken_by: Tensor
+    fooled_at: Tensor
+    top_clean: Tensor
+    top_adv: Tensor
+    prob_clean: Tensor
+    prob_adv: Tensor
     linf: Tensor
     distance: Tensor
     margin: Tensor
@@ -86,6 +103,7 @@ class Evaluation:
     forwards: int
     backwards: int
     seconds: float
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
     quantize: int | None = None
     images: SavedImages | None = None
     precision: str = "fp32"
@@ -124,6 +142,38 @@ class Evaluation:
     def robust_ci(self) -> tuple[float, float]:
         return wilson(self.n_robust, len(self))
 
+    def over_steps(self, number: int) -> dict:
+        """The curve of a stage.
+
+        Returns:
+            {"stage": its name, "loss": of its attack, "samples": that it began with, "broken": by it, "steps", and for
+            each of those "fooled": how many were at that step or before, "mean_loss": over the samples, None where it
+            is not finite}. At most 101 steps, evenly spaced, the start and the end among them; none where fooled_at is
+            -1 for all.
+        """
+        losses = self.losses[number] if number < len(self.losses) else []
+        stage, mine, last = self.stages[number], self.broken_by == number, len(losses) - 1
+        n = int((mine | (self.broken_by > number) | (self.broken_by == -1)).sum())
+        steps = sorted({round(last * k / POINTS) for k in range(POINTS + 1)}) if losses else []
+        fooled = self.fooled_at[mine & (self.fooled_at >= 0)].bincount(minlength=len(losses)).cumsum(0)
+        return {
+            "stage": stage.name,
+            "loss": stage.every_setting()["loss"] if losses else None,
+            "samples": n,
+            "broken": int(mine.sum()),
+            "steps": steps,
+            "fooled": fooled[steps].tolist(),
+            "mean_loss": [losses[k] / n if math.isfinite(losses[k]) else None for k in steps],
+        }
+
+    def calibration(self) -> dict[str, dict]:
+        """`reliability` of the clean and of the attacked images: the largest probability against the accuracy.
+
+        A white-box attack ends where it fools the model, so that its images are not the most confidently wrong ones.
+        """
+        both = {"clean": (self.prob_clean, self.pred_clean), "robust": (self.prob_adv, self.pred_adv)}
+        return {which: reliability(prob[:, 0], pred == self.y) for which, (prob, pred) in both.items()}
+
 
 def evaluate(
     classifier: Callable[[Tensor], Tensor],
@@ -136,7 +186,7 @@ def evaluate(
     batch_size: int = 100,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    keep_images: bool = False,
+    keep_images: bool | int = False,
     quantize: int | None = None,
     precision: str = "fp32",
     progress: bool = True,
@@ -154,7 +204,7 @@ def evaluate(
         source: craft the images on this classifier instead (transfer).
         batch_size: images per forward. Verdicts of borderline samples may depend on it in fp32.
         seed: of the random starts, which are keyed by sample number.
-        keep_images: keep x_adv in memory and return it.
+        keep_images: keep x_adv in memory and return it; a number: of so many samples, the first of the data.
         quantize: 255 makes every adversarial image valid uint8.
         precision: of the attack: "fp32", "tf32", "bf16" or "cascade" (see `rvlm.attacks.pgd`). Images are scored by the
             classifier as it is.
@@ -174,8 +224,10 @@ def evaluate(
     check_choices(precision=(precision, [name for name in PRECISIONS if name is not None]))
     if not len(data):
         raise ValueError(f"{data.name} has no samples to evaluate")
-    if state is not None and keep_images:
+    if state is not None and keep_images is True:
         raise ValueError("keep_images holds images in memory, which a state file does not save: choose one")
+    if keep_images < 0:
+        raise ValueError(f"keep_images must be True, False or a number of samples, got {keep_images}")
     if images is not None and (state is not None or source is not None):
         raise ValueError("saved images have their source already, and are scored too fast to need a state file")
     if images is None:
@@ -186,18 +238,22 @@ def evaluate(
         seed, quantize = int(seed), int(images.facts["quantize"]) or None
     eps = Eps(eps).check(norm)
     n, target = len(data), "white-box" if white_box else "transfer"
-    none = torch.full((n,), -1)
+    shape = data.batch(slice(0, 1))[0].shape[1:]
+    keep = n if keep_images is True else min(int(keep_images), n)
+    none, nowhere = torch.full((n,), -1), torch.full((n, TOP), -1)
     result = Evaluation(
-        attack, stages, [], eps, norm, target, seed, batch_size, list(data.batch(slice(0, 1))[0].shape[-2:]),
+        attack, stages, [], eps, norm, target, seed, batch_size, list(shape[-2:]),
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
+        fooled_at=none.clone(), top_clean=nowhere.clone(), top_adv=nowhere.clone(),
+        prob_clean=torch.zeros(n, TOP), prob_adv=torch.zeros(n, TOP),
         linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
-        x_adv=None, checks=[], forwards=0, backwards=0, seconds=0.0, quantize=quantize, images=images,
-        precision=precision,
+        x_adv=torch.zeros(keep, *shape) if keep else None, checks=[], forwards=0, backwards=0, seconds=0.0,
+        quantize=quantize, images=images, precision=precision,
     )  # fmt: skip
     ranks = Ranks()
     keeper = Keeper(
         state if ranks.first else None, result, data, {"classifier": classifier, "source": source},
-        {"quantize": quantize, "precision": precision},
+        {"quantize": quantize, "precision": precision, "kept_images": keep},
     )  # fmt: skip
     keeper.adopt(ranks.share(keeper.known()))
     tally, classes = keeper.tally, len(data.class_names)
@@ -217,7 +273,7 @@ def evaluate(
     def clean(rows: Tensor) -> _Part:
         x, y, _ = data.batch(rows)
         first = not rows[0]  # the chunk on which the model itself is looked at
-        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep_images, batch_size, look=first)
+        return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep, batch_size, look=first)
 
     def attacked(rows: Tensor) -> _Part:
         x, y, index = data.batch(rows)
@@ -236,9 +292,10 @@ def evaluate(
                 quantize=quantize,
                 precision=None if precision == "fp32" else precision,
             )
-        part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep_images, batch_size)
+        part = _scored(classifier, rows, x, found.x_adv, y, norm, classes, keep, batch_size)
         part.spent(found)
         if white_box:
+            part.follow(found)
             part.disagreements = int(((part.pred != y) != found.success.cpu()).sum())
         return part
 
@@ -269,7 +326,8 @@ def evaluate(
             tally.stage, tally.chunk, tally.zeros, tally.gradients = tally.stage + 1, 0, 0, 0
             keeper.save()
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
-    slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * data.batch(slice(0, 1))[0].numel()}[norm]  # an ulp of every pixel
+    result.losses = tally.losses
+    slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * shape.numel()}[norm]  # an ulp of every pixel
     result.checks = _checks(result, tally, slack)
     if images is not None and not white_box:
         result.checks.append(images.as_transfer(result.broken_by != -2))
@@ -286,10 +344,12 @@ class _Part:
     rows: Tensor
     pred: Tensor
     wrong: Tensor
+    top: Tensor
+    prob: Tensor
     margin: Tensor
     linf: Tensor
     distance: Tensor
-    x_adv: Tensor | None
+    x_adv: Tensor
     classes: int
     outside: float
     nonfinite: int
@@ -301,6 +361,8 @@ class _Part:
     fp32_only: int = 0
     varies: float = 0.0
     probabilities: bool = False
+    fooled_at: Tensor | int = -1
+    losses: list[float] = dataclasses.field(default_factory=list)
 
     def look_at_the_model(self, logits: Tensor, again: Tensor) -> None:
         """Whether two passes over the same images agree, and whether the outputs are probabilities."""
@@ -315,20 +377,30 @@ class _Part:
         self.backwards, self.zeros = found.backwards, found.zero_gradients
         self.bf16_only, self.fp32_only = found.fooled_in_bf16_only, found.fooled_in_fp32_only
 
+    def follow(self, found: AttackResult) -> None:
+        """Takes over which step fooled whom, and the losses; a verdict that re-scoring made is the last step's."""
+        if found.trace is None:
+            return
+        self.losses = found.trace.sums().tolist()
+        at = found.trace.fooled_at.cpu()
+        self.fooled_at = torch.where(self.wrong, torch.where(at < 0, len(self.losses) - 1, at), -1)
+
     def enter(self, result: Evaluation, tally: Tally) -> None:
         """Writes it into what is known so far."""
         rows = self.rows
         if tally.stage < 0:
             tally.classes, result.pred_clean[rows] = self.classes, self.pred
+            result.top_clean[rows], result.prob_clean[rows] = self.top, self.prob
             tally.varies = max(tally.varies, self.varies)
             tally.probabilities |= self.probabilities
         result.pred_adv[rows], result.margin[rows] = self.pred, self.margin
         result.linf[rows], result.distance[rows] = self.linf, self.distance
         result.broken_by[rows] = torch.where(self.wrong, tally.stage if tally.stage >= 0 else -2, -1)
-        if self.x_adv is not None:
-            if result.x_adv is None:
-                result.x_adv = self.x_adv.new_empty(len(result), *self.x_adv.shape[1:])
-            result.x_adv[rows] = self.x_adv
+        result.fooled_at[rows], result.top_adv[rows], result.prob_adv[rows] = self.fooled_at, self.top, self.prob
+        if len(self.x_adv):
+            result.x_adv[rows[rows < len(result.x_adv)]] = self.x_adv
+        if tally.stage >= 0:
+            tally.add_losses(self.losses)
         result.forwards += self.forwards
         result.backwards += self.backwards
         tally.gradients, tally.zeros = tally.gradients + self.backwards, tally.zeros + self.zeros
@@ -347,7 +419,7 @@ def _scored(
     y: Tensor,
     norm: str,
     classes: int,
-    keep_images: bool,
+    keep: int,
     batch_size: int,
     look: bool = False,
 ) -> _Part:
@@ -359,8 +431,8 @@ def _scored(
         pred, nonfinite = predictions(logits)
         delta = (x_adv.double() - x.double()).flatten(1)
         part = _Part(
-            rows, pred, pred != y, margin(logits, y), delta.abs().amax(1), delta.norm(ORDER[norm], dim=1),
-            x_adv if keep_images else None, classes=logits.shape[1],
+            rows, pred, pred != y, *_likeliest(logits), margin(logits, y), delta.abs().amax(1),
+            delta.norm(ORDER[norm], dim=1), x_adv[rows < keep], classes=logits.shape[1],
             outside=max(-x_adv.min().item(), x_adv.max().item() - 1), nonfinite=nonfinite, forwards=len(rows),
         )  # fmt: skip
         if look:
@@ -430,6 +502,13 @@ def predictions(logits: Tensor) -> tuple[Tensor, int]:
     """Classes [B], -1 (so never right) where a logit is NaN, and how many of those. -inf is a masked class."""
     broken = logits.isnan().any(1)
     return torch.where(broken, -1, logits.argmax(1)), int(broken.sum())
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes [B, TOP] and their probabilities; -1 and 0 where there are no more, or a logit is NaN."""
+    prob, top = logits.softmax(1).topk(min(TOP, logits.shape[1]))
+    known, lacking = prob.isfinite(), (0, TOP - prob.shape[1])
+    return F.pad(torch.where(known, top, -1), lacking, value=-1), F.pad(torch.where(known, prob, 0.0), lacking)
 
 
 def progress_bar(shown: bool, total: int, title: str, already: int = 0):

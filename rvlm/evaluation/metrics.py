@@ -1,14 +1,21 @@
 """Statistics of accuracies."""
 
 import math
+from typing import Any
 
-__all__ = ["wilson"]
+import torch
+from torch import Tensor
+
+__all__ = ["effective_size", "reliability", "wilson"]
+
+BINS = 15  # of confidence, as in Guo et al. 2017
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % score interval for successes out of n (Wilson 1927); (0, 1) when n = 0.
 
-    Unlike the normal interval it is right at 0 and at 1, where robust accuracies often are.
+    Unlike the normal interval it is right at 0 and at 1, where robust accuracies often are. Both may be fractions, for
+    samples that count less than one each (`effective_size`).
     """
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie in 0 .. n, got {successes} of {n}")
@@ -18,3 +25,51 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def effective_size(right: Tensor, cluster: Tensor) -> float:
+    """How many independent samples say as much as these, which come in clusters, as the captions of one image do.
+
+        p = sum_i y_i / sum_i m_i    var p = N / (N - 1) sum_i (y_i - p m_i)^2 / (sum_i m_i)^2     n = p (1 - p) / var p
+
+    with y_i right ones of the m_i samples of cluster i, of N: the variance of a ratio between sums over clusters
+    (Cochran 1977, Sampling Techniques, 6.3). An interval for a share takes this n in place of the number of samples
+    (Korn & Graubard 1998, who do so with Clopper and Pearson's). n is at most the number of samples; where the clusters
+    do not tell (p is 0 or 1, or there is one) it is their number.
+
+    Args:
+        right: bool [T].
+        cluster: int64 [T], number of the sample's cluster.
+    """
+    _, place = cluster.unique(return_inverse=True)
+    sizes = place.bincount().double()
+    p = right.double().mean()
+    rest = torch.zeros_like(sizes).index_add_(0, place, right.double()) - p * sizes
+    clusters = len(sizes)
+    if not 0 < p < 1 or clusters < 2:
+        return float(clusters)
+    variance = clusters / (clusters - 1) * (rest**2).sum() / len(right) ** 2
+    return min((p * (1 - p) / variance).item(), float(len(right))) if variance > 0 else float(len(right))
+
+
+def reliability(confidence: Tensor, right: Tensor) -> dict[str, Any]:
+    """How often a model is right when it is so sure, and the expected calibration error (Guo et al. 2017).
+
+        ECE = sum over bins of n_bin / N * |accuracy of the bin - mean confidence of the bin|
+
+    Args:
+        confidence: [N] in [0, 1], probability of the predicted class.
+        right: bool [N].
+
+    Returns:
+        {"ece", and for 15 bins of equal width "n": samples, "right": how many of them, "confidence": the sum of
+        theirs}.
+    """
+    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    sums = [
+        torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, values.double())
+        for values in (torch.ones_like(confidence), right, confidence)
+    ]
+    ece = ((sums[1] - sums[2]).abs().sum() / max(len(right), 1)).item()
+    n, correct, sure = (column.tolist() for column in sums)
+    return {"ece": ece, "n": [int(k) for k in n], "right": [int(k) for k in correct], "confidence": sure}

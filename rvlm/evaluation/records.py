@@ -58,8 +58,12 @@ def write_evaluation(
     processes: int = 1,
     source: Callable[[Tensor], Tensor] | None = None,
     protocol: Mapping[str, str] | None = None,
+    examples: int = 4,
 ) -> dict[str, Any]:
     """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each whole or not at all.
+
+    If the evaluation has kept images, its first samples are also in FOLDER/samples/NAME-images.npz (clean, uint8
+    [K, 3, H, W], and change, float16), and the model's likeliest words for them in the record.
 
     Args:
         folder: run folder.
@@ -72,6 +76,7 @@ def write_evaluation(
         processes: how many shared the work.
         source: what the images were crafted on, for transfer.
         protocol: {"name", "sha", "status"} if it is a part of one; then the file names hold the data's name, too.
+        examples: how many images, at most.
 
     Returns:
         The summary row: name, data, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
@@ -112,7 +117,10 @@ def write_evaluation(
             "per_stage": {
                 stage.name: int((evaluation.broken_by == k).sum()) for k, stage in enumerate(evaluation.stages)
             },
+            "over_steps": [evaluation.over_steps(k) for k in range(len(evaluation.stages))],
+            "calibration": evaluation.calibration(),
         },
+        "examples": _examples(folder, f"samples/{stem}-images.npz", evaluation, data, examples),
         "checks": evaluation.checks,
         "perf": {
             "wall_s": evaluation.seconds,
@@ -127,6 +135,32 @@ def write_evaluation(
     }
     write_json(folder / "result" / f"{stem}.json", record)
     return summary_row(record, f"result/{stem}.json")
+
+
+def _examples(folder: Path, name: str, evaluation: Evaluation, data: Data, most: int) -> dict[str, Any] | None:
+    """Writes the first images of an evaluation; what the record says of them, None without images."""
+    if evaluation.x_adv is None or most < 1:
+        return None
+    few = slice(0, min(len(evaluation.x_adv), most))
+    clean, names, buffer = data.batch(few)[0], dict(enumerate(data.class_names)), io.BytesIO()
+    change = (evaluation.x_adv[few] - clean).half().numpy()
+    np.savez_compressed(buffer, clean=(clean * 255).round().to(torch.uint8).numpy(), change=change)
+    write_bytes(folder / name, buffer.getvalue())
+
+    def words(top: Tensor, prob: Tensor) -> list[list[tuple[str, float]]]:
+        return [
+            [(names.get(c, str(c)), p) for c, p in zip(*pair, strict=True) if c >= 0]
+            for pair in zip(top[few].tolist(), prob[few].tolist(), strict=True)
+        ]
+
+    return {
+        "images": name,
+        "rule": f"the first {len(clean)} samples",
+        "index": evaluation.index[few].tolist(),
+        "labels": [names[c] for c in evaluation.y[few].tolist()],
+        "clean": words(evaluation.top_clean, evaluation.prob_clean),
+        "adversarial": words(evaluation.top_adv, evaluation.prob_adv),
+    }
 
 
 def write_transfer(

@@ -24,7 +24,10 @@ from rvlm.models.weights import settings_of, weights_sha
 __all__ = ["COLUMNS", "Keeper", "Tally"]
 
 SCHEMA = "rvlm.state/3"
-COLUMNS = ("pred_clean", "pred_adv", "broken_by", "linf", "distance", "margin")
+COLUMNS = (
+    "pred_clean", "pred_adv", "broken_by", "fooled_at", "top_clean", "top_adv", "prob_clean", "prob_adv", "linf",
+    "distance", "margin",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -36,6 +39,7 @@ class Tally:
     classes: int = 0
     stages: list[Stage] = dataclasses.field(default_factory=list)
     vanished: list[str] = dataclasses.field(default_factory=list)
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
     zeros: int = 0
     gradients: int = 0
     nonfinite: int = 0
@@ -46,6 +50,14 @@ class Tally:
     probabilities: bool = False
     over: float = 0.0
     outside: float = 0.0
+
+    def add_losses(self, more: list[float]) -> None:
+        """Adds a chunk's losses, step by step, to those of the stage; a chunk that ends early keeps its last ones."""
+        self.losses += [[] for _ in range(self.stage + 1 - len(self.losses))]
+        so_far = self.losses[self.stage]
+        longest = max(len(so_far), len(more))
+        both = [each + each[-1:] * (longest - len(each)) if each else [0.0] * longest for each in (so_far, more)]
+        self.losses[self.stage] = [sum(pair) for pair in zip(*both, strict=True)]
 
 
 class Keeper:
@@ -61,6 +73,7 @@ class Keeper:
 
     def __init__(self, path: str | Path | None, result, data, models: dict[str, Any], settings: dict[str, Any]) -> None:
         self.path, self.result = None if path is None else Path(path), result
+        self.columns = COLUMNS if result.x_adv is None or path is None else (*COLUMNS, "x_adv")
         self.tally, self.began, self.before, self.saved = Tally(), time.perf_counter(), 0.0, 0.0
         if self.path is None:
             return
@@ -89,7 +102,7 @@ class Keeper:
         return {
             "tally": dataclasses.asdict(self.tally),
             "result": {name: getattr(self.result, name) for name in ("forwards", "backwards", "refused")},
-            "columns": {name: getattr(self.result, name).numpy() for name in COLUMNS},
+            "columns": {name: getattr(self.result, name).numpy() for name in self.columns},
             "seconds": self.seconds(),
         }
 
@@ -119,8 +132,8 @@ class Keeper:
             with np.load(self.path, allow_pickle=False) as file:
                 known = json.loads(file["about"].tobytes())
                 theirs = known.pop("key")
-                if theirs.get("schema") == SCHEMA:
-                    known["columns"] = {name: file[name] for name in COLUMNS}
+                if theirs == self.key:
+                    known["columns"] = {name: file[name] for name in self.columns}
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.path} is no state of an evaluation ({error}): remove it to begin anew") from None
         differ = [name for name in self.key | theirs if self.key.get(name) != theirs.get(name)]

@@ -8,13 +8,16 @@ from rvlm.report.leaderboard import Entry, leaderboards, load_entries
 from rvlm.report.pages import check_format, facts, figures, result_tables, write_report
 from rvlm.report.plots import (
     accuracy_over_eps,
+    accuracy_over_steps,
     bars,
     heat_map,
     image_grid,
     maps,
     pareto,
+    reliability_curves,
     training_curves,
     transfer_heat_map,
+    words_grid,
 )
 from rvlm.report.published import load_published, published_tables
 from rvlm.report.tables import (
@@ -34,6 +37,7 @@ __all__ = [
     "Found",
     "Table",
     "accuracy_over_eps",
+    "accuracy_over_steps",
     "bars",
     "check_format",
     "comparison_table",
@@ -56,10 +60,12 @@ __all__ = [
     "phase_table",
     "protocol_table",
     "published_tables",
+    "reliability_curves",
     "result_tables",
     "rich_table",
     "training_curves",
     "transfer_heat_map",
+    "words_grid",
     "write_flame",
     "write_html",
     "write_report",

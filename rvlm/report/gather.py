@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.evaluation.compare import setting
-from rvlm.evaluation.records import record_rows
+from rvlm.evaluation.records import SCHEMA, record_rows
 
 __all__ = ["Case", "Found", "cases", "differences", "gather", "shared_means"]
 
@@ -47,7 +47,8 @@ class Found:
     """What was found.
 
     Attributes:
-        rows: summary rows of all records, with protocol, status, method, run, weights, setting and failed checks.
+        rows: summary rows of all records, with protocol, status, method, run, weights, setting and failed checks, and
+            where the record has them the curves over steps, the calibration and the examples, their images by path.
         histories: rows of metrics.jsonl by the name of the run.
         left_out: files that hold no clean and robust figure, with the reason.
         environments: of the records, without repetition.
@@ -209,6 +210,10 @@ def _read_record(found: Found, record: dict[str, Any], file: Path, run: str) -> 
         "setting": own,
         "run": run,
     }
+    if record["schema"] == SCHEMA:  # records of before have none of these
+        metrics, examples = record["metrics"], record.get("examples")
+        about |= {"over_steps": metrics.get("over_steps"), "calibration": metrics.get("calibration")}
+        about["examples"] = examples and examples | {"images": Path(file).parents[1] / examples["images"]}
     for row in rows:
         row["source"] = "" if row["target"] == "white-box" else row.get("source") or source or ""
         found.rows.append(row | about)

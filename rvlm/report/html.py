@@ -35,7 +35,8 @@ def write_html(
         path: where to.
         title, intro: heading and the paragraph under it.
         tables: one after the other, each can be sorted by its columns.
-        figures: (caption, PNG file); the pictures are copied into the page.
+        figures: (caption, PNG file); the pictures are copied into the page. The caption is the text for those who do
+            not see them, and the heading as far as its first colon.
         facts: what the numbers depend on, as a list at the end.
         legend: what the columns mean, under the tables.
     """
@@ -54,7 +55,10 @@ def write_html(
             }
             for table in tables
         ],
-        figures=[(caption, base64.b64encode(Path(png).read_bytes()).decode()) for caption, png in figures],
+        figures=[
+            (caption.partition(":")[0], caption, base64.b64encode(Path(png).read_bytes()).decode())
+            for caption, png in figures
+        ],
         facts=facts,
         legend=legend,
     )

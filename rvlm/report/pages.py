@@ -14,17 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rvlm.files import write_bytes
 from rvlm.report.gather import Case, Found, cases, differences, shared_means
 from rvlm.report.html import LEGEND, write_html
-from rvlm.report.plots import accuracy_over_eps, bars, heat_map, pareto, training_curves
+from rvlm.report.plots import (
+    accuracy_over_eps,
+    accuracy_over_steps,
+    bars,
+    heat_map,
+    pareto,
+    reliability_curves,
+    training_curves,
+    words_grid,
+)
 from rvlm.report.tables import Table, csv_text, latex, markdown
 
 __all__ = ["check_format", "facts", "figures", "result_tables", "write_report"]
 
 MOST_BARS = 40  # of one figure; more are a heat map
+MOST_GRIDS = 12  # of images; those of other records stay beside them
 FORMATS = (".html", ".md", ".csv", ".tex")
 RESULT = {"clean": "clean %", "robust": "robust %", "samples": "samples"}
 
@@ -49,7 +60,8 @@ def result_tables(found: Found) -> list[Table]:
 
 
 def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
-    """Draws what the rows allow: accuracy over eps, clean against robust, bars by data set, training curves.
+    """Draws what the rows allow: accuracy over eps and over steps, clean against robust, bars by data set, calibration,
+    images with the model's words, training curves.
 
     Returns:
         (caption, PNG); the numbers of each lie beside it as CSV.
@@ -58,7 +70,7 @@ def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
     by_case = cases(found.rows)
 
     def add(caption: str, draw, values, *args) -> None:
-        stem = re.sub(r"[^a-z0-9]+", "-", caption.lower())
+        stem = re.sub(r"[^a-z0-9]+", "-", caption.partition(":")[0].lower())
         drawn.append((caption, draw(folder / f"{len(drawn) + 1:02d}-{stem}.png", values, *args)))
 
     for about, curves in _curves(by_case).items():
@@ -66,6 +78,8 @@ def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
     for case, rows in by_case.items():
         shared, means = shared_means(rows)
         about = f"{_where(shared, rows)}; {case}"
+        if curves := _over_steps(rows, shared):
+            add(f"Accuracy over steps: {about}", accuracy_over_steps, curves, about)
         if len(means) > 1:
             add("Clean against robust", pareto, means, about)
         if len(shared) > 1:
@@ -77,6 +91,14 @@ def figures(found: Found, folder: str | Path) -> list[tuple[str, Path]]:
                 shares, title = torch.tensor([*values.values()]) / 100, f"robust %; {about}"
                 table = dict(rows=[*values], columns=shared, ylabel="model", xlabel="data", title=title, percent=True)
                 add("By data set", partial(heat_map, **table), shares)
+        if pooled := _calibration(rows, shared):
+            add(f"Confidence and accuracy: {about}", reliability_curves, pooled, about)
+    for case, row in _shown(by_case)[:MOST_GRIDS]:
+        few, about = row["examples"], f"{row['name']} on {row['data']}; {case}"
+        with np.load(few["images"]) as images:
+            clean, change = (torch.from_numpy(images[name]).float() for name in ("clean", "change"))
+        told = (change, few["labels"], few["clean"], few["adversarial"], f"{about}; {few['rule']}")
+        add(f"Images and words: {about}", words_grid, clean / 255, *told)
     if found.histories:
         add("Training", training_curves, found.histories)
     return drawn
@@ -88,6 +110,8 @@ def facts(found: Found) -> dict[str, str]:
     lines = {"records": str(len({row["record"] for row in found.rows}))}
     lines |= {"made with": "; ".join(versions)} if versions else {}
     lines |= {f"left out: {name}": reason for name, reason in found.left_out.items()}
+    if (grids := len(_shown(cases(found.rows)))) > MOST_GRIDS:
+        lines["images"] = f"those of {MOST_GRIDS} records of {grids}; the others lie in samples/ beside their records"
     for row in found.rows:
         for check in row["failed"]:
             lines[f"WARNING {check['id']}: {row['name']} on {row['data']}, {Case.of(row)}"] = check["detail"]
@@ -139,7 +163,7 @@ def _markdown(path, title, intro, tables, drawn, about, legend) -> str:
         lines += [f"## {table.title}", table.note, markdown(table.rows, table.columns).rstrip("\n")]
     lines.append(legend)
     for caption, png in drawn:
-        lines += [f"## {caption}", f"![{caption}]({png.relative_to(path.parent).as_posix()})"]
+        lines += [f"## {caption.partition(':')[0]}", f"![{caption}]({png.relative_to(path.parent).as_posix()})"]
     lines += ["\n".join(f"- {name}: {value}" for name, value in about.items())]
     return "\n\n".join(line for line in lines if line) + "\n"
 
@@ -164,6 +188,62 @@ def _curves(by_case: dict[Case, list[dict[str, Any]]]) -> dict[str, dict[str, li
             points[name].append((eps, *_mean([own[data] for data in shared], "robust")))
         curves[f"{_where(shared, rows)}; {about}"] = points
     return curves
+
+
+def _over_steps(rows: list[dict[str, Any]], shared: list[str]) -> dict[str, list[tuple[str, int, float, float]]]:
+    """Points of `accuracy_over_steps`: means over the data sets of models whose stages have the same steps on all."""
+    by_model: dict[str, list[list[tuple[str, int, float, float]]]] = defaultdict(list)
+    for row in rows:
+        if row["data"] in shared and any(curve["steps"] for curve in row.get("over_steps") or ()):
+            by_model[row["name"]].append(_points(row))
+    curves = {}
+    for name, several in by_model.items():
+        if len(several) == len(shared) and len({tuple(point[:2] for point in points) for points in several}) == 1:
+            columns = zip(*several, strict=True)
+            curves[name] = [(*same[0][:2], *(sum(p[j] for p in same) / len(same) for j in (2, 3))) for same in columns]
+    return curves
+
+
+def _points(row: dict[str, Any]) -> list[tuple[str, int, float, float]]:
+    """(stage, step, robust accuracy, mean loss) of a record, steps counted on; a stage without a curve is a drop."""
+    left, before, points = round(row["clean"] * row["samples"]), 0, []
+    for curve in row["over_steps"]:
+        for step, fooled, loss in zip(curve["steps"], curve["fooled"], curve["mean_loss"], strict=True):
+            loss = math.nan if loss is None else loss
+            points.append((curve["stage"], before + step, (left - fooled) / row["samples"], loss))
+        left -= curve["broken"]
+        if curve["steps"]:
+            before += curve["steps"][-1]
+        else:
+            points.append((curve["stage"], before, left / row["samples"], math.nan))
+    return points
+
+
+def _calibration(rows: list[dict[str, Any]], shared: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What `reliability_curves` draws: the bins of models over all samples of the data sets that all of them have."""
+    by_model: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["data"] in shared and row.get("calibration"):
+            by_model[row["name"]].append(row["calibration"])
+    return {
+        name: {which: _pooled([one[which] for one in several]) for which in ("clean", "robust")}
+        for name, several in by_model.items()
+        if len(several) == len(shared)
+    }
+
+
+def _pooled(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """Bins of several samples as if they were one."""
+    bins = {key: [sum(column) for column in zip(*(one[key] for one in several), strict=True)]
+            for key in ("n", "right", "confidence")}  # fmt: skip
+    gaps = (abs(right - sure) for right, sure in zip(bins["right"], bins["confidence"], strict=True))
+    return bins | {"ece": sum(gaps) / max(sum(bins["n"]), 1)}
+
+
+def _shown(by_case: dict[Case, list[dict[str, Any]]]) -> list[tuple[Case, dict[str, Any]]]:
+    """Rows with images that are still there."""
+    every = ((case, row) for case, rows in by_case.items() for row in rows)
+    return [(case, row) for case, row in every if row.get("examples") and row["examples"]["images"].is_file()]
 
 
 def _where(shared: list[str], rows: list[dict[str, Any]]) -> str:

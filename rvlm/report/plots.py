@@ -16,7 +16,8 @@ from rvlm.files import write_bytes
 from rvlm.units import Eps
 
 __all__ = [
-    "accuracy_over_eps", "bars", "heat_map", "image_grid", "maps", "pareto", "training_curves", "transfer_heat_map",
+    "accuracy_over_eps", "accuracy_over_steps", "bars", "heat_map", "image_grid", "maps", "pareto",
+    "reliability_curves", "training_curves", "transfer_heat_map", "words_grid",
 ]  # fmt: skip
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -54,6 +55,121 @@ def accuracy_over_eps(
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     rows = [[name, *point] for name, points in curves.items() for point in points]
     return _write(path, figure, ["name", "eps", "accuracy", "ci_low", "ci_high"], rows)
+
+
+@rc_context(PLAIN_TEXT)
+def accuracy_over_steps(path: str | Path, curves: dict[str, list[tuple]], title: str = "Accuracy over steps") -> Path:
+    """Robust accuracy and the attack's loss over its steps, counted on through its stages.
+
+    Args:
+        path: PNG to write.
+        curves: name -> points (stage, step, accuracy, mean loss); accuracies are fractions, losses may be NaN. Losses
+            of two stages are not joined, since each stage has its own.
+        title: heading.
+    """
+    figure = Figure(figsize=(6.4, 6.4), dpi=150, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for k, (name, points) in enumerate(curves.items()):
+        colour, marker = _look(k)
+        look = dict(color=colour, marker=marker, markersize=4, markevery=max(1, len(points) // 12))
+        upper.plot([p[1] for p in points], [100 * p[2] for p in points], label=_short(name), linewidth=2, **look)
+        for stage in dict.fromkeys(p[0] for p in points):
+            own = [p for p in points if p[0] == stage]
+            lower.plot([p[1] for p in own], [p[3] for p in own], linewidth=1.5, **look)
+    upper.set(ylabel="accuracy, %", ylim=(-3, 103))
+    lower.set(xlabel="steps of the attack", ylabel="mean loss")
+    upper.set_title(_lines(title), loc="left", fontsize=11)
+    for axes in (upper, lower):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    rows = [[name, *point] for name, points in curves.items() for point in points]
+    return _write(path, figure, ["name", "stage", "step", "accuracy", "mean_loss"], rows)
+
+
+@rc_context(PLAIN_TEXT)
+def reliability_curves(
+    path: str | Path, found: dict[str, dict[str, dict]], title: str = "Confidence and accuracy"
+) -> Path:
+    """Accuracy against confidence on clean and on attacked images; on the diagonal a model is as right as it is sure.
+
+    Args:
+        path: PNG to write.
+        found: name -> {"clean", "robust"}, each as `rvlm.evaluation.metrics.reliability` gives it.
+        title: heading.
+    """
+    figure = Figure(figsize=(6.4, 4.0 + 0.2 * len(found)), dpi=150, layout="constrained")
+    both = {"clean": "clean", "robust": "attacked"}
+    rows = []
+    for axes, (which, heading) in zip(figure.subplots(1, 2, sharey=True), both.items(), strict=True):
+        axes.plot([0, 100], [0, 100], color="#888888", linewidth=1)
+        for k, (name, bins) in enumerate((name, own[which]) for name, own in found.items()):
+            columns = zip(bins["n"], bins["right"], bins["confidence"], strict=True)
+            points = [(sure / n, right / n, n) for n, right, sure in columns if n]
+            colour, marker = _look(k)
+            x, y = ([100 * point[j] for point in points] for j in (0, 1))
+            axes.plot(x, y, color=colour, marker=marker, markersize=5)
+            rows += [[name, heading, bins["ece"], *point] for point in points]
+        axes.set(xlabel="confidence, %", xlim=(-3, 103), ylim=(-3, 103))
+        axes.set_title(heading, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for k, (name, own) in enumerate(found.items()):
+        errors = ", ".join(f"{heading} {100 * own[which]['ece']:.1f} %" for which, heading in both.items())
+        colour, marker = _look(k)
+        figure.axes[0].plot([], [], color=colour, marker=marker, label=f"{_short(name)}: ECE {errors}")
+    figure.axes[0].set_ylabel("accuracy, %")
+    figure.suptitle(_lines(title), fontsize=11, x=0.01, ha="left")
+    figure.legend(frameon=False, loc="outside lower center", fontsize=9)
+    return _write(path, figure, ["name", "images", "ece", "confidence", "accuracy", "samples"], rows)
+
+
+@rc_context(PLAIN_TEXT)
+def words_grid(
+    path: str | Path, clean: Tensor, change: Tensor, labels: list[str], words_clean: list, words_adversarial: list,
+    title: str = "Images and words",
+) -> Path:  # fmt: skip
+    """A row for each image: clean, its change magnified around grey, adversarial, with the model's likeliest words.
+
+    Args:
+        path: PNG to write.
+        clean, change: pixels [N, 3, H, W] in [0, 1], and what the attack adds to them.
+        labels: N true classes.
+        words_clean, words_adversarial: N lists of (word, probability), likeliest first.
+        title: heading; the factor on the change, one for all, stands over its column.
+    """
+    most = change.abs().max().item()
+    magnify = 0.5 / most if most else 1.0
+    figure = Figure(figsize=(6.4, 0.9 + 2.6 * len(clean)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(clean), 3, squeeze=False)
+    for k, axes_of_row in enumerate(grid):
+        pictures = (clean[k], 0.5 + magnify * change[k], clean[k] + change[k])
+        for axes, picture, words in zip(
+            axes_of_row, pictures, (words_clean[k], None, words_adversarial[k]), strict=True
+        ):
+            axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if words is None:
+                label = f"label: {textwrap.shorten(labels[k], 24, placeholder='…')}"
+                axes.set_xlabel(label if change[k].any() else f"{label}\n(not changed)", fontsize=10)
+            else:
+                said = [f"{100 * p:.1f} % {textwrap.shorten(word, 20, placeholder='…')}" for word, p in words]
+                right = bool(words) and words[0][0] == labels[k]
+                text = "\n".join([f"{'✓' if right else '✗'} {said[0] if said else 'no answer'}", *said[1:]])
+                axes.set_xlabel(text, fontsize=10, color=RIGHT if right else WRONG)
+    headings = ("clean", f"change × {round(magnify, 0 if magnify >= 10 else 1):g}", "adversarial")
+    for axes, heading in zip(grid[0], headings, strict=True):
+        axes.set_title(heading, fontsize=10)
+    figure.suptitle(_lines(title), fontsize=11, x=0.01, ha="left")
+    rows = [
+        [k, labels[k], which, place + 1, word, p]
+        for k in range(len(clean))
+        for which, words in (("clean", words_clean[k]), ("adversarial", words_adversarial[k]))
+        for place, (word, p) in enumerate(words)
+    ]
+    return _write(path, figure, ["image", "label", "which", "place", "word", "probability"], rows)
 
 
 @rc_context(PLAIN_TEXT)

@@ -13,6 +13,7 @@ from rvlm.data import load_data
 from rvlm.data.base import Data
 from rvlm.evaluation import evaluate, parse_attack, wilson, write_evaluation, write_json
 from rvlm.evaluation.images import read_png, save_images, save_pngs
+from rvlm.evaluation.metrics import reliability
 from rvlm.models import ZeroShotClassifier, load_clip
 
 
@@ -303,7 +304,8 @@ def test_records(data, tmp_path):
     assert record["perf"]["backward_images"] > 0
     samples = np.load(tmp_path / record["samples"])
     assert samples["broken_by"].tolist() == found.broken_by.tolist() and set(samples.files) == {
-        "index", "y", "pred_clean", "pred_adv", "broken_by", "linf", "distance", "margin"}  # fmt: skip
+        "index", "y", "pred_clean", "pred_adv", "broken_by", "fooled_at", "top_clean", "top_adv", "prob_clean",
+        "prob_adv", "linf", "distance", "margin"}  # fmt: skip
 
 
 def test_a_cut_data_set_makes_a_partial_record(data, tmp_path):
@@ -398,3 +400,63 @@ def test_a_cascade_has_the_verdicts_of_fp32_and_counts_disagreements(attack, dat
 def test_precision_is_checked_before_anything_runs(data):
     with pytest.raises(ValueError, match="precision must be one of 'fp32', 'tf32', 'bf16', 'cascade'"):
         run(data, precision="fp8")
+
+
+def test_curves_over_steps_end_at_the_verdicts(data):
+    found = run(data, attack="pgd-4@alpha=4/255,fab-3,square-30", batch_size=3)
+    first, fab, last = (found.over_steps(k) for k in range(3))
+    assert first["steps"] == [0, 1, 2, 3, 4] and first["samples"] == 9 and first["loss"] == "ce"
+    assert first["fooled"] == sorted(first["fooled"]) and first["fooled"][-1] == first["broken"] == 4
+    assert (found.fooled_at >= 0).equal(found.broken_by == 0)
+    assert first["mean_loss"] == sorted(first["mean_loss"]), "a convex model: the loss of those that are left rises"
+    assert fab["steps"] == [] and fab["loss"] is None and fab["broken"] == 0
+    assert last["samples"] == 5 and last["fooled"][-1] == 0 and last["steps"][-1] == 30
+    whole = run(data, attack="pgd-4@alpha=4/255,fab-3,square-30").over_steps(0)
+    assert whole["fooled"] == first["fooled"] and whole["mean_loss"] == pytest.approx(first["mean_loss"])
+    long = run(data, attack="square-1000").over_steps(0)
+    assert len(long["steps"]) == 101 and long["steps"][0] == 0 and long["steps"][-1] == 1000
+    moved = evaluate(Threshold(), data, source=Threshold(), attack="pgd-4", eps="8/255", progress=False)
+    assert moved.over_steps(0)["steps"] == [], "by transfer, the attack does not see who is fooled"
+
+
+def test_likeliest_words_and_calibration(data):
+    found = run(data)
+    x = (128 + GAPS)[:, None].expand(-1, 48).reshape(10, 3, 4, 4) / 255
+    prob = Threshold()(x).softmax(1)
+    assert torch.equal(found.top_clean[:, 0], found.pred_clean) and found.top_clean[:, 2].eq(-1).all()
+    assert torch.allclose(found.prob_clean[:, 0], prob.max(1).values) and found.prob_clean[:, 2].eq(0).all()
+    assert torch.equal(found.top_adv[:, 0], found.pred_adv)
+    both = found.calibration()
+    assert sum(both["clean"]["right"]) == 9 and sum(both["robust"]["right"]) == 5
+    assert sum(both["clean"]["confidence"]) == pytest.approx(found.prob_clean[:, 0].sum().item())
+
+
+def test_reliability_by_hand():
+    confidence = torch.tensor([0.0, 0.05, 0.95, 1.0, 0.5])
+    found = reliability(confidence, torch.tensor([False, True, True, False, True]))
+    assert found["n"] == [2, *[0] * 5, 0, 1, *[0] * 6, 2] and found["right"][0] == 1
+    # |1 - 0.05| + |1 - 0.5| + |1 - 1.95|, over 5
+    assert found["ece"] == pytest.approx((0.95 + 0.5 + 0.95) / 5)
+    assert reliability(torch.zeros(0), torch.zeros(0, dtype=torch.bool))["ece"] == 0
+
+
+def test_the_first_images_and_their_words(tmp_path, data):
+    found = run(data, keep_images=4, batch_size=3)
+    whole = run(data, keep_images=True)
+    assert found.x_adv.shape == (4, 3, 4, 4) and torch.equal(found.x_adv, whole.x_adv[:4])
+    for evaluation, most, kept in ((found, 9, 4), (whole, 2, 2)):
+        row = write_evaluation(tmp_path / str(kept), "toy", evaluation, data, Threshold(), examples=most)
+        examples = json.loads((tmp_path / str(kept) / row["record"]).read_text())["examples"]
+        assert examples["rule"] == f"the first {kept} samples" and examples["index"] == list(range(kept))
+    with np.load(tmp_path / "4" / "samples" / "toy-white-box-pgd-10-8-255-images.npz") as images:
+        clean, change = torch.from_numpy(images["clean"]), torch.from_numpy(images["change"]).float()
+    assert torch.equal(clean, data.read(torch.arange(4)))
+    assert torch.allclose(clean / 255 + change, found.x_adv, atol=2e-5) and not change[0].any() and change[3].any()
+    examples = json.loads((tmp_path / "4" / "result" / "toy-white-box-pgd-10-8-255.json").read_text())["examples"]
+    assert examples["labels"] == ["bright", "dark", "dark", "dark"]
+    assert examples["clean"][3][0][0] == "dark" and examples["adversarial"][3][0][0] == "bright"
+    assert [len(words) for words in examples["clean"]] == [2] * 4
+    write_evaluation(tmp_path / "none", "toy", run(data), data, Threshold())
+    assert len(list((tmp_path / "none" / "samples").iterdir())) == 1
+    with pytest.raises(ValueError, match="True, False or a number"):
+        run(data, keep_images=-1)

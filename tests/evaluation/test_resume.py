@@ -58,13 +58,14 @@ def data():
 
 
 def run(model, data, **settings):
-    given = dict(attack=ATTACK, eps="2/255", batch_size=8, progress=False) | settings
+    given = dict(attack=ATTACK, eps="2/255", batch_size=8, progress=False, keep_images=11) | settings
     return evaluate(model, data, **given)
 
 
 def same(first, second):
     for name in COLUMNS:
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert first.losses == second.losses and torch.equal(first.x_adv, second.x_adv)
     assert (first.forwards, first.backwards, first.checks) == (second.forwards, second.backwards, second.checks)
     assert first.stages == second.stages
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from rvlm.evaluation import wilson
+from rvlm.data.base import Data
+from rvlm.evaluation import evaluate, wilson, write_evaluation
 
 
 def figure(share, n):
@@ -33,3 +35,26 @@ def write_record(
 @pytest.fixture(scope="session")
 def record():
     return write_record
+
+
+LINEAR = torch.linspace(-1, 1, 48 * 4).reshape(48, 4)
+
+
+def linear(x):
+    return 4 * (x.flatten(1) - 0.5) @ LINEAR
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """A run with two models at one radius, as `rvlm eval` leaves it, and what was found."""
+    folder = tmp_path_factory.mktemp("measured")
+    pixels = torch.randint(0, 256, (30, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    y = linear(pixels / 255).argmax(1)
+    names = ["cat", "dog: a $ and: more", "a class with a name that is far too long for one line", "bird"]
+    data = Data("toy", "test", names, y, torch.arange(30), lambda i: pixels[i], n_total=30)
+    given = dict(attack="pgd-5@alpha=1/255,fab-2,square-20", eps="4/255", keep_images=3, progress=False)
+    found = {}
+    for name, model in (("plain", linear), ("smooth", lambda x: linear(x.mean((2, 3), True).expand_as(x)))):
+        found[name] = evaluate(model, data, **given)
+        write_evaluation(folder, name, found[name], data, model)
+    return folder, found, data

@@ -21,6 +21,7 @@ addEventListener("load", () => {
     before, after: values(), width: innerWidth, needed: document.documentElement.scrollWidth,
     robust: table.tBodies[0].rows[0].cells[column].getBoundingClientRect().right,
     pictures: [...document.images].map(img => img.naturalWidth && img.getBoundingClientRect().right),
+    texts: [...document.images].map(img => img.alt),
     fetched: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).map(e => e.name),
   }), "*");
 });
@@ -32,7 +33,7 @@ FRAME = """<script>addEventListener("message", event => { document.body.dataset.
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, record):
+def page(tmp_path_factory, record, measured):
     folder = tmp_path_factory.mktemp("page")
     for name, robust in (
         ("clip", 0.04),
@@ -42,7 +43,7 @@ def page(tmp_path_factory, record):
         for data in ("cifar10", "imagenet-sketch"):
             for eps in ("2/255", "4/255"):
                 record(folder / "runs", name.replace("/", "-"), robust, data=data, eps=eps, n=1000)
-    assert cli.main(["report", str(folder / "runs"), "--out", str(folder / "r.html")]) == 0
+    assert cli.main(["report", str(folder / "runs"), str(measured[0]), "--out", str(folder / "r.html")]) == 0
     text = (folder / "r.html").read_text()
     (folder / "probed.html").write_text(text.replace("</body>", PROBE))
     return folder
@@ -62,7 +63,9 @@ def test_the_page_at(width, page, browse):
     seen = json.loads(html.unescape(re.search(r'data-probe="(.*?)"', dom)[1]))
     assert seen["width"] == width and seen["needed"] <= width, "the page scrolls sideways"
     assert seen["robust"] <= width, "the robust accuracy is out of sight"
-    assert len(seen["pictures"]) == 5 and all(0 < right <= width for right in seen["pictures"])
+    assert len(seen["pictures"]) == 10 and all(0 < right <= width for right in seen["pictures"])
+    new = ("Accuracy over steps: ", "Confidence and accuracy: ", "Images and words: plain", "Images and words: smooth")
+    assert all(seen["texts"]) and all(sum(text.startswith(kind) for text in seen["texts"]) == 1 for kind in new)
     assert seen["fetched"] == []
     numbers = [float(text.split()[0]) for text in seen["after"]]
     assert numbers == sorted(numbers) and seen["before"] != seen["after"]

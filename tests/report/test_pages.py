@@ -1,6 +1,7 @@
 """Reports of runs: every row is a record's, unlike ones are told apart, every format holds the same rows."""
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -198,3 +199,58 @@ def test_cells_of_latex_and_csv():
     assert r"\caption{50 \% of \{x\}\textasciitilde{}\textbackslash{}.}" in latex([table])
     assert "a & 50.0 (40-60)" + r" \\" in latex([table])
     assert csv_text([table]).splitlines() == ["table,name,clean,clean_low,clean_high", "50 % of {x}~\\,a,0.5,0.4,0.6"]
+
+
+def test_curves_over_steps_fall_to_the_robust_accuracy(measured, tmp_path):
+    folder, found, _ = measured
+    drawn = {caption.partition(":")[0]: (caption, png) for caption, png in figures(gather([folder]), tmp_path / "f")}
+    caption, png = drawn["Accuracy over steps"]
+    assert caption.endswith("toy; pgd-5@alpha=1/255,fab-2,square-20, Linf 4/255, white-box") and png.is_file()
+    rows = list(csv.DictReader(png.with_suffix(".csv").open()))
+    plain = [row for row in rows if row["name"] == "plain"]
+    assert [int(row["step"]) for row in plain] == [0, 1, 2, 3, 4, 5, 5, *range(5, 26)]
+    assert [row["stage"] for row in plain[5:8]] == ["pgd-5@alpha=1/255", "fab-2", "square-20"]
+    shares = [float(row["accuracy"]) for row in plain]
+    assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] == pytest.approx(found["plain"].robust)
+    assert float(plain[-1]["mean_loss"]) > float(plain[7]["mean_loss"]) and plain[6]["mean_loss"] == "nan"
+
+
+def test_calibration_is_pooled_over_data_sets(measured, tmp_path):
+    folder, found, data = measured
+    drawn = {caption.partition(":")[0]: png for caption, png in figures(gather([folder]), tmp_path / "f")}
+    rows = list(csv.DictReader(drawn["Confidence and accuracy"].with_suffix(".csv").open()))
+    mine = [row for row in rows if (row["name"], row["images"]) == ("plain", "attacked")]
+    assert sum(int(row["samples"]) for row in mine) == 30
+    assert float(mine[0]["ece"]) == pytest.approx(found["plain"].calibration()["robust"]["ece"])
+    other = dataclasses.replace(data, name="other")
+    write_evaluation(tmp_path / "o", "plain", found["plain"], data, torch.nn.Flatten())
+    path = write_evaluation(tmp_path / "p", "plain", found["plain"], other, torch.nn.Flatten())["record"]
+    (tmp_path / "o" / "result" / "other.json").write_text((tmp_path / "p" / path).read_text())
+    drawn = {caption.partition(":")[0]: png for caption, png in figures(gather([tmp_path / "o"]), tmp_path / "g")}
+    both = list(csv.DictReader(drawn["Confidence and accuracy"].with_suffix(".csv").open()))
+    attacked = [row for row in both if row["images"] == "attacked"]
+    assert [2 * int(row["samples"]) for row in mine] == [int(row["samples"]) for row in attacked]
+    assert float(attacked[0]["ece"]) == pytest.approx(float(mine[0]["ece"]))
+
+
+def test_images_stand_beside_the_words_before_and_after(measured, tmp_path, monkeypatch):
+    folder, found, data = measured
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    alts = re.findall(r'<img alt="([^"]*)"', page)
+    assert sum("Images and words: plain on toy; pgd-5" in alt for alt in alts) == 1 and len(set(alts)) == len(alts)
+    assert "<h2>Images and words</h2>" in page and page.count("data:image/png") == len(alts)
+    rows = list(csv.DictReader(min((tmp_path / "r-figures").glob("*images-and-words.csv")).open()))
+    evaluation = found["plain"]
+    first = [row for row in rows if row["image"] == "0"]
+    for which, top, prob in (("clean", evaluation.top_clean, evaluation.prob_clean),
+                             ("adversarial", evaluation.top_adv, evaluation.prob_adv)):  # fmt: skip
+        said = [(row["word"], float(row["probability"])) for row in first if row["which"] == which]
+        assert [word for word, _ in said] == [data.class_names[c] for c in top[0]]
+        assert [p for _, p in said] == pytest.approx(prob[0].tolist())
+    assert {row["image"] for row in rows} == {"0", "1", "2"}, "the first three, whatever became of them"
+    monkeypatch.setattr("rvlm.report.pages.MOST_GRIDS", 1)
+    few = gather([folder])
+    drawn = figures(few, tmp_path / "f")
+    assert sum(caption.startswith("Images and words") for caption, _ in drawn) == 1
+    assert facts(few)["images"].startswith("those of 1 records of 2")

@@ -1,0 +1,58 @@
+"""What the iterates of an attack came to: the step that fooled each sample first, and the loss at every step.
+
+Step 0 is the start; the steps of later runs count on from those of earlier ones. Rows may come in any order.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["Trace"]
+
+NEVER = 2**62
+
+
+class Trace:
+    """Of a batch of samples.
+
+    Attributes:
+        last: the largest step so far, -1 before the first.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.last = -1
+        self._before = 0  # steps of earlier runs
+        self._at = torch.full((batch,), NEVER, device=device)
+        self._losses = torch.full((batch, 16), torch.nan, device=device)  # by step; NaN where nobody has looked
+
+    @property
+    def fooled_at(self) -> Tensor:
+        """int64 [B], the first step whose iterate fooled the model, -1: none did."""
+        return torch.where(self._at == NEVER, -1, self._at)
+
+    def sums(self) -> Tensor:
+        """The loss summed over the batch, by step, in float64. A fooled sample, and one that was not looked at, keeps
+        its loss of before."""
+        losses = self._losses[:, : self.last + 1]
+        steps = torch.arange(losses.shape[1], device=losses.device)
+        known = torch.where(losses.isnan(), 0, steps).cummax(1).values
+        return losses.gather(1, known.gather(1, torch.minimum(steps, self._at[:, None]))).double().sum(0)
+
+    def next_run(self) -> None:
+        """What is noted from here on is of another run."""
+        self._before = max(self.last, 0)
+
+    def note(self, rows: Tensor, steps: int | list[int], loss: Tensor, fooled: Tensor | None) -> None:
+        """An iterate's loss and verdict, for samples in `rows`; steps: one for all, or of each."""
+        if isinstance(steps, list) and steps.count(steps[0]) == len(steps):
+            steps = steps[0]  # no upload
+        self.last = max(self.last, self._before + (steps if isinstance(steps, int) else max(steps)))
+        while self.last >= self._losses.shape[1]:
+            self._losses = torch.cat([self._losses, torch.full_like(self._losses, torch.nan)], 1)
+        at = torch.as_tensor(steps, device=rows.device).expand(len(rows)) + self._before
+        self._losses[rows, at] = loss.detach().float()
+        if fooled is not None:
+            self._at.scatter_reduce_(0, rows, torch.where(fooled, at, NEVER), "amin")
+
+    def recant(self, rows: Tensor, wrongly: Tensor) -> None:
+        """Takes back the samples among `rows` that only another arithmetic calls fooled."""
+        self._at[rows] = torch.where(wrongly, NEVER, self._at[rows])

@@ -1,0 +1,86 @@
+"""What is kept of an attack's iterates: the step that fooled each sample first, and the loss at every step."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rvlm.attacks import apgd, mifgsm, pgd, square
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def batch():
+    x = torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    model = Net().eval()
+    return model, x, model(x).argmax(1).detach()
+
+
+def test_steps_are_those_that_a_callback_sees(batch):
+    model, x, y = batch
+    losses, fooled = [], []
+
+    def see(step, x_adv, loss):
+        losses.append(loss.double().clone())
+        fooled.append(model(x_adv).argmax(1) != y)
+
+    given = dict(eps=0.12, steps=6, generator=torch.Generator().manual_seed(2))
+    found = pgd(model, x, y, best="last", callback=see, return_info=True, **given)
+    losses.append(F.cross_entropy(model(found.x_adv), y, reduction="none").double())
+    fooled.append(model(found.x_adv).argmax(1) != y)
+    first = torch.stack(fooled).int().argmax(0)
+    never = ~torch.stack(fooled).any(0)
+    assert 0 < never.sum() < len(x) and first.unique().numel() > 2, "the example shows nothing"
+    assert torch.equal(found.trace.fooled_at, torch.where(never, -1, first))
+    stops = torch.where(never, 6, first)
+    for step in range(7):
+        kept = torch.stack(losses)[stops.clamp(max=step), torch.arange(len(x))]
+        assert found.trace.sums()[step].item() == pytest.approx(kept.sum().item(), rel=1e-6)
+    assert found.trace.last == 6
+
+
+@pytest.mark.parametrize("attack, settings", [(pgd, {}), (pgd, {"restarts": 3}), (apgd, {}), (apgd, {"norm": "l2"})])
+def test_leaving_the_batch_changes_nothing(batch, attack, settings):
+    model, x, y = batch
+    eps = 0.4 if settings.get("norm") == "l2" else 0.12
+    given = dict(eps=eps, steps=8, best="adv", return_info=True) | settings
+    whole, compact = (
+        attack(model, x, y, early_stop=stop, generator=torch.Generator().manual_seed(2), **given)
+        for stop in ("freeze" if attack is pgd else None, "compact")
+    )
+    assert torch.equal(whole.trace.fooled_at, compact.trace.fooled_at)
+    assert torch.equal(whole.trace.fooled_at >= 0, whole.success) and whole.success.any() and not whole.success.all()
+    last = 8 * settings.get("restarts", 1)
+    assert whole.trace.last == last and whole.trace.fooled_at.max() <= last
+    sums = compact.trace.sums()
+    assert torch.allclose(sums, whole.trace.sums()[: len(sums)], rtol=1e-5)
+
+
+def test_larger_balls_do_not_count(batch):
+    model, x, y = batch
+    found = apgd(
+        model, x, y, eps=1.5, norm="l1", steps=20, larger_eps=True, best="adv", return_info=True,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    assert found.trace.last == 20
+    assert torch.equal(found.trace.fooled_at >= 0, found.success) and found.success.any()
+    assert found.trace.fooled_at[found.success].min() >= 12, "0.3 + 0.3 of 20 steps are in larger balls"
+
+
+def test_square_and_attacks_without_a_trace(batch):
+    model, x, y = batch
+    given = dict(eps=0.12, return_info=True)
+    found = square(model, x, y, queries=40, generator=torch.Generator().manual_seed(2), **given)
+    assert torch.equal(found.trace.fooled_at >= 0, found.success) and found.success.any()
+    assert torch.equal(found.trace.fooled_at[found.success], found.steps_used[found.success])
+    assert mifgsm(model, x, y, steps=3, **given).trace is None
+    assert isinstance(pgd(model, x, y, eps=0.12), torch.Tensor)
