@@ -2,6 +2,10 @@
 
 McNemar (1947), exact: of the d samples that one model gets right and the other wrong, b go one way. If both were
 equally good, b would be binomial(d, 1/2); p is the chance of a split at least as uneven, on either side.
+
+The captions of an image are no independent samples. For image recall, with d_i the difference of image i (captions that
+A alone gets right less those that B alone does), z = sum_i d_i / sqrt(sum_i d_i^2) is about normal if both are equally
+good (Obuchowski 1998); where every image has one caption this is McNemar's test without its continuity correction.
 """
 
 import dataclasses
@@ -11,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.metrics import effective_size, wilson
 from rvlm.evaluation.records import RETRIEVAL
 
 __all__ = ["Comparison", "compare", "mcnemar", "read_record", "right_samples", "setting"]
@@ -34,9 +39,9 @@ class Comparison:
     Attributes:
         what: clean or robust, accuracy or recall.
         n: samples.
-        a, b: shares, with their Wilson intervals.
+        a, b: shares, with their Wilson intervals; of image recall at the effective number of captions.
         only_a, only_b: samples that one gets right and the other does not.
-        p: of McNemar's exact test.
+        p: of McNemar's exact test; of image recall of the test clustered by image.
     """
 
     what: str
@@ -65,7 +70,8 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
     if differ:
         raise ValueError(f"{a} and {b} cannot be compared: {'; '.join(differ)}. Only the model may differ.")
     right = [right_samples(record, Path(path))[0] for record, path in zip(records, (a, b), strict=True)]
-    return [_compared(what, right[0][what], right[1][what]) for what in right[0]]
+    owner = _owner(records[0], Path(a))
+    return [_compared(what, *(each[what] for each in right), owner if "image" in what else None) for what in right[0]]
 
 
 def setting(record: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +86,31 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(log - n * math.log(2)) for log in logs))
 
 
-def _compared(what: str, a: np.ndarray, b: np.ndarray) -> Comparison:
-    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
-    sides = [(float(side.mean()), wilson(int(side.sum()), n)) for side in (a, b)]
-    return Comparison(what, n, *sides[0], *sides[1], only_a, only_b, mcnemar(only_a, only_b))
+def _compared(what: str, a: np.ndarray, b: np.ndarray, owner: np.ndarray | None) -> Comparison:
+    n, only_a, only_b, sides = len(a), int((a & ~b).sum()), int((b & ~a).sum()), []
+    for side in (a, b):
+        share, size = float(side.mean()), float(n)
+        if owner is not None:
+            size = effective_size(torch.from_numpy(side), torch.from_numpy(owner))
+        sides += [share, wilson(share * size, size)]
+    p = mcnemar(only_a, only_b) if owner is None else _clustered(a, b, owner)
+    return Comparison(what, n, *sides, only_a, only_b, p)
+
+
+def _clustered(a: np.ndarray, b: np.ndarray, owner: np.ndarray) -> float:
+    """p of two models on samples that come in clusters."""
+    _, place = np.unique(owner, return_inverse=True)
+    differences = np.bincount(place, a.astype(float) - b)
+    spread = math.sqrt((differences**2).sum())
+    return math.erfc(abs(differences.sum()) / spread / math.sqrt(2)) if spread else 1.0
+
+
+def _owner(record: dict[str, Any], path: Path) -> np.ndarray | None:
+    """Of retrieval, the image that each caption is of."""
+    if record["schema"] != RETRIEVAL:
+        return None
+    with np.load(path.parents[1] / record["samples"]) as columns:
+        return columns["owner"]
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -3,6 +3,10 @@
     text recall@k    the share of images with a caption of their own among the k nearest captions
     image recall@k   the share of captions whose image is among the k nearest images
 
+The captions of an image stand or fall together, so that intervals of image recall are Wilson's at the effective number
+of captions, with a variance clustered by image (`rvlm.evaluation.metrics.effective_size`); those of text recall, with
+one answer for each image, are Wilson's.
+
 The attack moves every image away from its own captions; then all images of the gallery are adversarial ones. Ties, and
 embeddings with NaN, count against the model. `white-box`: made on the model that is measured. `transfer`: made on
 another one, `source`.
@@ -21,7 +25,7 @@ from rvlm.attacks.ball import ORDER
 from rvlm.attacks.retrieval import caption_sets, coattack, sga
 from rvlm.data.captions import Captions
 from rvlm.evaluation.evaluate import progress_bar
-from rvlm.evaluation.metrics import wilson
+from rvlm.evaluation.metrics import effective_size, wilson
 from rvlm.models import Clip
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
@@ -40,6 +44,7 @@ class Retrieval:
     Attributes:
         text_clean, text_adv: int64 [N], how many captions of others lie nearer to an image than its own nearest one.
         image_clean, image_adv: int64 [T], how many other images lie nearer to a caption than its own.
+        rows: int64 [T], row of the image that a caption is of.
         linf, distance: |x_adv - x| [N], the largest pixel and in the threat's norm, in float64.
         outside: how far a pixel lies outside [0, 1].
         nonfinite: images whose embedding has NaN, clean or adversarial.
@@ -56,6 +61,7 @@ class Retrieval:
     text_adv: Tensor
     image_clean: Tensor
     image_adv: Tensor
+    rows: Tensor
     linf: Tensor
     distance: Tensor
     outside: float
@@ -64,12 +70,15 @@ class Retrieval:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """{"clean"|"robust": {"text_r@1": {"v", "ci95", "n"}, ..., "image_r@10": ...}}."""
+        """{"clean"|"robust": {"text_r@1": {"v", "ci95", "n", "n_eff"}, ..., "image_r@10": ...}}.
+
+        n_eff: what the interval takes for n.
+        """
         found = {"clean": (self.text_clean, self.image_clean), "robust": (self.text_adv, self.image_adv)}
         return {
             which: {
-                f"{kind}_r@{k}": _share(int((ranks < k).sum()), len(ranks))
-                for kind, ranks in zip(("text", "image"), both, strict=True)
+                f"{kind}_r@{k}": _share(ranks < k, clusters)
+                for kind, ranks, clusters in zip(("text", "image"), both, (None, self.rows), strict=True)
                 for k in KS
             }
             for which, both in found.items()
@@ -167,7 +176,7 @@ def retrieve(
     text_adv, image_adv = _ranks(adv, texts, rows)
     return Retrieval(
         attack, eps, norm, "white-box" if source is None else "transfer", seed, batch_size, resolution,
-        text_clean, text_adv, image_clean, image_adv, linf, distance, max(outside.max().item(), 0.0),
+        text_clean, text_adv, image_clean, image_adv, rows, linf, distance, max(outside.max().item(), 0.0),
         int((clean.isnan() | adv.isnan()).any(1).sum()), time.perf_counter() - began,
     )  # fmt: skip
 
@@ -192,5 +201,7 @@ def _ranks(images: Tensor, texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat(of_images), torch.cat(of_texts)
 
 
-def _share(hits: int, n: int) -> dict[str, Any]:
-    return {"v": hits / n, "ci95": wilson(hits, n), "n": n}
+def _share(right: Tensor, clusters: Tensor | None) -> dict[str, Any]:
+    share, n = right.double().mean().item(), len(right)
+    size = float(n) if clusters is None else effective_size(right, clusters)
+    return {"v": share, "ci95": wilson(share * size, size), "n": n, "n_eff": size}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 
 import numpy as np
@@ -15,6 +16,8 @@ from rvlm.cli import main
 from rvlm.data import load_data
 from rvlm.data.captions import Captions, holds_captions, load_captions
 from rvlm.evaluation import retrieval, retrieve
+from rvlm.evaluation.compare import _compared
+from rvlm.evaluation.metrics import effective_size, wilson
 from rvlm.ranks import Ranks
 
 N, SIDE = 12, 8
@@ -257,3 +260,50 @@ def test_eval_of_captions_from_the_command_line(tmp_path, capsys):
     assert columns["text_adv"].shape == (6,) and columns["image_adv"].shape == (12,)
     assert main([*argv, "--attack", "autoattack"]) == 2
     assert main(["check", "tiny-vit", "--data", f"captions:{tmp_path}/captions.json"]) == 2
+
+
+def test_intervals_know_that_captions_of_an_image_stand_together():
+    draws = np.random.default_rng(0)
+    images, captions, truth, inside = 80, 5, 0.3, {"naive": 0, "clustered": 0}
+    owner = torch.arange(images).repeat_interleave(captions)
+    for _ in range(400):  # images differ in how easy they are, so that captions of one agree
+        easy = draws.beta(0.5 * truth, 0.5 * (1 - truth), images)
+        right = torch.from_numpy(draws.random((images, captions)) < easy[:, None]).flatten()
+        share = right.double().mean().item()
+        for kind, n in (("naive", len(right)), ("clustered", effective_size(right, owner))):
+            low, high = wilson(share * n, n)
+            inside[kind] += low <= truth <= high
+    assert inside["naive"] < 0.75 * 400, "the example shows nothing"
+    assert 0.92 * 400 <= inside["clustered"] <= 0.98 * 400
+
+
+def test_effective_size_by_hand():
+    one, two = torch.arange(10), torch.arange(10) // 2
+    right = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0]).bool()
+    # p = 0.4; pairs have 2, 2, 0, 0, 0 right: residuals 1.2, 1.2, -0.8 (3 times), var = 5/4 * 4.8 / 100
+    assert effective_size(right, two) == pytest.approx(0.4 * 0.6 / (1.25 * 4.8 / 100))
+    assert effective_size(right, one) == pytest.approx(9.0)
+    mixed = torch.tensor([1, 0] * 5).bool()
+    assert effective_size(mixed, two) == 10, "clusters that all say the same: no more than the samples"
+    assert effective_size(right | True, two) == effective_size(right & False, two) == 5
+    assert effective_size(right, torch.zeros(10, dtype=torch.int64)) == 1
+
+
+def test_captions_that_repeat_each_other_are_no_evidence():
+    a, b = np.arange(40) < 20, (np.arange(40) >= 14) & (np.arange(40) < 26)  # 14 and 6 that one alone gets right
+    once = _compared("robust image_r@1", a, b, np.arange(40))
+    again = _compared("robust image_r@1", a.repeat(5), b.repeat(5), np.arange(40).repeat(5))
+    naive = _compared("robust accuracy", a.repeat(5), b.repeat(5), None)
+    assert again.p == pytest.approx(once.p) == pytest.approx(math.erfc(8 / math.sqrt(20) / math.sqrt(2)))
+    assert naive.p < again.p / 100
+    assert again.only_a == 5 * once.only_a and again.a == once.a
+    assert naive.a_ci[1] - naive.a_ci[0] < 0.6 * (again.a_ci[1] - again.a_ci[0])
+    assert _compared("robust image_r@1", a, a, np.arange(40)).p == 1
+
+
+def test_image_recall_has_the_wider_interval(data):
+    found = retrieve(Toy(), data, attack="pgd-5", eps="40/255", progress=False).metrics["robust"]
+    one = found["image_r@1"]
+    assert 0 < one["v"] < 1 and one["n_eff"] < one["n"] == len(data.texts)
+    assert tuple(one["ci95"]) == wilson(one["v"] * one["n_eff"], one["n_eff"])
+    assert found["text_r@1"]["n_eff"] == found["text_r@1"]["n"] == N
