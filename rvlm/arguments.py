@@ -350,9 +350,9 @@ class ReproArgs(Arguments):
     """Rerun the evaluation of a record and say whether it holds; other weights or samples than its own are refused."""
 
     record: str = ""
-    """RUN/result/NAME.json, of eval, attack or train."""
+    """RUN/result/NAME.json, of eval, attack, train or analyze transfer."""
     model: str | None = None
-    """Where its model is now, as --model elsewhere; default where it was."""
+    """Where its model is now, as --model elsewhere; default where it was. Of a transfer matrix all, with commas."""
     source: str | None = None
     """The same of the model that its images were made on."""
     data: str | None = None

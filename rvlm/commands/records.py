@@ -62,46 +62,58 @@ def report(args: ReportArgs) -> int:
 
 def repro(args: ReproArgs) -> int:
     """Runs a record's evaluation again: OUT/repro.json, and a record of its own."""
-    from rvlm.evaluation import read_recorded, write_evaluation
+    from rvlm.evaluation import read_recorded
     from rvlm.models import load_clip
 
     if not args.record:
         raise ValueError("repro takes a record: rvlm repro RUN/result/NAME.json")
     old, device = read_recorded(args.record), device_of(args.device)
+    specs = _placed(old.models, args)
 
-    def load(spec: str | None, role: str):
-        if spec is None:
-            return None
+    def load(spec: str, role: str, data):
         model = from_file(spec) if is_own(spec) else load_clip(spec)
-        return old.classifier(model.to(device) if isinstance(model, torch.nn.Module) else model, data, role)
+        return old.model(model.to(device) if isinstance(model, torch.nn.Module) else model, data, role)
 
     with together(args) as ranks:
         with ranks.first_before_others():  # models of the zoo are trained on first use
             data = old.samples(args.data or old.data)
-            model = load(args.model or old.model, "model")
-            source = load(old.source and (args.source or old.source), "source")
+            models = {role: load(spec, role, data) for role, spec in specs.items()}
         run = Run("repro", args) if ranks.first else None
-        found = old.run(model, data, source, device)
+        found = old.run(models, data, device)
         if run is None:
             return 0
-        result, record = old.compare(found), old.record
-        mark = record["protocol"] and record["protocol"] | {"status": record["status"]}
-        about = {
-            "method": record["model"]["method"], "method_sha": record["model"].get("method_sha"),
-            "processes": ranks.size, "source": source, "protocol": mark,
-        }  # fmt: skip
-        rows = [write_evaluation(run.out, record["name"], found, data, model, **about)]
-        run.write_json(run.out / "repro.json", {"record": str(old.path), **dataclasses.asdict(result)})
-        run.finish(rows, json.dumps(dataclasses.asdict(result), indent=1) if args.json else _reproduced(result))
-        return 0 if result.holds else CHECK_FAILED
+        return _judge(run, args, old.path, old.compare(found), old.write(run.out, found, data, models, ranks.size))
+
+
+def _placed(models: dict[str, str], args: ReproArgs) -> dict[str, str]:
+    """Specs by role, with what --model and --source say: of a transfer matrix, all models in the record's order."""
+    if "model" not in models:
+        given = args.model.split(",") if args.model else list(models.values())
+        if args.source or len(given) != len(models):
+            raise ValueError(f"the record is of {', '.join(models)}: give as many as --model A,B,..., and no --source")
+        return dict(zip(models, given, strict=True))
+    if args.source and "source" not in models:
+        raise ValueError("the record is white-box: leave --source out")
+    return {role: getattr(args, role) or spec for role, spec in models.items()}
+
+
+def _judge(run: Run, args: ReproArgs, record: Path, result, rows: list[dict]) -> int:
+    run.write_json(run.out / "repro.json", {"record": str(record), **dataclasses.asdict(result)})
+    run.finish(rows, json.dumps(dataclasses.asdict(result), indent=1) if args.json else _reproduced(result))
+    return 0 if result.holds else CHECK_FAILED
 
 
 def _reproduced(result) -> str:
-    lines = [
-        f"{what:<7} {100 * result.recorded[what]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) recorded, "
-        f"{100 * result.again[what]:.1f} % again; {result.changed[what]} of {result.n} verdicts changed"
-        for what, (low, high) in result.interval.items()
-    ]
+    lines = []
+    for what, (low, high) in result.interval.items():
+        old, new, samples = result.recorded[what], result.again[what], result.samples[what]
+        which = (
+            f": samples {', '.join(map(str, samples[:10]))}{', ...' if len(samples) > 10 else ''}" if samples else ""
+        )
+        lines.append(
+            f"{what:<7} {100 * old:.1f} % ({100 * low:.1f} to {100 * high:.1f}) recorded, {100 * new:.1f} % again; "
+            f"{len(samples)} of {result.n[what]} verdicts changed{which}"
+        )
     lines += [f"not as it was: {line}" for line in result.differs]
-    rule = "every verdict must be the same" if result.exact else "accuracies must lie in the recorded intervals"
+    rule = "every verdict must be the same" if result.exact else "figures must lie in the recorded intervals"
     return "\n".join([*lines, f"{'holds' if result.holds else 'DOES NOT HOLD'}: here {rule}"])

@@ -20,7 +20,7 @@ import torch
 from rvlm.evaluation.metrics import effective_size, wilson
 from rvlm.evaluation.records import RETRIEVAL
 
-__all__ = ["Comparison", "compare", "mcnemar", "read_record", "right_samples", "setting"]
+__all__ = ["Comparison", "compare", "mcnemar", "read_any", "read_record", "right_samples", "setting"]
 
 ALIKE = {
     "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"),
@@ -113,8 +113,8 @@ def _owner(record: dict[str, Any], path: Path) -> np.ndarray | None:
         return columns["owner"]
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A record of an evaluation.
+def read_any(path: Path) -> dict[str, Any]:
+    """A record of any kind, by its schema.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is something else.
@@ -122,7 +122,19 @@ def read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no record {path}: expected a file RUN/result/NAME.json")
     record = json.loads(path.read_text())
-    if not isinstance(record, dict) or "samples" not in record or "threat" not in record:
+    if not isinstance(record, dict) or not str(record.get("schema")).startswith("rvlm."):
+        raise ValueError(f"{path} is no record: expected a file RUN/result/NAME.json")
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of an evaluation.
+
+    Raises:
+        As `read_any`.
+    """
+    record = read_any(path)
+    if "samples" not in record or "threat" not in record:
         raise ValueError(f"{path} is no record of an evaluation: expected a file RUN/result/NAME.json")
     return record
 

@@ -166,7 +166,7 @@ def _examples(folder: Path, name: str, evaluation: Evaluation, data: Data, most:
 def write_transfer(
     folder: str | Path, matrix: TransferMatrix, data: Data, models: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> list[dict[str, Any]]:
-    """Writes FOLDER/result/transfer.json and FOLDER/samples/transfer.npz (correct, bool [S, T, N], and index).
+    """Writes FOLDER/result/transfer.json and FOLDER/samples/transfer.npz (index; right, correct of `TransferMatrix`).
 
     Args:
         folder: run folder.
@@ -179,7 +179,9 @@ def write_transfer(
     """
     folder = Path(folder)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, index=data.index.numpy(), correct=matrix.correct.numpy())
+    np.savez_compressed(
+        buffer, index=data.index.numpy(), right=matrix.right.numpy(), correct=matrix.correct.numpy()
+    )  # fmt: skip
     write_bytes(folder / "samples" / "transfer.npz", buffer.getvalue())
     resolution = list(data.batch(slice(0, 1))[0].shape[-2:])
     record = {
@@ -191,7 +193,8 @@ def write_transfer(
         "attack": {
             "name": matrix.attack,
             "seed": matrix.seed,
-            "stages": [stage.record() for stage in matrix.stages],
+            "batch": matrix.batch_size,
+            "stages": matrix.stage_records(),
         },
         "sources": matrix.sources,
         "targets": matrix.targets,

@@ -26,8 +26,8 @@ class TransferMatrix:
         sources, targets: names.
         clean: accuracy of each target on clean images [T].
         robust: accuracy of target t on the images of source s [S, T]: right when clean and on those of every stage.
-        correct: the same per sample, bool [S, T, N].
-        attack, eps, norm, seed, samples: what was run.
+        right, correct: the same per sample, bool [T, N] and [S, T, N].
+        attack, eps, norm, seed, batch_size, samples: what was run.
         seconds: what it took.
         stages: of the attack.
     """
@@ -36,14 +36,20 @@ class TransferMatrix:
     targets: list[str]
     clean: Tensor
     robust: Tensor
+    right: Tensor
     correct: Tensor
     attack: str
     eps: str
     norm: str
     seed: int
+    batch_size: int
     samples: int
     seconds: float
     stages: list[Stage]
+
+    def stage_records(self) -> list[dict]:
+        """The stages in a record."""
+        return [stage.record() for stage in self.stages]
 
     @property
     def checks(self) -> list[dict]:
@@ -124,5 +130,5 @@ def transfer_matrix(
         clean, correct = clean | their_clean, correct | their_correct
     shares = clean.double().mean(1), correct.double().mean(2)
     names = list(sources), list(targets)
-    seconds = time.perf_counter() - began
-    return TransferMatrix(*names, *shares, correct, attack, str(eps), norm, seed, n, seconds, stages)
+    run = attack, str(eps), norm, seed, batch_size, n
+    return TransferMatrix(*names, *shares, clean, correct, *run, time.perf_counter() - began, stages)

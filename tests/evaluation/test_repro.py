@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rvlm.cli import main
 from rvlm.models import load_clip
+from rvlm.models.weights import weights_of
 
 PLAIN = """
 import torch
@@ -64,7 +66,10 @@ def test_on_the_same_machine_every_verdict_counts(recorded, tmp_path, capsys):
         pytest.skip("verdicts need not be the same on a GPU")
     path = copied(recorded, tmp_path, columns=one_more_is_robust)
     assert run("repro", path, "--out", tmp_path / "again") == 4
-    assert "DOES NOT HOLD: here every verdict must be the same" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "DOES NOT HOLD: here every verdict must be the same" in text
+    [changed] = json.loads((tmp_path / "again" / "repro.json").read_text())["samples"]["robust"]
+    assert f"1 of 30 verdicts changed: samples {changed}\n" in text
 
 
 def test_elsewhere_the_interval_counts(recorded, tmp_path, capsys):
@@ -74,7 +79,7 @@ def test_elsewhere_the_interval_counts(recorded, tmp_path, capsys):
     path = copied(recorded, tmp_path, elsewhere, one_more_is_robust)
     assert run("repro", path, "--out", tmp_path / "again") == 0
     text = capsys.readouterr().out
-    assert "not as it was: torch was 0.1" in text and "holds: here accuracies must lie in the recorded" in text
+    assert "not as it was: torch was 0.1" in text and "holds: here figures must lie in the recorded" in text
 
     def better(record):
         elsewhere(record)
@@ -129,9 +134,12 @@ def test_data_of_one_name_with_other_pixels_are_told_apart(tmp_path, capsys):
 def test_what_is_no_record(recorded, tmp_path, capsys):
     assert run("repro") == 2 and "repro takes a record" in capsys.readouterr().err
     assert run("repro", tmp_path / "none.json") == 3
-    path = copied(recorded, tmp_path, lambda record: record.update(schema="rvlm.retrieval/1"))
+    path = copied(recorded, tmp_path, lambda record: record.update(schema="rvlm.analysis/1"))
     assert run("repro", path) == 2
     assert "can be rerun" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("rvlm.analysis/1", "rvlm.retrieval/1"))
+    assert run("repro", path) == 2
+    assert "is not of a record rvlm.retrieval/1: it lacks 'text_clean'" in capsys.readouterr().err
     (tmp_path / json.loads(path.read_text())["samples"]).unlink()
     path.write_text(path.read_text().replace("rvlm.retrieval/1", "rvlm.result/1"))
     assert run("repro", path) == 3
@@ -176,3 +184,77 @@ def test_a_part_of_a_protocol(tmp_path):
     assert run("repro", path, "--out", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "result" / path.name).read_text())
     assert again["protocol"] == json.loads(path.read_text())["protocol"] and again["status"] == "partial"
+
+
+def say_other_weights(path, was, now):
+    """Makes a record tell the hash of weights that did not make its numbers."""
+    shas = [weights_of(load_clip(str(folder))) for folder in (was, now)]
+    path.write_text(path.read_text().replace(*shas))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models in folders: two, and one of other weights."""
+    made = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b", "other")):
+        load_clip("tiny-vit", seed=seed).save(made / name)
+    return made
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Karpathy's layout: 30 images with two captions each."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    images = []
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        sentences = [{"raw": f"picture {i} of {k}"} for k in range(2)]
+        images.append({"filename": f"{i}.png", "split": "test", "sentences": sentences})
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images}))
+    return f"captions:{tmp_path}/captions.json"
+
+
+@pytest.mark.parametrize("source", [[], ["--source", "b"]])
+def test_of_retrieval(source, folders, pictures, tmp_path, capsys):
+    argv = ["eval", "--model", folders / "a", "--data", pictures, "--size", "32", "--attack", "sga-2", "--limit", "24"]
+    argv += [source[0], folders / source[1]] if source else []
+    assert run(*argv, "--eps", "8/255", "--seed", "3", "--batch-size", "10", "--out", tmp_path / "run") == 0
+    path = next((tmp_path / "run" / "result").glob("*.json"))
+    assert run("repro", path, "--out", tmp_path / "again") == 0
+    text = capsys.readouterr().out
+    assert "holds: here" in text and "robust image_r@10" in text and "0 of 48 verdicts changed" in text
+    again = json.loads((tmp_path / "again" / "result" / path.name).read_text())
+    assert again["metrics"] == json.loads(path.read_text())["metrics"]
+    assert run("repro", path, "--model", folders / "other", "--out", tmp_path / "no") == 2
+    assert "the model is not the recorded one" in capsys.readouterr().err
+    say_other_weights(path, folders / "a", folders / "other")
+    assert run("repro", path, "--model", folders / "other", "--out", tmp_path / "no") == 4
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+    found = json.loads((tmp_path / "no" / "repro.json").read_text())
+    changed = found["samples"]["clean text_r@5"] + found["samples"]["clean image_r@5"]
+    assert (
+        changed
+        and max(changed) < 48
+        and len(found["samples"]["clean image_r@5"]) == found["changed"]["clean image_r@5"]
+    )
+
+
+def test_of_a_transfer_matrix(folders, tmp_path, capsys):
+    both = f"{folders}/a,{folders}/b"
+    argv = ["analyze", "transfer", "--models", both, "--limit", "20", "--attack", "pgd-2", "--batch-size", "7"]
+    assert run(*argv, "--seed", "3", "--out", tmp_path / "run") == 0
+    path = tmp_path / "run" / "result" / "transfer.json"
+    assert run("repro", path, "--out", tmp_path / "again") == 0
+    text = capsys.readouterr().out
+    assert f"{folders}/b, images of {folders}/a" in text and f"{folders}/b, clean" in text and "holds: here" in text
+    again = json.loads((tmp_path / "again" / "result" / "transfer.json").read_text())
+    assert again["robust_acc"] == json.loads(path.read_text())["robust_acc"]
+    changed = f"{folders}/a,{folders}/other"
+    assert run("repro", path, "--model", changed, "--out", tmp_path / "no") == 2
+    assert f"the {folders}/b is not the recorded one" in capsys.readouterr().err
+    assert run("repro", path, "--model", folders / "a") == 2 and "as many as --model A,B" in capsys.readouterr().err
+    say_other_weights(path, folders / "b", folders / "other")
+    assert run("repro", path, "--model", changed, "--out", tmp_path / "no") == 4
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+    found = json.loads((tmp_path / "no" / "repro.json").read_text())
+    assert found["changed"][f"{folders}/b, clean"] and not found["changed"][f"{folders}/a, clean"]
