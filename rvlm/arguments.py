@@ -350,11 +350,13 @@ class ReproArgs(Arguments):
     """Rerun the evaluation of a record and say whether it holds; other weights or samples than its own are refused."""
 
     record: str = ""
-    """RUN/result/NAME.json, of eval, attack, train or analyze transfer."""
+    """RUN/result/NAME.json, of eval, attack, train, analyze transfer or lvlm."""
     model: str | None = None
     """Where its model is now, as --model elsewhere; default where it was. Of a transfer matrix all, with commas."""
     source: str | None = None
     """The same of the model that its images were made on."""
+    adapter: str | None = None
+    """The same of an LVLM's adapter."""
     data: str | None = None
     """The same of its data, as --data elsewhere."""
     device: str = "auto"
@@ -390,7 +392,13 @@ class LvlmArgs(Arguments):
     """LLaVA-1.5, Qwen2.5-VL or Qwen3-VL of transformers: a folder or a name on the hub."""
     data: str = ""
     """File of JSON lines {"image": PATH, "question": TEXT, "answers": [TEXT, ...]}. Without a question a caption is
-    asked for; without answers the model's own, to the clean image, is what the attack is to change."""
+    asked for; without answers the model's own, to the clean image, is what the attack is to change. Or a benchmark,
+    coco-captions, vqav2 or pope-adversarial, -popular, -random, each with :ROOT (see rvlm/lvlm/layouts.py)."""
+    protocol: str | None = None
+    """Ask all that a protocol asks of LVLMs (`rvlm ls protocols`, or a YAML file), which then says what is attacked and
+    how."""
+    root: str | None = None
+    """Where a protocol's data sets lie; default $RVLM_DATA, or ./data."""
     adapter: str | None = None
     """Also evaluate the model with an adapter: white (R-Adapt without training), or a folder."""
     attack: str = "pgd-10"
@@ -400,7 +408,7 @@ class LvlmArgs(Arguments):
     aim: str | None = None
     """An answer that the attack is to make the model give, instead of any other than the first."""
     score: str = "f1"
-    """f1 (words in common with the best answer) or vqa (VQA accuracy)."""
+    """f1 (words in common with the best answer), vqa (VQA accuracy) or cider (CIDEr-D, of captions)."""
     max_tokens: int = 20
     """Of an answer."""
     size: int | None = None

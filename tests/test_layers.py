@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "compat": {"compat", "attacks"},
     "data": {"data"},
     "models": {"models", "data", "ops"},
-    "lvlm": {"lvlm", "methods", "attacks", "models", "data"},
+    "lvlm": {"lvlm", "evaluation", "methods", "attacks", "models", "data"},
     "methods": {"methods", "attacks", "models", "data", "ops"},
     "training": {"training", "evaluation", "methods", "attacks", "models", "data", "ops"},
     "evaluation": {"evaluation", "attacks", "models", "data"},

@@ -134,7 +134,13 @@ def _eval_protocol(args: EvalArgs) -> int:
             models = [spec and load_clip(spec, device_of(args.device)) for spec in (args.model, args.source)]
         run = Run("eval", args) if ranks.first else None
         rows, missing, broken = [], [], []
+        asked = [part.data for part in protocol.parts if part.task]
         for part in protocol.parts:
+            if part.task:
+                if run is not None:
+                    how = f"rvlm lvlm --protocol {args.protocol} --model LVLM"
+                    print(f"NOT MEASURED {part.data}: {part.task} needs an LVLM ({how})", file=sys.stderr)
+                continue
             data, error = None, None
             with ranks.first_before_others():
                 try:
@@ -150,8 +156,9 @@ def _eval_protocol(args: EvalArgs) -> int:
         if run is None:
             return 0
         run.manifest |= {"protocol": {"name": protocol.name, "sha": protocol.sha}, "missing": missing, "broken": broken}
+        run.manifest |= {"needs_lvlm": asked}
         table = protocol_table(rows, f"{protocol.name} {protocol.sha}", len(protocol.parts))
-        run.finish(rows, table, status="incomplete" if missing or broken else "complete")
+        run.finish(rows, table, status="incomplete" if missing or broken or asked else "complete")
         shutil.rmtree(run.out / "state", ignore_errors=True)
         for title, names in (("missing", missing), ("not what they should be", broken)):
             if names:

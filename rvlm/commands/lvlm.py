@@ -1,73 +1,106 @@
 """lvlm: what an attack does to the answers of an LVLM."""
 
-import dataclasses
-import importlib.metadata
-import importlib.util
-import json
 import os
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
-from rvlm.arguments import LvlmArgs
+from rvlm.arguments import DATA_MISSING, LvlmArgs
 from rvlm.commands.shared import Run, device_of
+from rvlm.units import Eps
 
 __all__ = ["lvlm"]
 
 
 def lvlm(args: LvlmArgs) -> int:
-    """OUT/result/NAME-TARGET.json and the answers in OUT/samples/NAME-TARGET.jsonl."""
-    from rvlm.evaluation.images import write_png
-    from rvlm.evaluation.records import environment
-    from rvlm.files import write_bytes
-    from rvlm.lvlm import SCORES, evaluate_answers, load_lvlm, load_questions, white_adapter
+    """OUT/result/NAME-TARGET.json and the answers in OUT/samples/NAME-TARGET.jsonl; of a protocol, each part's."""
+    from rvlm.lvlm import SCORES, load_lvlm, load_questions, white_adapter
     from rvlm.models import Adapter
-    from rvlm.report import markdown
 
-    if not args.model or not args.data:
+    if not args.model or not (args.data or args.protocol):
         raise ValueError("which model, and asked what? rvlm lvlm --model FOLDER_OR_NAME --data QUESTIONS.jsonl")
     if args.score not in SCORES:
-        raise ValueError(f"unknown score {args.score!r}: expected {' or '.join(SCORES)}")
+        raise ValueError(f"unknown score {args.score!r}: expected {', '.join(SCORES)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("lvlm runs in one process: start it without torchrun")
     args.eps.check("linf")
+    protocol, parts = _asked(args)
     model = load_lvlm(args.model, device_of(args.device), dtype=args.dtype, size=args.size)
-    data = load_questions(args.data, model.size, args.limit)
     adapter = None
     if args.adapter is not None:
         adapter = white_adapter(model) if args.adapter == "white" else Adapter.load(args.adapter)
-    run, began, rows = Run("lvlm", args), time.time(), []
-    results = evaluate_answers(
-        model, data, attack=args.attack, eps=args.eps, adapter=adapter, score=args.score, aim=args.aim,
-        max_tokens=args.max_tokens, batch_size=args.batch_size, seed=args.seed, quantize=255 if args.save_png else None,
+    if protocol is None:
+        data = load_questions(args.data, model.size, args.limit)
+        run = Run("lvlm", args)
+        rows = _measured(args, run, model, data, adapter, args.attack, args.eps, args.score, args.seed)
+        return run.finish(rows, _table(rows, args))
+    run, rows, missing, mark = Run("lvlm", args), [], [], {"name": protocol.name, "sha": protocol.sha}
+    for part, spec, score in parts:
+        try:
+            data = protocol.drawn(part, load_questions(spec, model.size)).limited(args.limit, protocol.seed)
+        except FileNotFoundError as error:
+            missing.append(part.data)
+            print(f"NOT MEASURED {part.data}: {error}", file=sys.stderr)
+            continue
+        for attack, radii in part.attacks.items():
+            for eps in map(Eps, radii):
+                rows += _measured(args, run, model, data, adapter, attack, eps, score, protocol.seed, mark)
+    run.manifest |= {"protocol": mark, "missing": missing}
+    run.finish(rows, _table(rows, args), status="incomplete" if missing else "complete")
+    return DATA_MISSING if missing else 0
+
+
+def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, str]]]:
+    """The protocol, and of its parts that an LVLM answers the part, its data and its score; (None, []) without one."""
+    from rvlm.data.registry import data_root
+    from rvlm.evaluation import load_protocol
+    from rvlm.lvlm.scores import TASKS
+
+    if args.protocol is None:
+        return None, []
+    protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
+    told = ("data", "attack", "eps", "aim", "score", "max_tokens", "seed", "save_png")
+    if changed := [name for name in told if getattr(args, name) != getattr(LvlmArgs, name)]:
+        raise ValueError(f"protocol {protocol.name} says what --{changed[0]} is: leave it out")
+    parts = [(part, f"{part.data}:{root}", TASKS[part.task]) for part in protocol.parts if part.task]
+    if not parts:
+        raise ValueError(f"protocol {protocol.name} asks LVLMs nothing: rvlm eval --protocol {protocol.name}")
+    return protocol, parts
+
+
+def _measured(
+    args: LvlmArgs, run: Run, model, data, adapter, attack: str, eps: Eps, score: str, seed: int, mark=None
+) -> list[dict[str, Any]]:
+    """Attacks the model on some questions, and writes what comes of it."""
+    from rvlm.evaluation.images import write_png
+    from rvlm.lvlm import evaluate_answers
+    from rvlm.lvlm.records import write_answers
+
+    began = time.time()
+    settings = {
+        "attack": attack, "aim": args.aim, "max_tokens": args.max_tokens, "batch_size": args.batch_size, "seed": seed,
+        "quantize": 255 if args.save_png else None,
+    }  # fmt: skip
+    results = evaluate_answers(model, data, eps=float(eps), adapter=adapter, score=score, **settings)
+    rows = write_answers(
+        run.out, results, model, data, adapter, settings, eps=str(eps), seconds=round(time.time() - began, 2),
+        partial=args.limit is not None, protocol=mark,
     )  # fmt: skip
-    seconds = round(time.time() - began, 2)
-    for result in results:
-        stem = f"{result.name}-{result.target}"
-        row = {
-            "name": result.name, "clean": result.mean("score_clean"), "robust": result.mean("score_adv"),
-            "relative_clean": result.relative("score_clean"), "relative_robust": result.relative("score_adv"),
-            "loss_clean": result.mean("loss_clean"), "loss_robust": result.mean("loss_adv"), "score": args.score,
-            "eps": str(args.eps), "attack": args.attack, "target": result.target, "samples": len(result.rows),
-            "seconds": seconds, "record": f"result/{stem}.json",
-        }  # fmt: skip
-        if args.aim is not None:
-            row["aimed"] = result.mean("aim_adv")
-        record = {
-            "schema": "rvlm.answers/1", **row, "norm": "linf", "aim": args.aim, "seed": args.seed, "model": args.model,
-            "adapter": None if result.name == "before" else dataclasses.asdict(adapter.config),
-            "data": {"name": args.data, "size": model.size, "partial": args.limit is not None},
-            "rows": f"samples/{stem}.jsonl",
-            "env": environment() | {"transformers": importlib.metadata.version("transformers")},
-        }  # fmt: skip
-        run.write_json(run.out / row["record"], record)
-        lines = "".join(json.dumps(answers, ensure_ascii=False) + "\n" for answers in result.rows)
-        write_bytes(run.out / record["rows"], lines.encode())
-        if args.save_png and result.target != "transfer":
+    for result in results if args.save_png else ():
+        if result.target != "transfer":
             for answers, pixels in zip(result.rows, result.x_adv, strict=True):
-                write_png(run.out / "png" / stem / f"{answers['index']:06d}.png", pixels)
-        rows.append(row)
+                write_png(run.out / "png" / f"{result.name}-{result.target}" / f"{answers['index']:06d}.png", pixels)
+    return rows
+
+
+def _table(rows: list[dict[str, Any]], args: LvlmArgs) -> str:
+    from rvlm.report import markdown
+
     columns = {
-        "name": "model", "target": "target", "clean": f"clean {args.score} %", "robust": f"robust {args.score} %",
+        "name": "model", "target": "target", "score": "score", "clean": "clean %", "robust": "robust %",
         "relative_clean": "relative clean", "relative_robust": "relative robust", "loss_clean": "clean loss",
         "loss_robust": "robust loss", "samples": "samples",
-    } | ({} if args.aim is None else {"aimed": "share with the aim"})  # fmt: skip
-    return run.finish(rows, markdown(rows, columns))
+    }  # fmt: skip
+    columns = {"data": "data", "attack": "attack", "eps": "eps"} | columns if args.protocol else columns
+    return markdown(rows, columns | ({} if args.aim is None else {"aimed": "share with the aim"}))

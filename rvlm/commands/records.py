@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -63,10 +64,16 @@ def report(args: ReportArgs) -> int:
 def repro(args: ReproArgs) -> int:
     """Runs a record's evaluation again: OUT/repro.json, and a record of its own."""
     from rvlm.evaluation import read_recorded
+    from rvlm.evaluation.compare import read_any
+    from rvlm.evaluation.records import ANSWERS
     from rvlm.models import load_clip
 
     if not args.record:
         raise ValueError("repro takes a record: rvlm repro RUN/result/NAME.json")
+    if read_any(Path(args.record))["schema"] == ANSWERS:
+        return _repro_answers(args)
+    if args.adapter:
+        raise ValueError("--adapter is for records of LVLMs: elsewhere it is a part of --model")
     old, device = read_recorded(args.record), device_of(args.device)
     specs = _placed(old.models, args)
 
@@ -83,6 +90,29 @@ def repro(args: ReproArgs) -> int:
         if run is None:
             return 0
         return _judge(run, args, old.path, old.compare(found), old.write(run.out, found, data, models, ranks.size))
+
+
+def _repro_answers(args: ReproArgs) -> int:
+    """The same of an LVLM's answers."""
+    from rvlm.lvlm import load_lvlm
+    from rvlm.lvlm.records import write_answers
+    from rvlm.lvlm.repro import read_recorded_answers
+
+    old, began = read_recorded_answers(args.record), time.time()
+    if args.source:
+        raise ValueError("images for transfer are made on the LVLM without its adapter: leave --source out")
+    if args.adapter and old.adapter is None:
+        raise ValueError("the record is of the LVLM without an adapter: leave --adapter out")
+    about, dtype = old.record["data"], {"torch.float32": "fp32", "torch.bfloat16": "bf16"}.get(old.record.get("dtype"))
+    lvlm = load_lvlm(args.model or old.model, device_of(args.device), dtype=dtype or "auto", size=about["size"])
+    adapter = old.adapted(lvlm, args.adapter or old.adapter)
+    data = old.samples(args.data or old.data)
+    run, found = Run("repro", args), old.run(lvlm, data, adapter)
+    rows = write_answers(
+        run.out, [found], lvlm, data, adapter, old.settings, eps=old.record["eps"],
+        seconds=round(time.time() - began, 2), partial=about["partial"], protocol=old.record.get("protocol"),
+    )  # fmt: skip
+    return _judge(run, args, old.path, old.compare(found), rows)
 
 
 def _placed(models: dict[str, str], args: ReproArgs) -> dict[str, str]:

@@ -155,7 +155,7 @@ def right_samples(record: dict[str, Any], path: Path) -> tuple[dict[str, np.ndar
 
 def _at(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
     for key in keys:
-        record = (record or {}).get(key)
+        record = record.get(key) if isinstance(record, dict) else None
     return record
 
 

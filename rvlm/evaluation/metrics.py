@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["effective_size", "reliability", "wilson"]
+__all__ = ["clustered_interval", "effective_size", "reliability", "wilson"]
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 
@@ -38,18 +38,33 @@ def effective_size(right: Tensor, cluster: Tensor) -> float:
     do not tell (p is 0 or 1, or there is one) it is their number.
 
     Args:
-        right: bool [T].
+        right: bool [T], or scores in [0, 1].
         cluster: int64 [T], number of the sample's cluster.
     """
-    _, place = cluster.unique(return_inverse=True)
-    sizes = place.bincount().double()
-    p = right.double().mean()
-    rest = torch.zeros_like(sizes).index_add_(0, place, right.double()) - p * sizes
-    clusters = len(sizes)
+    p, variance, clusters = _of_clusters(right.double(), cluster)
     if not 0 < p < 1 or clusters < 2:
         return float(clusters)
-    variance = clusters / (clusters - 1) * (rest**2).sum() / len(right) ** 2
-    return min((p * (1 - p) / variance).item(), float(len(right))) if variance > 0 else float(len(right))
+    return min(p * (1 - p) / variance, float(len(right))) if variance > 0 else float(len(right))
+
+
+def clustered_interval(values: Tensor, cluster: Tensor, most: float, z: float = 1.959964) -> tuple[float, float]:
+    """The normal 95 % interval of the mean of values in [0, most], by the variance of `effective_size`.
+
+    Where the clusters do not tell (all have one mean, or there is one) it is all of [0, most].
+    """
+    mean, variance, clusters = _of_clusters(values.double(), cluster)
+    half = z * math.sqrt(variance) if clusters > 1 and variance > 0 else most
+    return max(0.0, mean - half), min(most, mean + half)
+
+
+def _of_clusters(values: Tensor, cluster: Tensor) -> tuple[float, float, int]:
+    """Mean of all values, its variance (0 for one cluster), and how many clusters there are."""
+    _, place = cluster.unique(return_inverse=True)
+    sizes = place.bincount().double()
+    mean, clusters = values.mean(), len(sizes)
+    rest = torch.zeros_like(sizes).index_add_(0, place, values) - mean * sizes
+    variance = clusters / max(clusters - 1, 1) * (rest**2).sum() / len(values) ** 2
+    return mean.item(), variance.item(), clusters
 
 
 def reliability(confidence: Tensor, right: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ needs another name. Samples are lists of row numbers that depend on the seed and
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rvlm.units import Eps
 
 __all__ = ["Part", "Protocol", "load_protocol", "protocol_names"]
 
+TASKS = ("captioning", "vqa")
 FOLDER = Path(__file__).parents[1] / "protocols"
 
 
@@ -44,6 +46,8 @@ class Part:
         prompts: hash of the prompts, where it is known.
         index: hash of the drawn row numbers, where the size of the set is known.
         n, attacks: of this set instead of the protocol's.
+        task: "captioning" or "vqa", which LVLMs are asked (`rvlm lvlm --protocol`); then data is a benchmark of
+            `rvlm.lvlm.layouts`, attacks are pgd-STEPS and apgd-STEPS, and images have the model's own size.
     """
 
     data: str
@@ -53,6 +57,7 @@ class Part:
     index: str | None = None
     n: int | None = None
     attacks: dict[str, list[str]] | None = None
+    task: str | None = None
 
     @property
     def name(self) -> str:
@@ -104,10 +109,19 @@ class Protocol:
         spec = part.data if root is None else rooted(part.data, root)
         load = load_captions if holds_captions(spec) else load_data
         data = load(spec, part.split, size=None if part.name in self.native else self.fit)
-        data = data.limited(part.n or self.n, self.seed) if self.ids is None else self._named(data, root)
-        if part.index is not None and (found := row_sha(data)) != part.index:
-            raise ValueError(f"{spec}: the draw of {self.name} has the hash {part.index}, here it is {found}")
+        data = self.drawn(part, data) if self.ids is None else self._named(data, root)
         return data.limited(limit, self.seed)
+
+    def drawn(self, part: Part, data):
+        """The samples of a part out of all of its data, or of its questions.
+
+        Raises:
+            ValueError: other samples than the frozen ones.
+        """
+        data = data.limited(part.n or self.n, self.seed)
+        if part.index is not None and (found := row_sha(data)) != part.index:
+            raise ValueError(f"{part.data}: the draw of {self.name} has the hash {part.index}, here it is {found}")
+        return data
 
     def prompts(self, part: Part, data: Data) -> tuple[list[str], dict[str, Any]]:
         """The prompts of a data set, and a check for the record: whether they are the frozen ones."""
@@ -182,11 +196,14 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
             raise ValueError(f"{file}: part {part} must have data, and of {', '.join(sorted(known))}")
         if is_own(part["data"]):
             raise ValueError(f"{file}: {part['data']} may change, and a protocol is frozen: run it by rvlm eval --data")
+        if "task" in part and not (part["task"] in TASKS and part.get("attacks")):
+            raise ValueError(f"{file}: part {part} must have a task of {', '.join(TASKS)}, and attacks of its own")
     norm = told.get("norm", "linf")
     if norm not in ORDER:
         raise ValueError(f"{file}: unknown norm {norm!r}, expected {', '.join(ORDER)}")
     for holder in [told, *(part for part in parts if part.get("attacks"))]:
-        holder["attacks"] = {name: _radii(file, name, radii, norm) for name, radii in holder["attacks"].items()}
+        asked = "task" in holder
+        holder["attacks"] = {name: _radii(file, name, radii, norm, asked) for name, radii in holder["attacks"].items()}
     if unknown := set(told.get("targets", ())) - {"white-box", "transfer"}:
         raise ValueError(f"{file}: unknown target {', '.join(unknown)}, expected white-box or transfer")
     told |= {key: tuple(told[key]) for key in ("targets", "native") if key in told}
@@ -194,9 +211,12 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
     return Protocol(sha=sha, parts=tuple(Part(**part) for part in parts), fit=fit, **told)
 
 
-def _radii(file: Path, attack: str, radii: Any, norm: str) -> list[str]:
-    """The radii of an attack, as records write them."""
-    _check_attack(attack, norm)
+def _radii(file: Path, attack: str, radii: Any, norm: str, asked: bool) -> list[str]:
+    """The radii of an attack, as records write them. asked: it is on the answers of LVLMs."""
+    if not asked:
+        _check_attack(attack, norm)
+    elif re.fullmatch(r"a?pgd-[1-9]\d*", attack) is None:
+        raise ValueError(f"unknown attack {attack!r} on answers: expected pgd-STEPS or apgd-STEPS")
     if not isinstance(radii, list) or not radii:
         raise ValueError(f"{file}: {attack} must have a list of radii, such as [4/255], got {radii!r}")
     return [str(Eps(eps).check(norm)) for eps in radii]

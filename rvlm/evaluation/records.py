@@ -421,7 +421,8 @@ def record_rows(record: dict[str, Any], path: str) -> list[dict[str, Any]]:
     if record["schema"] == ANSWERS:
         keys = ("name", "clean", "robust", "eps", "norm", "attack", "target", "samples", "seconds")
         row = {"data": record["data"]["name"], "metric": record["score"], "record": path}
-        return [row | {key: record[key] for key in keys}]
+        intervals = {key: list(record[key]) for key in ("clean_ci", "robust_ci") if key in record}
+        return [row | {key: record[key] for key in keys} | intervals]
     raise ValueError(f"{record['schema']} has no clean and robust figure")
 
 

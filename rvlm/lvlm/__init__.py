@@ -9,11 +9,12 @@
 To an attack, an `AnswerLoss` is a model that maps pixels to losses.
 """
 
-from rvlm.lvlm.evaluate import SCORES, AnswerScores, evaluate_answers, token_f1, vqa_accuracy, white_adapter
+from rvlm.lvlm.evaluate import AnswerScores, evaluate_answers, white_adapter
 from rvlm.lvlm.model import AnswerLoss, Lvlm, load_lvlm
 from rvlm.lvlm.questions import Questions, load_questions
+from rvlm.lvlm.scores import SCORES, cider, token_f1, vqa_accuracy
 
 __all__ = [
-    "SCORES", "AnswerLoss", "AnswerScores", "Lvlm", "Questions", "evaluate_answers", "load_lvlm", "load_questions",
-    "token_f1", "vqa_accuracy", "white_adapter",
+    "SCORES", "AnswerLoss", "AnswerScores", "Lvlm", "Questions", "cider", "evaluate_answers", "load_lvlm",
+    "load_questions", "token_f1", "vqa_accuracy", "white_adapter",
 ]  # fmt: skip

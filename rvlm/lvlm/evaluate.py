@@ -8,8 +8,6 @@ is attacked white-box, through filter and anchor, and by transfer, with images t
 
 import dataclasses
 import re
-import string
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,42 +17,18 @@ from torch import Tensor
 from rvlm.attacks import apgd, pgd
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.losses import given
+from rvlm.evaluation.metrics import clustered_interval, effective_size, wilson
 from rvlm.lvlm.model import AnswerLoss, Lvlm
 from rvlm.lvlm.questions import Questions
+from rvlm.lvlm.scores import HIGHEST, SCORES, without_articles
 from rvlm.methods.r_adapt import STRENGTH, RAdaptConfig
 from rvlm.models import Adapter
 from rvlm.models.adapter import AdapterConfig
 from rvlm.models.towers import attention_output
 
-__all__ = ["SCORES", "AnswerScores", "evaluate_answers", "token_f1", "vqa_accuracy", "white_adapter"]
+__all__ = ["AnswerScores", "evaluate_answers", "white_adapter"]
 
 ATTACKS = {"pgd": pgd, "apgd": apgd}
-
-
-def token_f1(answer: str, references: list[str]) -> float:
-    """Harmonic mean of precision and recall of an answer's words, of the reference that fits best; in [0, 1]."""
-
-    def f1(reference: str) -> float:
-        ours, theirs = _words(answer), _words(reference)
-        common = sum((Counter(ours) & Counter(theirs)).values())
-        return 2 * common / (len(ours) + len(theirs)) if ours or theirs else 1.0
-
-    return max(map(f1, references))
-
-
-def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """min(1, others who said the same / 3), the mean over leaving out each of the annotators (Antol et al. 2015).
-
-    With fewer than four references: whether one of them is the answer. Words are compared in lower case, without
-    punctuation and articles; contractions and number words stay as they are, which the original maps.
-    """
-    same = [_words(reference) == _words(answer) for reference in references]
-    if len(same) < 4:
-        return float(any(same))
-    return sum(min(1.0, (sum(same) - one) / 3) for one in same) / len(same)
-
-
-SCORES: dict[str, Callable[[str, list[str]], float]] = {"f1": token_f1, "vqa": vqa_accuracy}
 
 
 @dataclasses.dataclass
@@ -64,6 +38,7 @@ class AnswerScores:
     Attributes:
         name: "before", without the adapter, or "after".
         target: "white-box" or "transfer".
+        score: name in SCORES.
         rows: for each sample its image, question, references, answers (clean, adv), their scores (score_clean,
             score_adv) and the attacked loss of both images (loss_clean, loss_adv); with an aim, whether they contain
             its words (aim_clean, aim_adv).
@@ -73,12 +48,24 @@ class AnswerScores:
 
     name: str
     target: str
+    score: str = "f1"
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     x_adv: list[Tensor] = dataclasses.field(default_factory=list)
     undefended: float = 0.0
 
     def mean(self, key: str) -> float:
         return sum(row[key] for row in self.rows) / len(self.rows)
+
+    def interval(self, key: str) -> tuple[float, float]:
+        """95 % interval of a mean score, which knows that questions about one image stand together: Wilson's at their
+        effective number for scores up to 1, the normal one for CIDEr."""
+        order: dict[str, int] = {}
+        image = torch.tensor([order.setdefault(row["image"], len(order)) for row in self.rows])
+        values = torch.tensor([row[key] for row in self.rows], dtype=torch.float64)
+        if HIGHEST[self.score] > 1:
+            return clustered_interval(values, image, HIGHEST[self.score])
+        size = effective_size(values, image)
+        return wilson(min(self.mean(key), 1.0) * size, size)
 
     def relative(self, key: str) -> float | None:
         """100 * mean / undefended; None if that is 0."""
@@ -110,12 +97,15 @@ def evaluate_answers(
     """
     found = re.fullmatch(r"(pgd|apgd)-([1-9]\d*)", attack)
     if found is None or score not in SCORES:
-        known = " or ".join(SCORES)
-        raise ValueError(f"expected attack pgd-STEPS or apgd-STEPS and score {known}, got {attack!r} and {score!r}")
+        known = ", ".join(SCORES)
+        raise ValueError(
+            f"expected attack pgd-STEPS or apgd-STEPS and a score of {known}, got {attack!r} and {score!r}"
+        )
     if lvlm.adapter is not None:
         raise ValueError(f"{lvlm.name} has an adapter: pass it as adapter= to compare the model with it and without")
     before, after, transfer = (
-        AnswerScores(*names) for names in (("before", "white-box"), ("after", "white-box"), ("after", "transfer"))
+        AnswerScores(*names, score)
+        for names in (("before", "white-box"), ("after", "white-box"), ("after", "transfer"))
     )
     settings = {
         "eps": eps, "steps": int(found[2]), "targeted": aim is not None, "loss": given, "best": "loss",
@@ -124,7 +114,7 @@ def evaluate_answers(
     from tqdm import tqdm
 
     for rows in tqdm(torch.arange(len(data)).split(batch_size), disable=None if progress else True, unit="batch"):
-        batch = _Batch(lvlm, data, rows, SCORES[score], aim, max_tokens)
+        batch = _Batch(lvlm, data, rows, aim, max_tokens)
         x_adv = batch.attacked(ATTACKS[found[1]], settings, seed)
         batch.keep(before, batch.clean, batch.look(x_adv), x_adv)
         if adapter is None:
@@ -138,6 +128,11 @@ def evaluate_answers(
             adapter.detach(lvlm)
     results = [before] if adapter is None else [before, after, transfer]
     for result in results:
+        references = [row["references"] for row in result.rows]
+        for which in ("clean", "adv"):
+            scores = SCORES[score]([row[which] for row in result.rows], references)
+            for row, value in zip(result.rows, scores, strict=True):
+                row[f"score_{which}"] = value
         result.undefended = before.mean("score_clean")
     return results
 
@@ -149,10 +144,8 @@ class _Batch:
         clean: what the model without an adapter says of the clean images, as `look` gives it.
     """
 
-    def __init__(
-        self, lvlm: Lvlm, data: Questions, rows: Tensor, score: Callable, aim: str | None, max_tokens: int
-    ) -> None:
-        self.lvlm, self.score, self.aim, self.max_tokens = lvlm, score, aim, max_tokens
+    def __init__(self, lvlm: Lvlm, data: Questions, rows: Tensor, aim: str | None, max_tokens: int) -> None:
+        self.lvlm, self.aim, self.max_tokens = lvlm, aim, max_tokens
         self.x, self.index = data.pixels(rows).to(lvlm.device), data.index[rows]
         self.images, self.questions, answers = (
             [column[i] for i in rows.tolist()] for column in (data.images, data.questions, data.answers)
@@ -178,7 +171,6 @@ class _Batch:
         }  # fmt: skip
         for name, (answers, losses) in (("clean", clean), ("adv", adv)):
             columns[name] = answers
-            columns[f"score_{name}"] = [self.score(*pair) for pair in zip(answers, self.references, strict=True)]
             columns[f"loss_{name}"] = losses
             if self.aim is not None:
                 columns[f"aim_{name}"] = [_phrase(self.aim) in _phrase(answer) for answer in answers]
@@ -205,10 +197,5 @@ def white_adapter(lvlm: Lvlm) -> Adapter:
     return Adapter(config, attention_output(lvlm, white)[0])
 
 
-def _words(text: str) -> list[str]:
-    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return [word for word in plain.split() if word not in ("a", "an", "the")]
-
-
 def _phrase(text: str) -> str:
-    return f" {' '.join(_words(text))} "
+    return f" {' '.join(without_articles(text))} "

@@ -23,6 +23,8 @@ from rvlm.data.registry import data_root, entries
 from rvlm.evaluation import compare, load_protocol, protocol_names, wilson
 from rvlm.evaluation.compare import mcnemar
 from rvlm.evaluation.protocols import row_sha
+from rvlm.lvlm.layouts import LAYOUTS
+from rvlm.lvlm.scores import TASKS
 from rvlm.models import ZeroShotClassifier, load_clip
 
 # A protocol that must change gets another name: these are what published records carry.
@@ -30,6 +32,7 @@ FROZEN = {
     "coop11-pgd100": "d819a914f1d9508f",
     "digits-demo": "8819f20f64e32008",
     "radapt18": "6098e953f2780460",
+    "radapt18-2": "b8c9b35f493ad5d6",
     "robustbench-in5k": "c56388c642535836",
     "robustvlm-aa1000": "2a9e99948877b3b9",
     "rvlm-fast6": "4d7c75af7a95cbde",
@@ -94,6 +97,9 @@ def test_the_bundled_ones_are_frozen():
         known = entries(data_root())
         for part in protocol.parts:
             set_, _, kind = part.data.partition("@")
+            if part.task:
+                assert set_ in LAYOUTS and part.task in TASKS and part.index and not kind
+                continue
             assert set_ == "digits" or kind in {layout.kind for layout in known[set_].layouts}, part
             assert set(protocol.native) <= {each.name for each in protocol.parts}
             assert part.name not in protocol.native or known[set_].pixels
@@ -126,6 +132,9 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
     ({"attacks": {"pgd-2": "4/255"}}, "pgd-2 must have a list of radii"),
     ({"attacks": {"pgd-2": []}}, "pgd-2 must have a list of radii"),
     ({"parts": [{"data": "coco", "attacks": {"sgaa-3": ["1/255"]}}]}, "unknown attack 'sgaa-3'"),
+    ({"parts": [{"data": "vqav2", "task": "chat", "attacks": {"pgd-2": ["1/255"]}}]}, "a task of captioning, vqa"),
+    ({"parts": [{"data": "vqav2", "task": "vqa"}]}, "attacks of its own"),
+    ({"parts": [{"data": "vqav2", "task": "vqa", "attacks": {"autoattack": ["1/255"]}}]}, "on answers: expected pgd"),
     ({"norm": "l3"}, "unknown norm 'l3'"),
     ({"targets": ["grey-box"]}, "unknown target grey-box"),
     ({"fit": {"size": 300, "resize": 200}}, "cannot cut 300"),

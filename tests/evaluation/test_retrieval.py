@@ -17,7 +17,7 @@ from rvlm.data import load_data
 from rvlm.data.captions import Captions, holds_captions, load_captions
 from rvlm.evaluation import retrieval, retrieve
 from rvlm.evaluation.compare import _compared
-from rvlm.evaluation.metrics import effective_size, wilson
+from rvlm.evaluation.metrics import clustered_interval, effective_size, wilson
 from rvlm.ranks import Ranks
 
 N, SIDE = 12, 8
@@ -287,6 +287,16 @@ def test_effective_size_by_hand():
     assert effective_size(mixed, two) == 10, "clusters that all say the same: no more than the samples"
     assert effective_size(right | True, two) == effective_size(right & False, two) == 5
     assert effective_size(right, torch.zeros(10, dtype=torch.int64)) == 1
+
+
+def test_the_interval_of_scores_beyond_one_by_hand():
+    values, image = torch.tensor([4.0, 6.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    # mean 3; residuals 10 - 6 and 2 - 6; var = 2/1 * 32 / 16 = 4
+    assert clustered_interval(values, image, 10.0) == pytest.approx((0.0, 3 + 2 * 1.959964))
+    assert clustered_interval(values, image * 0, 10.0) == (0.0, 10.0)
+    assert clustered_interval(values * 0 + 2, image, 10.0) == (0.0, 10.0)
+    normal = clustered_interval(values, torch.arange(4), 10.0)
+    assert normal[1] == pytest.approx(3 + 1.959964 * values.std().item() / 2)
 
 
 def test_captions_that_repeat_each_other_are_no_evidence():

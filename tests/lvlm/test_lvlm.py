@@ -1,6 +1,7 @@
 """Small LVLMs with random weights, of the real classes: what they see, what they say, what attacks and adapters do."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -26,6 +27,7 @@ from rvlm.lvlm.pixels import Pixels, QwenPixels
 from rvlm.models import Adapter, apply_adapter
 from rvlm.models.adapter import AdapterConfig
 from rvlm.models.towers import attention_output, tower_of
+from rvlm.models.weights import weights_sha
 
 KINDS = ("llava", "qwen2_5_vl", "qwen3_vl")
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
@@ -369,7 +371,9 @@ def test_bad_input(folders, tmp_path, x, monkeypatch):
     with pytest.raises(ValueError, match="must hold its image's token once, got 2 times"):
         lvlm.asked("w1 <image>")
     data = load_questions(write_questions(tmp_path), 32)
-    with pytest.raises(ValueError, match="attack pgd-STEPS or apgd-STEPS and score f1 or vqa, got 'square-9' and 'f1'"):
+    with pytest.raises(
+        ValueError, match="attack pgd-STEPS or apgd-STEPS and a score of f1, vqa, cider, got 'square-9' and 'f1'"
+    ):
         evaluate_answers(lvlm, data, attack="square-9")
     for lines, error, message in (
         ([{"image": "9.png"}], FileNotFoundError, "names 1 images that are not there"),
@@ -399,3 +403,140 @@ def test_from_the_command_line(kind, folders, tmp_path, capsys):
     assert len(list((tmp_path / "run" / "png").rglob("*.png"))) == 6  # made on the model and on the adapted one
     assert cli.main(["lvlm", "--model", str(folders[kind]), "--data", str(questions), "--score", "bleu"]) == 2
     assert "score" in capsys.readouterr().err
+
+
+def write_benchmarks(root):
+    """COCO's captions, VQAv2 and POPE of three images, in their authors' layouts."""
+    for part in ("coco/val2014", "coco/annotations", "vqav2", "pope"):
+        (root / part).mkdir(parents=True)
+    names = [f"COCO_val2014_{k:012d}.jpg" for k in (9, 25, 42)]
+    for k, name in enumerate(names):
+        noise = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(k), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(root / "coco/val2014" / name, quality=95)
+    images = [{"id": key, "file_name": name} for key, name in zip((9, 25, 42), names, strict=True)]
+    captions = [{"image_id": key, "caption": f" w{key} w1{k} w2 "} for k in range(2) for key in (42, 9, 25)]
+    told = {"images": images, "annotations": captions}
+    (root / "coco/annotations/captions_val2014.json").write_text(json.dumps(told))
+    asked = [{"question_id": 10 * key + k, "image_id": key, "question": f"w{k}?"} for key in (25, 9) for k in range(2)]
+    (root / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked}))
+    answers = [{"question_id": one["question_id"], "answers": [{"answer": f"w{k // 4}"} for k in range(10)]}
+               for one in asked[::-1]]  # fmt: skip
+    (root / "vqav2/v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": answers}))
+    lines = [
+        {"question_id": k, "image": name, "text": "Is there a w3?", "label": "yes"} for k, name in enumerate(names)
+    ]
+    (root / "pope/coco_pope_random.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return root
+
+
+def test_benchmarks_in_their_authors_layouts(tmp_path, monkeypatch):
+    root = write_benchmarks(tmp_path)
+    captions = load_questions(f"coco-captions:{root}", 32)
+    assert captions.answers == [[f"w{key} w1{k} w2" for k in range(2)] for key in (9, 25, 42)]
+    assert set(captions.questions) == {"Provide a one-sentence caption for the provided image."}
+    assert captions.images[2] == "coco/val2014/COCO_val2014_000000000042.jpg"
+    questions = load_questions(f"vqav2:{root}", 32)
+    assert [image[-6:-4] for image in questions.images] == ["25", "25", "09", "09"] and questions.name == "vqav2"
+    assert questions.questions[1] == "w1? Answer the question using a single word or phrase."
+    assert questions.answers[0] == ["w0"] * 4 + ["w1"] * 4 + ["w2"] * 2
+    monkeypatch.setenv("RVLM_DATA", str(root))
+    pope = load_questions("pope-random", 32)
+    assert len(pope) == 3 and pope.answers == [["yes"]] * 3 and pope.questions[0].startswith("Is there a w3? Answer")
+    few = questions.limited(2, seed=1)
+    assert len(few) == 2 and torch.equal(few.pixels(torch.arange(2)), questions.pixels(few.index))
+    assert few.questions == [questions.questions[i] for i in few.index] and few.fingerprint != questions.fingerprint
+    assert questions.numbered(few.index.tolist()).fingerprint == few.fingerprint
+    with pytest.raises(ValueError, match="lacks 1 of 2 questions, such as number 7"):
+        questions.numbered([1, 7])
+    with pytest.raises(FileNotFoundError, match="no file .*coco_pope_popular.json"):
+        load_questions("pope-popular", 32)
+
+
+@pytest.mark.parametrize("file, content, spec, message", [
+    ("coco/annotations/captions_val2014.json", "{}", "coco-captions", "expected images with id and file_name"),
+    ("coco/annotations/captions_val2014.json", "no", "coco-captions", "is no JSON"),
+    ("vqav2/v2_OpenEnded_mscoco_val2014_questions.json", '{"questions": [3]}', "vqav2", "expected questions with"),
+    ("vqav2/v2_mscoco_val2014_annotations.json", '{"annotations": []}', "vqav2", "has no answers to 4 of 4 questions"),
+    ("pope/coco_pope_random.json", '{"image": "x"}', "pope-random", "expected lines of JSON with image, text"),
+    ("pope/coco_pope_random.json", "no", "pope-random", "expected lines of JSON with image, text"),
+    ("coco/val2014/COCO_val2014_000000000009.jpg", None, "vqav2", "names 1 images that are not there"),
+])  # fmt: skip
+def test_broken_benchmarks_are_named(tmp_path, file, content, spec, message):
+    root = write_benchmarks(tmp_path)
+    (root / file).unlink() if content is None else (root / file).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_questions(f"{spec}:{root}", 32)
+
+
+def write_protocol(folder):
+    attacks = "{apgd-2: [4/255, 8/255]}"
+    (folder / "mine.yaml").write_text(
+        "name: mine\nabout: a test\nn: 3\nattacks: {fgsm: [4/255]}\nparts:\n  - digits\n"
+        f"  - {{data: coco-captions, task: captioning, attacks: {attacks}}}\n"
+        f"  - {{data: vqav2, task: vqa, n: 2, attacks: {attacks}}}\n"
+    )
+    return folder / "mine.yaml"
+
+
+def test_what_a_protocol_asks_of_lvlms(folders, tmp_path, capsys):
+    file, root = write_protocol(tmp_path), write_benchmarks(tmp_path / "root")
+    argv = ["--protocol", str(file), "--root", str(root), "--out"]
+    assert cli.main(["eval", *argv, str(tmp_path / "clip"), "--model", "tiny-vit"]) == 0
+    said = capsys.readouterr()
+    assert "NOT MEASURED coco-captions: captioning needs an LVLM (rvlm lvlm --protocol" in said.err
+    assert "NOT MEASURED vqav2: vqa needs an LVLM" in said.err
+    manifest = json.loads((tmp_path / "clip" / "manifest.json").read_text())
+    assert manifest["needs_lvlm"] == ["coco-captions", "vqav2"] and manifest["status"] == "incomplete"
+    argv = ["lvlm", "--model", str(folders["llava"]), *argv]
+    assert cli.main([*argv, str(tmp_path / "run"), "--adapter", "white"]) == 0
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    cases = {(row["data"], row["score"], row["eps"], row["name"], row["target"]) for row in rows}
+    assert len(rows) == len(cases) == 2 * 2 * 3 and ("coco-captions", "cider", "4/255", "after", "transfer") in cases
+    assert {row["samples"] for row in rows if row["data"] == "vqav2"} == {2}
+    for row in rows:
+        record = json.loads((tmp_path / "run" / row["record"]).read_text())
+        assert record["protocol"]["name"] == "mine" and record["status"] == "complete"
+        assert record["clean_ci"][0] <= record["clean"] <= record["clean_ci"][1]
+    assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.csv")]) == 0
+    assert ",cider," in (tmp_path / "r.csv").read_text()
+    (root / "vqav2/v2_mscoco_val2014_annotations.json").unlink()
+    assert cli.main([*argv, str(tmp_path / "less")]) == 3
+    assert "NOT MEASURED vqav2: no file" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "less" / "summary.json").read_text())["rows"]) == 2
+    assert cli.main([*argv, str(tmp_path / "no"), "--eps", "2/255"]) == 2
+    assert cli.main([*argv[:3], "--protocol", "digits-demo"]) == 2 and "asks LVLMs nothing" in capsys.readouterr().err
+
+
+def test_records_of_answers_are_rerun(folders, tmp_path, capsys):
+    root = write_benchmarks(tmp_path / "root")
+    argv = ["lvlm", "--model", str(folders["llava"]), "--data", f"coco-captions:{root}", "--score", "cider"]
+    argv += ["--adapter", "white", "--attack", "pgd-2", "--eps", "16/255", "--seed", "3", "--max-tokens", "5"]
+    assert cli.main([*argv, "--batch-size", "2", "--out", str(tmp_path / "run")]) == 0
+    for stem in ("before-white-box", "after-white-box", "after-transfer"):
+        path = tmp_path / "run" / "result" / f"{stem}.json"
+        assert cli.main(["repro", str(path), "--out", str(tmp_path / stem)]) == 0
+        again = json.loads((tmp_path / stem / "result" / f"{stem}.json").read_text())
+        same = ("clean", "robust", "loss_robust", "seed", "attack", "max_tokens", "model_sha", "adapter_sha", "data")
+        assert all(again[key] == json.loads(path.read_text())[key] for key in same)
+        assert "holds: here every verdict" in capsys.readouterr().out or torch.cuda.is_available()
+    other = tmp_path / "other"
+    shutil.copytree(folders["llava"], other)
+    changed = load_lvlm(str(other))
+    changed.model.get_input_embeddings().weight.data.neg_()
+    changed.model.save_pretrained(other)
+    repro = ["repro", str(path), "--out", str(tmp_path / "no"), "--model", str(other)]
+    assert cli.main(repro) == 2 and "the model is not the recorded one" in capsys.readouterr().err
+    record = json.loads(path.read_text())
+    record["model_sha"] = weights_sha(load_lvlm(str(other)))  # as if these weights had made the record
+    path.write_text(json.dumps(record))
+    assert cli.main(repro) == 4 and "DOES NOT HOLD" in capsys.readouterr().out
+    found = json.loads((tmp_path / "no" / "repro.json").read_text())
+    assert found["samples"]["clean"] and set(found["samples"]["clean"]) <= {0, 1, 2}
+    (root / "coco/val2014/COCO_val2014_000000000009.jpg").write_bytes(
+        (root / "coco/val2014/COCO_val2014_000000000042.jpg").read_bytes()
+    )
+    assert cli.main(["repro", str(tmp_path / "run/result/before-white-box.json")]) == 2
+    assert "is not the recorded data" in capsys.readouterr().err
+    assert cli.main(["repro", str(tmp_path / "run/result/before-white-box.json"), "--adapter", "white"]) == 2
+    (tmp_path / "run/samples/before-white-box.jsonl").unlink()
+    assert cli.main(["repro", str(tmp_path / "run/result/before-white-box.json")]) == 3
