@@ -148,7 +148,7 @@ class EvalArgs(ModelArgs):
     root: str | None = None
     """Where a protocol's data sets lie; default $RVLM_DATA, or ./data."""
     examples: int = 4
-    """Keep so many images of each evaluation, the first of its samples, for rvlm report; 0: none."""
+    """Of classifications, keep so many images, the first of the samples, for rvlm report; 0: none."""
     out: str | None = None
     """Run folder; default runs/eval-DATE. Give the folder of a run that was killed to go on with it."""
 

@@ -79,7 +79,7 @@ def repro(args: ReproArgs) -> int:
 
     def load(spec: str, role: str, data):
         model = from_file(spec) if is_own(spec) else load_clip(spec)
-        return old.model(model.to(device) if isinstance(model, torch.nn.Module) else model, data, role)
+        return old.classifier(model.to(device) if isinstance(model, torch.nn.Module) else model, data, role)
 
     with together(args) as ranks:
         with ranks.first_before_others():  # models of the zoo are trained on first use

@@ -147,7 +147,9 @@ class Recorded:
         """What the record says of a model: its sections "model" and, of classifiers, "text"."""
         return self.record if role == "model" else self.record | {"model": self.record["source"]}
 
-    def model(self, loaded: Clip | Callable[[Tensor], Tensor], data: Data, role: str) -> Callable[[Tensor], Tensor]:
+    def classifier(
+        self, loaded: Clip | Callable[[Tensor], Tensor], data: Data, role: str = "model"
+    ) -> Callable[[Tensor], Tensor]:
         """The recorded model from the one that was loaded, with the recorded prompts.
 
         Raises:

@@ -13,7 +13,7 @@ from rvlm.lvlm.evaluate import AnswerScores
 from rvlm.lvlm.model import Lvlm
 from rvlm.lvlm.questions import Questions
 from rvlm.models import Adapter
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import settings_of, weights_sha
 
 __all__ = ["answers_environment", "write_answers"]
 
@@ -36,7 +36,7 @@ def write_answers(
     Returns:
         The summary rows.
     """
-    rows, weights, fingerprint = [], weights_sha(lvlm), data.fingerprint
+    rows, weights, beside, fingerprint = [], weights_sha(lvlm), settings_of(lvlm), data.fingerprint
     for result in results:
         place = [data.name, settings["attack"], eps] if protocol else []
         stem = record_stem(*place, result.name, result.target)
@@ -53,8 +53,9 @@ def write_answers(
         own = None if result.name == "before" else adapter
         record = {
             "schema": ANSWERS, "status": "partial" if partial else "complete", "protocol": protocol, **row,
-            **settings, "norm": "linf", "model": lvlm.name, "model_sha": weights, "dtype": str(lvlm.model.dtype),
-            "adapter": own and dataclasses.asdict(own.config), "adapter_sha": own and weights_sha(own),
+            **settings, "norm": "linf", "model": lvlm.name, "model_sha": weights, "model_settings": beside,
+            "dtype": str(lvlm.model.dtype), "adapter": own and dataclasses.asdict(own.config),
+            "adapter_sha": own and weights_sha(own),
             "data": {"name": data.name, "size": lvlm.size, "partial": partial, "fingerprint": fingerprint},
             "rows": f"samples/{stem}.jsonl", "env": answers_environment(),
         }  # fmt: skip

@@ -18,7 +18,7 @@ from rvlm.lvlm.model import Lvlm
 from rvlm.lvlm.questions import Questions, load_questions
 from rvlm.lvlm.records import answers_environment
 from rvlm.models import Adapter
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import differing, weights_sha
 from rvlm.units import Eps
 
 __all__ = ["RecordedAnswers", "read_recorded_answers"]
@@ -65,7 +65,7 @@ class RecordedAnswers:
         """The recorded adapter; also checks the model's weights.
 
         Raises:
-            ValueError: model or adapter have other weights than the recorded ones.
+            ValueError: model or adapter are not the recorded ones, by their weights or what stands beside them.
         """
         adapter = None
         if spec is not None:
@@ -76,6 +76,8 @@ class RecordedAnswers:
                 raise ValueError(
                     f"the {role} is not the recorded one: its weights have the hash {sha}, recorded is {recorded}"
                 )
+        if differs := differing(self.record.get("model_settings", {}), lvlm):
+            raise ValueError(f"the model is not the recorded one: {'; '.join(differs)}")
         return adapter
 
     def run(self, lvlm: Lvlm, data: Questions, adapter: Adapter | None) -> AnswerScores:

@@ -35,7 +35,7 @@ from rvlm.report.tables import Table, csv_text, latex, markdown
 __all__ = ["check_format", "facts", "figures", "result_tables", "write_report"]
 
 MOST_BARS = 40  # of one figure; more are a heat map
-MOST_GRIDS = 12  # of images; those of other records stay beside them
+MOST_GRIDS = 8  # of images; those of other records stay beside them
 FORMATS = (".html", ".md", ".csv", ".tex")
 RESULT = {"clean": "clean %", "robust": "robust %", "samples": "samples"}
 

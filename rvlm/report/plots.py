@@ -141,7 +141,7 @@ def words_grid(
     """
     most = change.abs().max().item()
     magnify = 0.5 / most if most else 1.0
-    figure = Figure(figsize=(6.4, 0.9 + 2.6 * len(clean)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 0.9 + 2.6 * len(clean)), dpi=110, layout="constrained")  # noise makes large files
     grid = figure.subplots(len(clean), 3, squeeze=False)
     for k, axes_of_row in enumerate(grid):
         pictures = (clean[k], 0.5 + magnify * change[k], clean[k] + change[k])

@@ -84,3 +84,20 @@ def test_square_and_attacks_without_a_trace(batch):
     assert torch.equal(found.trace.fooled_at[found.success], found.steps_used[found.success])
     assert mifgsm(model, x, y, steps=3, **given).trace is None
     assert isinstance(pgd(model, x, y, eps=0.12), torch.Tensor)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_search_in_bf16_is_corrected_by_fp32(batch, restarts):
+    model, x, y = batch
+    changed = 0
+    for seed in range(8):
+        found = pgd(
+            model, x, y, eps=0.1, steps=6, best="adv", precision="cascade", restarts=restarts, return_info=True,
+            generator=torch.Generator().manual_seed(seed), early_stop="compact",
+        )  # fmt: skip
+        changed += found.fooled_in_bf16_only
+        only_fp32 = found.success & (found.trace.fooled_at < 0)
+        assert only_fp32.sum() <= found.fooled_in_fp32_only
+        assert (found.trace.fooled_at[~found.success] < 0).all()
+        assert max(found.trace.sums) <= 6 * restarts + 2, "a quarter of the steps goes on in fp32"
+    assert changed, "the example shows nothing"
