@@ -48,7 +48,8 @@ class Trace:
         self.last = max(self.last, self._before + (steps if isinstance(steps, int) else max(steps)))
         while self.last >= self._losses.shape[1]:
             self._losses = torch.cat([self._losses, torch.full_like(self._losses, torch.nan)], 1)
-        at = torch.as_tensor(steps, device=rows.device).expand(len(rows)) + self._before
+        own = isinstance(steps, list)
+        at = (torch.tensor(steps, device=rows.device) if own else torch.full_like(rows, steps)) + self._before
         self._losses[rows, at] = loss.detach().float()
         if fooled is not None:
             self._at.scatter_reduce_(0, rows, torch.where(fooled, at, NEVER), "amin")
