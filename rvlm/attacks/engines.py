@@ -26,7 +26,7 @@ from rvlm import ops
 from rvlm.attacks.checks import AttackWarning
 from rvlm.attacks.losses import LOSSES
 
-__all__ = ["ENGINES", "FIXED", "Answer", "Compiled", "Question", "Replayed", "engine_for", "kind_of"]
+__all__ = ["ENGINES", "FIXED", "Answer", "Compiled", "Question", "Replayed", "engine_for"]
 
 ENGINES = ("auto", "eager", "compile", "cudagraph")
 FIXED = ("compile", "cudagraph")  # those for which a batch of another size is slow at first
@@ -58,11 +58,11 @@ class Answer(NamedTuple):
     grad: Tensor
 
 
-def kind_of(loss: str, labels: Tensor, target: Tensor | None) -> tuple[str, Tensor, Tensor | None, int]:
+def _kind(loss: str, labels: Tensor, target: Tensor | None) -> tuple[str, Tensor, Tensor | None, int]:
     """Kind, label, target and sign of `ops.attack_loss` for a named loss."""
     if loss == "ce-targeted":
         return "ce", target, None, -1
-    return "cw" if loss == "margin" else loss, labels, target, 1
+    return loss, labels, target, 1
 
 
 class Compiled:
@@ -92,7 +92,7 @@ class Compiled:
 
     def gradient(self, question: Question, x: Tensor) -> Answer | None:
         """None where the model cannot be compiled so."""
-        region = self.regions.of(question)
+        region = self.regions.of(question, x.shape)
         if region is None:
             return None
         if self.convolves and x.dim() == 4 and not x.is_cuda:
@@ -126,22 +126,23 @@ class _Regions:
     """Compiled functions of one model."""
 
     def __init__(self, own: bool) -> None:
-        self.own, self.classes, self.known = own, None, {}
+        self.own, self.classes, self.known, self.refused = own, None, {}, set()
 
-    def of(self, question: Question) -> Callable | None:
+    def of(self, question: Question, shape: torch.Size) -> Callable | None:
         work = _at_logits if question.head is None else _at_head
-        if (work, question.loss) not in self.known:
+        key = work, question.loss, shape
+        if (work, question.loss) in self.refused:
+            return None
+        if key not in self.known:
             if self.own:  # code of its own: torch counts by code how often it has compiled, and gives up after eight
-                work_of_this = types.FunctionType(work.__code__.replace(co_name=work.__name__), work.__globals__)
-            else:
-                work_of_this = work
-            self.known[work, question.loss] = torch.compile(
-                work_of_this, dynamic=False, fullgraph=True, options={"post_grad_custom_pre_pass": _fold()}
+                work = types.FunctionType(work.__code__.replace(co_name=work.__name__), work.__globals__)
+            self.known[key] = torch.compile(
+                work, dynamic=False, fullgraph=True, options={"post_grad_custom_pre_pass": _fold()}
             )
-        return self.known[work, question.loss]
+        return self.known[key]
 
     def refuse(self, question: Question, error: Exception) -> None:
-        self.known[_at_logits if question.head is None else _at_head, question.loss] = None
+        self.refused.add((_at_logits if question.head is None else _at_head, question.loss))
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warnings.warn(
             f"engine='compile' compiles this model's forward pass alone, which is slower: {first}",
@@ -199,7 +200,7 @@ def _fold():
 
 def _at_head(model: nn.Module, loss: str, labels: Tensor, target: Tensor | None, head: Tensor, x: Tensor):
     embedding, back = torch.func.vjp(model.embed, x)
-    kind, label, other, sign = kind_of(loss, labels, target)
+    kind, label, other, sign = _kind(loss, labels, target)
     value, _, logits, of_embedding = ops.clip_head_loss(embedding, head, label, kind, other)
     return sign * value, logits, back((sign * of_embedding).to(embedding.dtype))[0]
 
@@ -211,7 +212,7 @@ def _at_logits(model: Callable, loss: str, labels: Tensor, target: Tensor | None
         value = F.cross_entropy(logits, labels, reduction="none")
         of_logits = torch.softmax(logits, 1) - F.one_hot(labels, logits.shape[1])
     else:
-        kind, label, other, sign = kind_of(loss, labels, target)
+        kind, label, other, sign = _kind(loss, labels, target)
         value, _, of_logits = ops.attack_loss(logits, label, kind, other)
         value, of_logits = sign * value, sign * of_logits
     return value, logits, back(of_logits.to(output.dtype))[0]
@@ -220,7 +221,7 @@ def _at_logits(model: Callable, loss: str, labels: Tensor, target: Tensor | None
 def eager(question: Question, x: Tensor) -> Answer:
     """The same by autograd: what a CUDA graph captures."""
     leaf = x.detach().requires_grad_()
-    kind, label, other, sign = kind_of(question.loss, question.labels, question.target)
+    kind, label, other, sign = _kind(question.loss, question.labels, question.target)
     if question.head is not None:
         output = question.model.embed(leaf)
         value, _, logits, slope = ops.clip_head_loss(output, question.head, label, kind, other)
