@@ -14,13 +14,15 @@ from torch import Tensor
 
 __all__ = ["Cycle"]
 
+RENEWED = 1.25  # sooner finds a cycle sooner after its start, and only shorter ones
+
 
 class Cycle:
     """Finds, per sample, when a trajectory has returned (Brent's algorithm).
 
-    The state is compared with a stored one that is renewed at steps 1, 2, 4, 8, ... Once they are equal, all later
-    states repeat with the period found, so only (steps left) mod period more steps are needed to land on that of the
-    last step. All iterates of the cycle have been scored by then.
+    The state is compared with a stored one that is renewed at steps 1, 2, 3, 4, 6, 8, 11, 14, 18, ... Once they are
+    equal, all later states repeat with the period found, so only (steps left) mod period more steps are needed to
+    land on that of the last step. All iterates of the cycle have been scored by then.
 
     Args:
         steps: of the run.
@@ -51,7 +53,7 @@ class Cycle:
         remaining = (self.steps - step) % (step - self.anchor_step)
         self.last_step = torch.where(same, step + remaining, self.last_step)
         self.found |= same
-        if step & (step - 1) == 0:
+        if step > self.anchor_step * RENEWED:
             for part, stored in zip(state, self.anchor, strict=True):
                 stored.copy_(part)
             self.anchor_step = step

@@ -123,7 +123,7 @@ def test_the_velocity_is_part_of_the_state():
         return torch.cat([-F.relu(v - 0.6) - F.relu(0.3 - v), 0 * v], 1)
 
     x, y = torch.full((1, 1, 1, 1), 0.25, dtype=torch.float64), torch.tensor([1])
-    for steps in range(1, 40):
+    for steps in range(1, 60):
         given = dict(eps=0.75, alpha=1 / 8, mu=0.9, velocity="sign", steps=steps, return_info=True)
         short, full = mifgsm(trough, x, y, early_stop="cycle", **given), mifgsm(trough, x, y, **given)
         assert torch.equal(short.x_adv, full.x_adv), steps
