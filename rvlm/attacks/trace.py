@@ -50,7 +50,7 @@ class Trace:
             self._losses = torch.cat([self._losses, torch.full_like(self._losses, torch.nan)], 1)
         own = isinstance(steps, list)
         at = (torch.tensor(steps, device=rows.device) if own else torch.full_like(rows, steps)) + self._before
-        self._losses[rows, at] = loss.detach().float()
+        self._losses[rows, at] = loss.detach().to(self._losses.dtype)
         if fooled is not None:
             self._at.scatter_reduce_(0, rows, torch.where(fooled, at, NEVER), "amin")
 
