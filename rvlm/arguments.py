@@ -149,6 +149,8 @@ class EvalArgs(ModelArgs):
     """Where a protocol's data sets lie; default $RVLM_DATA, or ./data."""
     examples: int = 4
     """Of classifications, keep so many images, the first of the samples, for rvlm report; 0: none."""
+    dry_run: bool = False
+    """Say what it will cost, in passes through the model and in time, and end."""
     out: str | None = None
     """Run folder; default runs/eval-DATE. Give the folder of a run that was killed to go on with it."""
 

@@ -28,7 +28,7 @@ from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, rowwise
 from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.losses import AIMED
-from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores, most_targets
 from rvlm.attacks.rows import Rows
 from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, left_over, search
 
@@ -131,6 +131,15 @@ class APGD(Attack):
     """`apgd` with its settings fixed: `APGD(model, eps=4/255, loss="dlr")(x, y)`. Its keywords are attributes."""
 
     function = apgd
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """Every run: a gradient at the start and for each step; with larger_eps it starts three times. Before runs that
+        aim at classes, those are looked up."""
+        aimed = given["loss"] in AIMED
+        runs = given["restarts"] * given["eot"] * (most_targets(given["targets"], classes) if aimed else 1)
+        gradients = runs * (given["steps"] + (len(RADII) if given["larger_eps"] else 1))
+        return Passes(gradients + aimed, gradients)
 
 
 def _check_slots(best: str, early_stop: str | None, loss: Any, larger_eps: bool, callback: Any) -> None:

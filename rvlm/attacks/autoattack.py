@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rvlm.attacks.checks import AttackWarning, check_images, check_radius
 from rvlm.attacks.contract import untouched
-from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
 from rvlm.attacks.search import Attack, check_choices, drawn_seed, empty_result
 from rvlm.attacks.stages import parse_attack, usable
 
@@ -147,3 +147,9 @@ class AutoAttack(Attack):
     """`autoattack` with its settings fixed: `AutoAttack(model, eps=8/255)(x, y)`. Its keywords are attributes."""
 
     function = autoattack
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """The clean images, all stages that the classes allow, and the verdict."""
+        stages, _ = usable(parse_attack(VERSIONS.get(given["version"]) or ",".join(given["attacks"]), norm), classes)
+        return sum((stage.passes(classes, norm) for stage in stages), Passes(2))

@@ -21,7 +21,7 @@ from rvlm import profiling
 from rvlm.attacks.ball import Ball, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.nearest import Nearest
-from rvlm.attacks.objective import AttackResult, Objective
+from rvlm.attacks.objective import AttackResult, Objective, Passes
 from rvlm.attacks.search import Attack, check_choices, check_count, search
 
 __all__ = ["CW", "cw"]
@@ -82,7 +82,7 @@ def cw(
     check_count("steps", steps, 1)
     if rounds is not None:
         check_count("rounds", rounds, 1)
-    const = (1e-3 if norm == "l2" else 1e-5) if const is None else const
+    const = _first_weight(const, norm)
     lr = (0.01 if norm == "l2" else 0.005) if lr is None else lr
     for name, value in (("const", const), ("lr", lr)):
         if not 0 < value < math.inf:
@@ -103,6 +103,19 @@ class CW(Attack):
     """`cw` with its settings fixed: `CW(model, steps=100)(x, y)`. Its keywords are attributes."""
 
     function = cw
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """The verdict on x and on what is kept, and a gradient for each step of every round. In Linf without `rounds`
+        there are as many as it takes to double c up to its end; samples that are fooled go on longer than others."""
+        const = _first_weight(given["const"], norm)
+        usual = 9 if norm == "l2" else math.ceil(math.log2(LARGEST_LINF / const))
+        gradients = given["steps"] * (usual if given["rounds"] is None else given["rounds"])
+        return Passes(gradients + 2, gradients)
+
+
+def _first_weight(const: float | None, norm: str) -> float:
+    return (1e-3 if norm == "l2" else 1e-5) if const is None else const
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rvlm import profiling
 from rvlm.attacks.ball import DUAL, Ball, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.nearest import Nearest
-from rvlm.attacks.objective import AttackResult, Objective
+from rvlm.attacks.objective import AttackResult, Objective, Passes
 from rvlm.attacks.search import Attack, check_choices, check_count, search
 
 __all__ = ["DeepFool", "deepfool"]
@@ -77,6 +77,12 @@ class DeepFool(Attack):
     """`deepfool` with its settings fixed: `DeepFool(model, norm="linf")(x, y)`. Its keywords are attributes."""
 
     function = deepfool
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """The candidates are looked up; for each step a forward pass and a backward one for each; two verdicts."""
+        steps = given["steps"]
+        return Passes(steps + 3, steps * (min(given["candidates"], classes) - 1))
 
 
 class _Straight:

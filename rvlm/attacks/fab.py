@@ -19,7 +19,7 @@ from rvlm import profiling
 from rvlm.attacks.ball import DUAL, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.nearest import Nearest
-from rvlm.attacks.objective import AttackResult, Objective
+from rvlm.attacks.objective import AttackResult, Objective, Passes, most_targets
 from rvlm.attacks.search import Attack, check_count, search
 
 __all__ = ["FAB", "fab"]
@@ -91,6 +91,14 @@ class FAB(Attack):
     """`fab` with its settings fixed: `FAB(model, eps=4/255)(x, y)`. Its keywords are attributes."""
 
     function = fab
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """Every run: the verdict on x and, at the end, on what is kept; for each step the planes of one class or of
+        all, and the verdict. Before runs that aim at classes, those are looked up."""
+        aimed, steps = given["aimed"], given["steps"]
+        runs = given["restarts"] * (most_targets(given["targets"], classes) if aimed else 1)
+        return Passes(runs * (2 * steps + 2) + aimed, runs * steps * (1 if aimed else classes))
 
 
 class _Boundary:

@@ -22,7 +22,7 @@ from rvlm import profiling
 from rvlm.attacks.ball import DUAL, Ball, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.nearest import Nearest
-from rvlm.attacks.objective import AttackResult, Objective
+from rvlm.attacks.objective import AttackResult, Objective, Passes
 from rvlm.attacks.search import Attack, check_count, search
 
 __all__ = ["FMN", "fmn"]
@@ -83,6 +83,11 @@ class FMN(Attack):
     """`fmn` with its settings fixed: `FMN(model, norm="l2")(x, y)`. Its keywords are attributes."""
 
     function = fmn
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """A gradient for each step, and the verdict."""
+        return Passes(given["steps"] + 1, given["steps"])
 
 
 class _Shrinking:

@@ -17,6 +17,7 @@ black-box attack, is transforms=("ti", "di").
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from rvlm.attacks.checks import check_radius
 from rvlm.attacks.cycle import Cycle
 from rvlm.attacks.engines import FIXED
 from rvlm.attacks.kept import Kept, Roll
-from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
 from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
 
 __all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
@@ -55,6 +56,7 @@ class Transform:
     """Makes a gradient from other gradients."""
 
     draws = False
+    asks = 1  # times that it asks
     images = False  # needs [B, C, H, W]
 
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
@@ -81,6 +83,7 @@ class SI(Transform):
 
     def __post_init__(self) -> None:
         check_count("copies", self.copies, 1)
+        self.asks = self.copies
 
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
         scores, total = ask(x)
@@ -152,6 +155,7 @@ class VMI(Transform):
 
     def __post_init__(self) -> None:
         check_count("neighbours", self.neighbours, 1)
+        self.asks = 1 + self.neighbours
         if self.neighbours >= DRAWS - 1:
             raise ValueError(f"neighbours must be below {DRAWS - 1}, got {self.neighbours}")
 
@@ -252,6 +256,13 @@ class MIFGSM(Attack):
     """`mifgsm` with its settings fixed: `MIFGSM(model, eps=4/255, transforms=("ti", "di"))(x, y)`."""
 
     function = mifgsm
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """Every run: for each step as many gradients as the transforms ask for, and the verdict."""
+        asks = math.prod(_transform(t).asks for t in given["transforms"])
+        runs, gradients = given["restarts"] * given["eot"], given["steps"] * asks
+        return Passes(runs * (gradients + 1), runs * gradients)
 
 
 class _Momentum:

@@ -16,9 +16,29 @@ from rvlm.attacks.losses import AIMED, LOSSES
 from rvlm.attacks.rows import Rows
 from rvlm.attacks.trace import Trace
 
-__all__ = ["AttackResult", "Objective", "Scores"]
+__all__ = ["AttackResult", "Objective", "Passes", "Scores", "most_targets"]
 
 MOST_TARGETS = 9  # classes that an attack aims at unless told otherwise: AutoAttack's
+BACKWARD = 2  # forward passes that a backward pass costs, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """Images that go through a model, there and back."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.forwards + other.forwards, self.backwards + other.backwards)
+
+    def times(self, n: float) -> "Passes":
+        return Passes(round(n * self.forwards), round(n * self.backwards))
+
+    @property
+    def units(self) -> int:
+        """Forward passes that take as long, with `BACKWARD` for a backward one."""
+        return self.forwards + BACKWARD * self.backwards
 
 
 @dataclasses.dataclass
@@ -187,7 +207,7 @@ class Objective:
         """
         logits = self.logits(x)
         classes = logits.shape[1]
-        most = min(at_most, classes - 1) if most is None else most
+        most = most_targets(most, classes, at_most)
         if most >= classes:
             raise ValueError(f"targets={most} needs more than {most} classes, the model has {classes}")
         order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -368,6 +388,11 @@ class Objective:
                 AttackWarning,
                 stacklevel=2,
             )
+
+
+def most_targets(most: int | None, classes: int, at_most: int = MOST_TARGETS) -> int:
+    """How many wrong classes are aimed at; None means at_most, or all if there are fewer."""
+    return min(at_most, classes - 1) if most is None else most
 
 
 NO_GRADIENT = (

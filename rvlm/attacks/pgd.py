@@ -23,7 +23,7 @@ from rvlm.attacks.checks import check_radius
 from rvlm.attacks.cycle import Cycle
 from rvlm.attacks.engines import FIXED
 from rvlm.attacks.kept import Kept, Roll
-from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
 from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, left_over, search
 
 __all__ = ["PGD", "pgd"]
@@ -236,3 +236,9 @@ class PGD(Attack):
     """`pgd` with its settings fixed: `PGD(model, eps=4/255, steps=10)(x, y)`. Its keywords are attributes."""
 
     function = pgd
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """Every run: a gradient for each step, and the verdict."""
+        runs, steps = given["restarts"] * given["eot"], given["steps"]
+        return Passes(runs * (steps + 1), runs * steps)

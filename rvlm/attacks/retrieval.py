@@ -27,7 +27,7 @@ from rvlm.attacks.ball import normal
 from rvlm.attacks.checks import check_images
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.mifgsm import DRAWS, Ask, Now, Transform, mifgsm
-from rvlm.attacks.objective import AttackResult, Scores
+from rvlm.attacks.objective import AttackResult, Passes, Scores
 from rvlm.attacks.search import Attack
 
 __all__ = ["SGA", "CoAttack", "Scales", "caption_sets", "coattack", "sga"]
@@ -47,6 +47,7 @@ class Scales(Transform):
     images = True
 
     def __post_init__(self) -> None:
+        self.asks = 1 + len(self.scales)
         self.draws = self.noise > 0 and len(self.scales) > 0
         if not all(0 < scale <= 8 for scale in self.scales) or len(self.scales) > DRAWS - 2:
             raise ValueError(f"scales must be at most {DRAWS - 2} factors in (0, 8], got {list(self.scales)}")
@@ -191,11 +192,21 @@ class SGA(Attack):
 
     function = sga
 
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """Every run: for each step a gradient at x and at each scale, and the loss at the end."""
+        return _of_mifgsm(given, 1 + len(given["scales"]))
+
 
 class CoAttack(Attack):
     """`coattack` with its settings fixed: `CoAttack(clip.encode_pixels, eps=4/255)(x, captions)`."""
 
     function = coattack
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """The clean embedding; every run: a gradient for each step, and the loss at the end."""
+        return Passes(1) + _of_mifgsm(given, 1)
 
 
 def caption_sets(embeddings: Tensor, images: Tensor, count: int) -> Tensor:
@@ -223,6 +234,11 @@ def caption_sets(embeddings: Tensor, images: Tensor, count: int) -> Tensor:
     sets = embeddings.new_zeros(count, int(size.max()), embeddings.shape[1])
     sets[images[order], place] = embeddings[order]
     return sets
+
+
+def _of_mifgsm(given: dict[str, Any], asks: int) -> Passes:
+    gradients = given["steps"] * asks
+    return Passes(gradients + 1, gradients).times(given["restarts"])
 
 
 def _share(eps: Any, share: float) -> Any:

@@ -24,7 +24,7 @@ from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.engines import ENGINES, FIXED, engine_for
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.losses import AIMED
-from rvlm.attacks.objective import AttackResult, Objective, Scores
+from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
 from rvlm.attacks.slots import in_slots
 from rvlm.attacks.trace import Trace
 
@@ -311,15 +311,34 @@ class Attack:
 
     def __init__(self, model: Callable[[Tensor], Any], **settings: Any) -> None:
         self.model = model
-        unknown = set(settings) - set(self.defaults)
-        if unknown:
-            name, known = type(self).__name__, ", ".join(self.defaults)
-            raise TypeError(f"unknown argument(s) {', '.join(sorted(unknown))}; {name} takes {known}")
-        self.__dict__.update(self.defaults | settings)
+        self.__dict__.update(self._completed(settings))
 
     def __call__(self, x: Tensor, y: Any = None, **overrides: Any) -> Tensor | AttackResult:
         settings = {name: getattr(self, name) for name in self.defaults}
         return type(self).function(self.model, x, y, **(settings | overrides))
+
+    @classmethod
+    def passes(cls, classes: int, norm: str = "linf", **settings: Any) -> Passes:
+        """What one image costs that nothing fools, and none beside it in the batch, with return_info=True: the most.
+
+        Args:
+            classes: of the model's outputs.
+            norm: of the ball.
+            settings: keywords of the function that are not at their defaults.
+        """
+        return cls._passes(classes, norm, cls._completed(settings))
+
+    @classmethod
+    def _completed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """All keywords of the function, of which some are given."""
+        if unknown := set(settings) - set(cls.defaults):
+            known = ", ".join(cls.defaults)
+            raise TypeError(f"unknown argument(s) {', '.join(sorted(unknown))}; {cls.__name__} takes {known}")
+        return cls.defaults | settings
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         changed = [f"{k}={getattr(self, k)!r}" for k, usual in self.defaults.items() if getattr(self, k) is not usual]

@@ -27,7 +27,7 @@ from torch import Tensor
 from rvlm import profiling
 from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.kept import Kept
-from rvlm.attacks.objective import AttackResult, Objective
+from rvlm.attacks.objective import AttackResult, Objective, Passes
 from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
 
 __all__ = ["Square", "square"]
@@ -99,6 +99,11 @@ class Square(Attack):
     """`square` with its settings fixed: `Square(model, eps=4/255, queries=1000)(x, y)`. Its keywords are attributes."""
 
     function = square
+
+    @staticmethod
+    def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
+        """Every run: the start and each query."""
+        return Passes(given["restarts"] * (given["queries"] + 1))
 
 
 class _Squares:

@@ -25,27 +25,25 @@ from typing import Any
 
 from torch import Tensor
 
-from rvlm.attacks.apgd import apgd
-from rvlm.attacks.cw import cw
-from rvlm.attacks.deepfool import deepfool
+from rvlm.attacks.apgd import APGD
+from rvlm.attacks.cw import CW
+from rvlm.attacks.deepfool import DeepFool
 from rvlm.attacks.engines import FIXED
-from rvlm.attacks.fab import fab
-from rvlm.attacks.fmn import fmn
-from rvlm.attacks.losses import AIMED
-from rvlm.attacks.mifgsm import mifgsm
-from rvlm.attacks.objective import MOST_TARGETS, AttackResult
+from rvlm.attacks.fab import FAB
+from rvlm.attacks.fmn import FMN
+from rvlm.attacks.mifgsm import MIFGSM
+from rvlm.attacks.objective import AttackResult, Passes
 from rvlm.attacks.own import own_settings, run_own
-from rvlm.attacks.pgd import pgd
-from rvlm.attacks.square import square
+from rvlm.attacks.pgd import PGD
+from rvlm.attacks.square import Square
 from rvlm.plugins import file_sha, from_file, is_own
 from rvlm.units import Eps
 
 __all__ = ["PATTERNS", "Stage", "parse_attack", "usable"]
 
-BACKWARD = 2  # forward passes that a backward pass costs, about
-FUNCTIONS = {
-    "pgd": pgd, "mifgsm": mifgsm, "apgd": apgd, "fab": fab, "fmn": fmn, "square": square,
-    "cw": cw, "deepfool": deepfool,
+ATTACKS = {
+    "pgd": PGD, "mifgsm": MIFGSM, "apgd": APGD, "fab": FAB, "fmn": FMN, "square": Square,
+    "cw": CW, "deepfool": DeepFool,
 }  # fmt: skip
 CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
@@ -114,7 +112,7 @@ class Stage:
             keeps |= {"best": "adv", "early_stop": "compact"}
             if more.get("engine") in FIXED and not self.refills:  # batches that may not shrink
                 keeps["early_stop"] = "freeze" if self.attack == "pgd" else None
-        function = FUNCTIONS[self.attack]
+        function = ATTACKS[self.attack].function
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing
         return function(model, x, y, **keeps, **self.settings, **more, return_info=True)
@@ -127,7 +125,7 @@ class Stage:
         """Its settings and the function's defaults: what decides what it does but the threat model."""
         if self.sha256 is not None:
             return self.settings
-        parameters = inspect.signature(FUNCTIONS[self.attack]).parameters.values()
+        parameters = inspect.signature(ATTACKS[self.attack].function).parameters.values()
         usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in COMMON}
         return usual | self.settings
 
@@ -137,25 +135,16 @@ class Stage:
         about = {"name": self.name, "attack": self.attack, "settings": every, "restart": self.restart}
         return about if self.sha256 is None else about | {"sha256": self.sha256}
 
-    def cost(self, classes: int) -> int:
-        """Passes through the model per image that is never fooled; a backward pass counts as two forward ones."""
-        given = self.every_setting()
-        if self.sha256 is not None:  # a guess: what happens inside cannot be known
-            steps = given.get("steps")
-            return (steps if isinstance(steps, int) else 1) * (1 + BACKWARD)
-        runs, steps = given.get("restarts", 1), given.get("steps", 0)
-        if self.attack == "square":
-            return runs * given["queries"]
-        aims = min(given.get("targets") or MOST_TARGETS, classes - 1)
-        if self.attack == "fab":  # asks for the verdict at every step, too
-            return runs * steps * (aims * (2 + BACKWARD) if given["aimed"] else 2 + BACKWARD * classes)
-        if self.attack == "deepfool":
-            return steps * (1 + BACKWARD * (min(given["candidates"], classes) - 1))
-        if self.attack == "cw":
-            runs = given["rounds"] or 9
-        if given.get("loss") in AIMED:
-            runs *= aims
-        return runs * steps * given.get("eot", 1) * (1 + BACKWARD)
+    def passes(self, classes: int, norm: str = "linf") -> Passes:
+        """What an image costs that is never fooled: the most (see `rvlm.attacks.search.Attack.passes`).
+
+        Of an attack of one's own it is a guess by its `steps`, since nobody can see what happens inside.
+        """
+        if self.sha256 is not None:
+            steps = self.settings.get("steps")
+            steps = steps if isinstance(steps, int) else 1
+            return Passes(steps, steps)
+        return ATTACKS[self.attack].passes(classes, norm, **self.settings)
 
 
 def parse_attack(text: str, norm: str = "linf") -> list[Stage]:

@@ -3,12 +3,15 @@
 import itertools
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, DATA_MISSING, AttackArgs, EvalArgs
+from rvlm.commands.cost import show, with_times
 from rvlm.commands.shared import Run, device_of, load, together, warn
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
@@ -19,6 +22,7 @@ __all__ = ["attack", "eval"]
 def eval(args: EvalArgs) -> int:
     from rvlm.data.captions import holds_captions
     from rvlm.evaluation import evaluate, over_radii, parse_attack, write_evaluation
+    from rvlm.evaluation.cost import earlier_shares, estimate
     from rvlm.report import accuracy_over_eps
 
     if args.protocol is not None:
@@ -28,16 +32,24 @@ def eval(args: EvalArgs) -> int:
     radii = [Eps(text).check(args.norm) for text in args.eps.split(",")]
     if holds_captions(args.data):
         return _eval_retrieval(args, radii)
-    parse_attack(args.attack, args.norm)
+    stages = parse_attack(args.attack, args.norm)
     with together(args) as ranks:
         data, model, source = load(args, ranks)
+        cost = estimate(
+            len(data), args.attack, stages, len(data.class_names), args.norm, batch_size=args.batch_size,
+            shares=earlier_shares(args.out, args.model, args.attack, "transfer" if source else "white-box"),
+        )  # fmt: skip
+        costs = with_times(args, ranks, [cost] * len(radii), data, model, source)
+        show(args, ranks, costs, f"{args.model} on {data.name}")
+        if args.dry_run:
+            return 0
         run = Run("eval", args) if ranks.first else None
         rows, seen, curve = [], [], []
-        for eps in radii:
+        for eps, cost in zip(radii, costs, strict=True):
             found = evaluate(
                 model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
                 batch_size=args.batch_size, seed=args.seed, device=device_of(args.device), precision=args.precision,
-                keep_images=args.examples,
+                keep_images=args.examples, cost=cost,
                 # A run that was killed goes on with the same command.
                 state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
             )  # fmt: skip
@@ -61,6 +73,7 @@ def eval(args: EvalArgs) -> int:
 def _eval_images(args: EvalArgs) -> int:
     """Saved adversarial images, shown to a model."""
     from rvlm.evaluation import evaluate, load_images, write_evaluation
+    from rvlm.evaluation.cost import estimate
 
     images = load_images(args.images)
     told = ("attack", "eps", "norm", "seed", "precision", "source", "limit")
@@ -69,10 +82,15 @@ def _eval_images(args: EvalArgs) -> int:
     with together(args) as ranks:
         data, model, _ = load(args, ranks)
         data = images.samples(data)
+        cost = estimate(len(data), "saved", [images], len(data.class_names), batch_size=args.batch_size)
+        costs = with_times(args, ranks, [cost], data, model, None)
+        show(args, ranks, costs, f"{args.model} on {args.images}")
+        if args.dry_run:
+            return 0
         run = Run("eval", args) if ranks.first else None
         found = evaluate(
             model, data, images=images, batch_size=args.batch_size, device=device_of(args.device),
-            keep_images=args.examples,
+            keep_images=args.examples, cost=costs[0],
         )  # fmt: skip
         if run is None:
             return 0
@@ -85,22 +103,27 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
     """Recall on images with captions, clean and attacked: a record for each radius."""
     from rvlm.data.captions import load_captions
     from rvlm.evaluation import retrieve, write_retrieval
-    from rvlm.evaluation.retrieval import parse_retrieval_attack
+    from rvlm.evaluation.retrieval import retrieval_cost
     from rvlm.models import load_clip
 
-    parse_retrieval_attack(args.attack)
+    retrieval_cost(0, args.attack)  # an unknown attack is named before anything is loaded
     if args.precision != EvalArgs.precision:
         raise ValueError(f"attacks on captions run in fp32: leave --precision {args.precision} out")
     with together(args) as ranks:
         with ranks.first_before_others():
             data = load_captions(args.data, args.split, size=args.size, limit=args.limit)
             clip, source = (spec and load_clip(spec, device_of(args.device)) for spec in (args.model, args.source))
+        costs = [retrieval_cost(len(data), args.attack)] * len(radii)
+        costs = with_times(args, ranks, costs, data, clip, source)
+        show(args, ranks, costs, f"{args.model} on {data.name}")
+        if args.dry_run:
+            return 0
         run = Run("eval", args) if ranks.first else None
         rows, tables = [], []
-        for eps in radii:
+        for eps, cost in zip(radii, costs, strict=True):
             found = retrieve(
                 clip, data, attack=args.attack, eps=eps, norm=args.norm, source=source, batch_size=args.batch_size,
-                seed=args.seed, device=device_of(args.device),
+                seed=args.seed, device=device_of(args.device), cost=cost,
             )  # fmt: skip
             if run is not None:
                 rows.append(
@@ -132,27 +155,21 @@ def _eval_protocol(args: EvalArgs) -> int:
     with together(args) as ranks:
         with ranks.first_before_others():
             models = [spec and load_clip(spec, device_of(args.device)) for spec in (args.model, args.source)]
-        run = Run("eval", args) if ranks.first else None
-        rows, missing, broken = [], [], []
         asked = [part.data for part in protocol.parts if part.task]
-        for part in protocol.parts:
-            if part.task:
-                if run is not None:
-                    how = f"rvlm lvlm --protocol {args.protocol} --model LVLM"
-                    print(f"NOT MEASURED {part.data}: {part.task} needs an LVLM ({how})", file=sys.stderr)
-                continue
-            data, error = None, None
-            with ranks.first_before_others():
-                try:
-                    data = protocol.open(part, root, args.limit)
-                except (FileNotFoundError, ValueError, ImportError) as found:
-                    error = found
-            if error := next((theirs for theirs in ranks.gather(error) if theirs is not None), None):
-                (missing if isinstance(error, FileNotFoundError) else broken).append(part.data)
-                if run is not None:
-                    print(f"NOT MEASURED {part.data}: {error}", file=sys.stderr)
-                continue
-            rows += _measured(args, protocol, part, data, models, ranks, run)
+        there, missing, broken = _opened(args, protocol, root, ranks)
+        costs = _costs(args, protocol, there, models, ranks)
+        show(
+            args,
+            ranks,
+            list(costs.values()),
+            f"{args.model} on {protocol.name}, {len(there)} of {len(protocol.parts)} data sets",
+        )
+        if args.dry_run:
+            return DATA_MISSING if missing else CHECK_FAILED if broken else 0
+        run = Run("eval", args) if ranks.first else None
+        rows = []
+        for part, data in there:
+            rows += _measured(args, protocol, part, data, models, ranks, run, costs)
         if run is None:
             return 0
         run.manifest |= {"protocol": {"name": protocol.name, "sha": protocol.sha}, "missing": missing, "broken": broken}
@@ -166,11 +183,74 @@ def _eval_protocol(args: EvalArgs) -> int:
         return DATA_MISSING if missing else CHECK_FAILED if broken else 0
 
 
-def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "Run | None") -> list[dict[str, Any]]:
+def _opened(args: EvalArgs, protocol, root: Path, ranks: Ranks) -> tuple[list[tuple[Any, Any]], list[str], list[str]]:
+    """Parts of a protocol with their samples; the names of those that are missing, and of those that are broken."""
+    there, missing, broken = [], [], []
+    for part in protocol.parts:
+        if part.task:
+            if ranks.first:
+                how = f"rvlm lvlm --protocol {args.protocol} --model LVLM"
+                print(f"NOT MEASURED {part.data}: {part.task} needs an LVLM ({how})", file=sys.stderr)
+            continue
+        data, error = None, None
+        with ranks.first_before_others():
+            try:
+                data = protocol.open(part, root, args.limit)
+            except (FileNotFoundError, ValueError, ImportError) as found:
+                error = found
+        if error := next((theirs for theirs in ranks.gather(error) if theirs is not None), None):
+            (missing if isinstance(error, FileNotFoundError) else broken).append(part.data)
+            if ranks.first:
+                print(f"NOT MEASURED {part.data}: {error}", file=sys.stderr)
+        else:
+            there.append((part, data))
+    return there, missing, broken
+
+
+def _cells(args: EvalArgs, protocol, part, data) -> Iterator[tuple[str, str, str, str]]:
+    """Attack, radius and target of every evaluation on a data set, and what its record is called."""
+    from rvlm.evaluation.records import record_stem
+
+    for attack, radii in (part.attacks or protocol.attacks).items():
+        for eps, target in itertools.product(radii, protocol.targets):
+            yield attack, eps, target, record_stem(args.model, data.name, target, attack, eps)
+
+
+def _costs(args: EvalArgs, protocol, there: list[tuple[Any, Any]], models, ranks: Ranks) -> dict[str, Any]:
+    """By the name of its record, the cost of every evaluation that has none yet."""
+    from rvlm.data.captions import Captions
+    from rvlm.evaluation import parse_attack
+    from rvlm.evaluation.cost import earlier_shares, estimate
+    from rvlm.evaluation.retrieval import retrieval_cost
+
+    by_target: dict[str, dict[str, Any]] = {target: {} for target in protocol.targets}
+    for part, data in there:
+        for attack, _, target, stem in _cells(args, protocol, part, data):
+            if args.out and (Path(args.out) / "result" / f"{stem}.json").is_file():
+                continue
+            if isinstance(data, Captions):
+                cost = retrieval_cost(len(data), attack)
+            else:
+                cost = estimate(
+                    len(data), attack, parse_attack(attack, protocol.norm), len(data.class_names), protocol.norm,
+                    batch_size=args.batch_size, shares=earlier_shares(args.out, args.model, attack, target),
+                )  # fmt: skip
+            by_target[target][stem] = cost
+    found = {}
+    for target, costs in by_target.items():
+        source = models[1] if target == "transfer" else None
+        timed = with_times(args, ranks, list(costs.values()), there[0][1], models[0], source) if costs else []
+        found |= dict(zip(costs, timed, strict=True))
+    return found
+
+
+def _measured(
+    args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "Run | None", costs: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Rows of one data set of a protocol; records that an earlier attempt wrote are taken as they are."""
     from rvlm.data.captions import Captions
     from rvlm.evaluation import evaluate, retrieve, write_evaluation, write_retrieval
-    from rvlm.evaluation.records import measured_before, record_stem
+    from rvlm.evaluation.records import measured_before
     from rvlm.models import ZeroShotClassifier
 
     mark, rows, checks = protocol.mark(part, data), [], []
@@ -179,28 +259,26 @@ def _measured(args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "
         prompts, check = protocol.prompts(part, data)
         checks = [check]
         models = [clip and ZeroShotClassifier(clip, data.class_names, prompts).eval() for clip in models]
-    for attack, radii in (part.attacks or protocol.attacks).items():
-        for eps, target in itertools.product(radii, protocol.targets):
-            stem = record_stem(args.model, data.name, target, attack, eps)
-            model, source = models[0], models[1] if target == "transfer" else None
-            row = run and measured_before(run.out, stem, data, model, source, mark)
-            if (row := ranks.share(row)) is not None:
-                rows.append(row)
-                continue
-            if isinstance(data, Captions):
-                found = retrieve(model, data, attack=attack, eps=eps, source=source, **settings)
-                write = write_retrieval
-            else:
-                state = run and run.out / "state" / f"{stem}.npz"
-                kept = {"state": state, "keep_images": args.examples}
-                found = evaluate(model, data, attack=attack, eps=eps, source=source, **kept, **settings)
-                found.checks += checks + _beside(rows, found)
-                write = partial(write_evaluation, examples=args.examples)
-            if run is not None:
-                about = {"processes": ranks.size, "source": source, "protocol": mark}
-                rows.append(write(run.out, args.model, found, data, model, **about))
-                (run.out / "state" / f"{stem}.npz").unlink(missing_ok=True)
-                warn(found.checks)
+    for attack, eps, target, stem in _cells(args, protocol, part, data):
+        model, source = models[0], models[1] if target == "transfer" else None
+        row = run and measured_before(run.out, stem, data, model, source, mark)
+        if (row := ranks.share(row)) is not None:
+            rows.append(row)
+            continue
+        settings |= {"attack": attack, "eps": eps, "source": source, "cost": costs.get(stem)}
+        if isinstance(data, Captions):
+            found = retrieve(model, data, **settings)
+            write = write_retrieval
+        else:
+            kept = {"state": run and run.out / "state" / f"{stem}.npz", "keep_images": args.examples}
+            found = evaluate(model, data, **kept, **settings)
+            found.checks += checks + _beside(rows, found)
+            write = partial(write_evaluation, examples=args.examples)
+        if run is not None:
+            about = {"processes": ranks.size, "source": source, "protocol": mark}
+            rows.append(write(run.out, args.model, found, data, model, **about))
+            (run.out / "state" / f"{stem}.npz").unlink(missing_ok=True)
+            warn(found.checks)
     return rows
 
 
@@ -229,21 +307,23 @@ def attack(args: AttackArgs) -> int:
     with together(args) as ranks:
         data, model, source = load(args, ranks)
         run = Run("attack", args) if ranks.first else None
-        found = evaluate(
-            model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
-            batch_size=args.batch_size, seed=args.seed, device=device_of(args.device), keep_images=True,
-            quantize=255 if args.save_png or args.format == "wds" else None,
-        )  # fmt: skip
-        if run is None:
-            return 0
-        row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
-        warn(found.checks)
-        save_images(run.out / files[args.format], found, data, source or model, args.source or args.model)
-        if args.save_png:
-            pngs = save_pngs(run.out / "png", found, model)
-            print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
-            row["png"] = pngs
-        some = pick_rows(found.broken_by, found.y)
-        words = [class_words(data.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
-        image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
-        return run.finish([row])
+        with tempfile.TemporaryDirectory(dir=run and run.out, ignore_cleanup_errors=True) as folder:
+            found = evaluate(
+                model, data, attack=args.attack, eps=args.eps, norm=args.norm, source=source,
+                batch_size=args.batch_size, seed=args.seed, device=device_of(args.device),
+                keep_images=Path(folder) / "x_adv",  # all of them may be more than memory holds
+                quantize=255 if args.save_png or args.format == "wds" else None,
+            )  # fmt: skip
+            if run is None:
+                return 0
+            row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
+            warn(found.checks)
+            save_images(run.out / files[args.format], found, data, source or model, args.source or args.model)
+            if args.save_png:
+                pngs = save_pngs(run.out / "png", found, model)
+                print(f"{pngs['still_fool']} of {pngs['written']} PNGs still fool the model when read back")
+                row["png"] = pngs
+            some = pick_rows(found.broken_by, found.y)
+            words = [class_words(data.class_names, t[some]) for t in (found.y, found.pred_clean, found.pred_adv)]
+            image_grid(run.out / "images.png", data.batch(some)[0], found.x_adv[some], *words)
+            return run.finish([row])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rvlm import profiling
+from rvlm.data.rows import Places, number_text, short_sha
 
 __all__ = ["Data"]
 
@@ -59,12 +61,12 @@ class Data:
         Raises:
             ValueError: some are not there.
         """
-        place = {number: row for row, number in enumerate(self.index.tolist())}
-        if lacks := [number for number in index.tolist() if number not in place]:
+        rows = Places(self.index)(index)
+        if len(lacks := index[rows < 0]):
             raise ValueError(
-                f"{self.name}, {self.split} lacks {len(lacks)} of {len(index)} samples, such as {lacks[0]}"
+                f"{self.name}, {self.split} lacks {len(lacks)} of {len(index)} samples, such as {int(lacks[0])}"
             )
-        return self.subset(torch.tensor([place[number] for number in index.tolist()]), rule)
+        return self.subset(rows, rule)
 
     def limited(self, n: int | None, seed: int = 0) -> "Data":
         """n samples drawn without replacement, in their old order: the same ones for any batch size."""
@@ -115,8 +117,14 @@ class Data:
     @property
     def fingerprint(self) -> str:
         """Hash of names, labels and sample numbers: equal for equal evaluations."""
-        text = json.dumps([self.name, self.split, self.class_names, self.y.tolist(), self.index.tolist()])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        about = json.dumps([self.name, self.split, self.class_names])[:-1]
+        numbers = itertools.chain(number_text(self.y), [b", "], number_text(self.index))
+        return short_sha(itertools.chain([about.encode(), b", "], numbers, [b"]"]))
+
+    @property
+    def index_sha(self) -> str:
+        """Hash of the sample numbers."""
+        return short_sha(number_text(self.index))
 
     @property
     def first_image(self) -> str:

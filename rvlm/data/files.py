@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rvlm.data.base import Data
 from rvlm.data.images import Fit, Reader, fit
+from rvlm.data.rows import StoredRows, npz_rows
 
 __all__ = ["SPLITS", "load_folder", "load_npz", "split_folder"]
 
@@ -22,7 +23,8 @@ SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
 def load_npz(path: str, split: str, size: int | Fit | None = None) -> Data:
     """Arrays `x` (uint8 or floats in [0, 1]; NHWC, NCHW, or NHW for grey) and `y` (integers), optionally `class_names`.
 
-    Without `class_names`, a `classes.json` beside the file is read, else classes are called "0", "1", ...
+    Pixels are read when they are asked for (see `rvlm.data.rows`). Without `class_names`, a `classes.json` beside the
+    file is read, else classes are called "0", "1", ...
     """
     file = Path(path)
     if not file.is_file():
@@ -31,17 +33,15 @@ def load_npz(path: str, split: str, size: int | Fit | None = None) -> Data:
         missing = {"x", "y"} - set(arrays.files)
         if missing:
             raise ValueError(f"{file} lacks {sorted(missing)}: expected x [N, H, W, 3] and y [N], has {arrays.files}")
-        x, y = arrays["x"], torch.as_tensor(arrays["y"].astype(np.int64))
+        y = torch.as_tensor(arrays["y"].astype(np.int64))
         names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays.files else None
-    pixels = _as_uint8(x, file)
-    if y.shape != (len(pixels),):
-        raise ValueError(f"{file}: y must have shape [{len(pixels)}] like x, got {list(y.shape)}")
+    read = _Pixels(npz_rows(file, "x"), file, size)
+    if y.shape != (len(read.rows),):
+        raise ValueError(f"{file}: y must have shape [{len(read.rows)}] like x, got {list(y.shape)}")
     if not len(y):
         raise ValueError(f"{file} holds no samples")
-    if isinstance(size, Fit) or (size is not None and pixels.shape[-2:] != (size, size)):
-        pixels = torch.stack([fit(_to_image(p), size) for p in pixels])
     names = names or _names_beside(file, None) or [str(c) for c in range(int(y.max()) + 1)]
-    return Data(f"npz:{file.name}", split, names, y, torch.arange(len(y)), lambda i: pixels[i], "plain", len(y))
+    return Data(f"npz:{file.name}", split, names, y, torch.arange(len(y)), read, "plain", len(y))
 
 
 def load_folder(path: str, split: str, size: int | Fit | None = None) -> Data:
@@ -92,29 +92,42 @@ def _files_below(root: Path) -> list[str]:
     return names
 
 
-def _to_image(pixels: Tensor):
-    from PIL import Image
+class _Pixels:
+    """index [B] -> uint8 pixels [B, 3, H, W], out of an array of uint8 or floats in [0, 1] in any of the shapes."""
 
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    def __init__(self, rows: StoredRows, file: Path, size: int | Fit | None) -> None:
+        self.rows, shape = rows, rows.shape if len(rows.shape) != 3 else (*rows.shape, 1)
+        if len(shape) != 4:
+            raise ValueError(f"{file}: x must be [N, H, W, 3], [N, 3, H, W] or [N, H, W], got shape {list(shape)}")
+        if np.issubdtype(rows.dtype, np.floating):
+            _check_range(rows, file)
+        elif rows.dtype != np.uint8:
+            raise ValueError(f"{file}: x must be uint8 or floats in [0, 1], got {rows.dtype}")
+        self.last = shape[-1] in (1, 3)  # where the channels are
+        if not self.last and shape[1] not in (1, 3):
+            raise ValueError(f"{file}: x has no axis of 1 or 3 channels, shape {list(shape)}")
+        sides = shape[1:3] if self.last else shape[2:]
+        self.size = size if isinstance(size, Fit) or (size is not None and sides != (size, size)) else None
+
+    def __call__(self, index: Tensor) -> Tensor:
+        x = self.rows(index)
+        if x.dtype != np.uint8:
+            x = np.round(x * 255).astype(np.uint8)
+        pixels = torch.from_numpy(x if x.ndim == 4 else x[..., None])
+        pixels = (pixels.permute(0, 3, 1, 2) if self.last else pixels).expand(-1, 3, -1, -1)
+        if self.size is None:
+            return pixels
+        from PIL import Image
+
+        fitted = [fit(Image.fromarray(each.permute(1, 2, 0).numpy()), self.size) for each in pixels]
+        side = self.size.size if isinstance(self.size, Fit) else self.size
+        return torch.stack(fitted) if fitted else torch.zeros(0, 3, side, side, dtype=torch.uint8)
 
 
-def _as_uint8(x: np.ndarray, file: Path) -> Tensor:
-    if x.ndim == 3:
-        x = x[..., None]
-    if x.ndim != 4:
-        raise ValueError(f"{file}: x must be [N, H, W, 3], [N, 3, H, W] or [N, H, W], got shape {list(x.shape)}")
-    if np.issubdtype(x.dtype, np.floating):
+def _check_range(rows: StoredRows, file: Path) -> None:
+    for x in rows.pieces():
         if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
             raise ValueError(f"{file}: float pixels must lie in [0, 1], got [{x.min():.4g}, {x.max():.4g}]")
-        x = np.round(x * 255).astype(np.uint8)
-    elif x.dtype != np.uint8:
-        raise ValueError(f"{file}: x must be uint8 or floats in [0, 1], got {x.dtype}")
-    pixels = torch.from_numpy(np.ascontiguousarray(x))
-    if pixels.shape[-1] in (1, 3):
-        pixels = pixels.permute(0, 3, 1, 2)
-    elif pixels.shape[1] not in (1, 3):
-        raise ValueError(f"{file}: x has no axis of 1 or 3 channels, shape {list(x.shape)}")
-    return pixels.expand(-1, 3, -1, -1)
 
 
 def split_folder(split: str, there: Collection[str], root: Path) -> str:

@@ -15,6 +15,7 @@ from rvlm.data.images import Fit, Reader
 
 __all__ = ["load_parquet"]
 
+LARGEST_GROUP, FEW = 1 << 26, 16  # bytes of a group of rows that is held whole, and rows that are held of a larger one
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label", "cls")
 
 
@@ -46,8 +47,9 @@ def load_parquet(path: str, split: str, size: int | Fit | None = None) -> Data:
         image, label = (_column(file, table.schema_arrow.names, names) for names in (IMAGES, LABELS))
         labels += table.read([label])[label].to_pylist()
         for group in range(table.num_row_groups):
-            groups.append((file, group, image))
-            starts.append(starts[-1] + table.metadata.row_group(group).num_rows)
+            about = table.metadata.row_group(group)
+            groups.append((file, group, image, about.total_byte_size > LARGEST_GROUP))
+            starts.append(starts[-1] + about.num_rows)
     if not labels:
         raise ValueError(f"{root} holds no samples for {split}")
     if None in labels or not all(isinstance(c, int) for c in labels):
@@ -60,25 +62,46 @@ def load_parquet(path: str, split: str, size: int | Fit | None = None) -> Data:
 
 
 class _Rows:
-    """number of a sample -> its bytes. The group of rows that was read last is kept: ask for samples in their order."""
+    """number of a sample -> its bytes. The group of rows that was read last is kept, of a large one a few of its rows
+    that follow each other: ask for samples in their order.
+    """
 
-    def __init__(self, groups: list[tuple[Path, int, str]], starts: list[int]) -> None:
+    def __init__(self, groups: list[tuple[Path, int, str, bool]], starts: list[int]) -> None:
         self.groups, self.starts = groups, starts
-        self.number, self.rows = -1, []
+        self.forget()
+
+    def forget(self) -> None:
+        self.number, self.first, self.rows, self.following = -1, 0, [], iter(())
 
     def __call__(self, i: int) -> bytes:
         number = bisect.bisect_right(self.starts, i) - 1
-        if number != self.number:
-            from pyarrow.parquet import ParquetFile
-
-            file, group, column = self.groups[number]
-            self.rows = ParquetFile(file).read_row_group(group, columns=[column])[column]
-            self.number = number
-        found = self.rows[i - self.starts[number]].as_py()
+        row = i - self.starts[number]
+        if number != self.number or row < self.first:
+            self._open(number)
+        while row >= self.first + len(self.rows):
+            self.first += len(self.rows)
+            self.rows = next(self.following)
+        found = self.rows[row - self.first].as_py()
         return found["bytes"] if isinstance(found, dict) else found
 
+    def _open(self, number: int) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        self.forget()
+        file, group, column, large = self.groups[number]
+        if large:  # its pages are read one after the other
+            pages = ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            parts = pages.iter_batches(FEW, row_groups=[group], columns=[column], use_threads=False)
+            self.following = (part.column(0) for part in parts)
+        else:
+            self.rows = ParquetFile(file).read_row_group(group, columns=[column])[column]
+        self.number = number
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"number": -1, "rows": []}
+        return {"groups": self.groups, "starts": self.starts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
 
 def _files(root: Path, split: str) -> list[Path]:

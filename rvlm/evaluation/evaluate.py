@@ -13,6 +13,7 @@ changes nothing but the time.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from rvlm.attacks import AttackResult, scoring
 from rvlm.attacks.ball import ORDER
 from rvlm.attacks.checks import are_probabilities
 from rvlm.attacks.losses import margin
+from rvlm.attacks.objective import Passes
 from rvlm.attacks.search import PRECISIONS, check_choices
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
+from rvlm.evaluation.cost import Cost, Forecast, estimate
 from rvlm.evaluation.metrics import reliability, wilson
 from rvlm.evaluation.resume import Keeper, Tally
 from rvlm.evaluation.saved import SavedImages
@@ -71,6 +74,7 @@ class Evaluation:
             keeps its loss of then. Empty where fooled_at is -1 for all.
         checks: list of {"id", "ok", "detail"}.
         quantize: levels of the images' grid, None: floats.
+        cost: what was predicted that it costs.
         images: that were made before, if there was no attack.
         precision: of the attack; verdicts are in the classifier's own.
         disagreement: {"fooled_in_bf16_only", "fooled_in_fp32_only"}, of the images that searches in bf16 have kept.
@@ -108,6 +112,7 @@ class Evaluation:
     images: SavedImages | None = None
     precision: str = "fp32"
     disagreement: dict[str, int] | None = None
+    cost: Cost | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -186,12 +191,13 @@ def evaluate(
     batch_size: int = 100,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    keep_images: bool | int = False,
+    keep_images: bool | int | str | Path = False,
     quantize: int | None = None,
     precision: str = "fp32",
     progress: bool = True,
     state: str | Path | None = None,
     images: SavedImages | None = None,
+    cost: Cost | None = None,
 ) -> Evaluation:
     """Evaluates a classifier under an attack.
 
@@ -204,7 +210,8 @@ def evaluate(
         source: craft the images on this classifier instead (transfer).
         batch_size: images per forward. Verdicts of borderline samples may depend on it in fp32.
         seed: of the random starts, which are keyed by sample number.
-        keep_images: keep x_adv in memory and return it; a number: of so many samples, the first of the data.
+        keep_images: keep x_adv in memory and return it; a number: of so many samples, the first of the data; a path: of
+            all, in that file instead, which x_adv is a view of, and by the first process alone.
         quantize: 255 makes every adversarial image valid uint8.
         precision: of the attack: "fp32", "tf32", "bf16" or "cascade" (see `rvlm.attacks.pgd`). Images are scored by the
             classifier as it is.
@@ -214,6 +221,7 @@ def evaluate(
         images: score these, which were saved (`rvlm.evaluation.load_images`), instead of attacking; their facts say
             what attack, eps, norm, seed and quantize are. "white-box" if they were made on the classifier so, else
             "transfer". data are their samples (`SavedImages.samples`).
+        cost: what was predicted, for the result; None: what `rvlm.evaluation.cost.estimate` says, without seconds.
 
     In a process group (see `rvlm.ranks`) every process calls this with the same arguments and gets the same result.
 
@@ -224,10 +232,11 @@ def evaluate(
     check_choices(precision=(precision, [name for name in PRECISIONS if name is not None]))
     if not len(data):
         raise ValueError(f"{data.name} has no samples to evaluate")
-    if state is not None and keep_images is True:
-        raise ValueError("keep_images holds images in memory, which a state file does not save: choose one")
-    if keep_images < 0:
-        raise ValueError(f"keep_images must be True, False or a number of samples, got {keep_images}")
+    whole = keep_images is True or isinstance(keep_images, str | Path)
+    if state is not None and whole:
+        raise ValueError("keep_images holds images, which a state file does not save: choose one")
+    if not whole and keep_images < 0:
+        raise ValueError(f"keep_images must be True, False, a path or a number of samples, got {keep_images}")
     if images is not None and (state is not None or source is not None):
         raise ValueError("saved images have their source already, and are scored too fast to need a state file")
     if images is None:
@@ -239,18 +248,19 @@ def evaluate(
     eps = Eps(eps).check(norm)
     n, target = len(data), "white-box" if white_box else "transfer"
     shape = data.batch(slice(0, 1))[0].shape[1:]
-    keep = n if keep_images is True else min(int(keep_images), n)
+    keep = n if whole else min(int(keep_images), n)
     none, nowhere = torch.full((n,), -1), torch.full((n, TOP), -1)
+    cost = cost or estimate(n, attack, stages, len(data.class_names), norm, batch_size=batch_size)
+    ranks = Ranks()
     result = Evaluation(
         attack, stages, [], eps, norm, target, seed, batch_size, list(shape[-2:]),
         data.index, data.y, pred_clean=none.clone(), pred_adv=none.clone(), broken_by=none.clone(),
         fooled_at=none.clone(), top_clean=nowhere.clone(), top_adv=nowhere.clone(),
         prob_clean=torch.zeros(n, TOP), prob_adv=torch.zeros(n, TOP),
         linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
-        x_adv=torch.zeros(keep, *shape) if keep else None, checks=[], forwards=0, backwards=0, seconds=0.0,
-        quantize=quantize, images=images, precision=precision,
+        x_adv=_room(keep_images, (keep, *shape), ranks), checks=[], forwards=0, backwards=0, seconds=0.0,
+        quantize=quantize, images=images, precision=precision, cost=cost,
     )  # fmt: skip
-    ranks = Ranks()
     keeper = Keeper(
         state if ranks.first else None, result, data, {"classifier": classifier, "source": source},
         {"quantize": quantize, "precision": precision, "kept_images": keep},
@@ -258,16 +268,20 @@ def evaluate(
     keeper.adopt(ranks.share(keeper.known()))
     tally, classes = keeper.tally, len(data.class_names)
 
-    def in_waves(chunks: Sequence[Tensor], work: Callable[[Tensor], _Part], cost: int) -> None:
+    def in_waves(chunks: Sequence[Tensor], work: Callable[[Tensor], _Part]) -> None:
         """The chunks that are left of a stage."""
+        survived = sum(int((result.broken_by[rows] == -1).sum()) for rows in chunks[: tally.chunk])
+        forecast.begin(tally.stage + 1, sum(map(len, chunks[tally.chunk :])), survived)
+        bar.total = round(bar.n + forecast.left)
         while wave := chunks[tally.chunk : tally.chunk + ranks.size]:
             mine = work(wave[ranks.rank]) if ranks.rank < len(wave) else None
-            images = sum(map(len, wave))
-            with profiling.phase("bookkeeping", images):
+            with profiling.phase("bookkeeping", sum(map(len, wave))):
                 for part in ranks.gather(mine)[: len(wave)]:
                     part.enter(result, tally)
+                    forecast.saw(len(part.rows), part.units, int((~part.wrong).sum()))
+                    bar.update(part.units)
                 tally.chunk += len(wave)
-                bar.update(images * cost)
+                bar.total = round(bar.n + forecast.left)
                 keeper.save_now_and_then()
 
     def clean(rows: Tensor) -> _Part:
@@ -299,33 +313,37 @@ def evaluate(
             part.disagreements = int(((part.pred != y) != found.success.cpu()).sum())
         return part
 
-    costs = [stage.cost(tally.classes or classes) for stage in tally.stages or stages]
-    already = min(tally.chunk * batch_size, n) if tally.stage < 0 else n
-    total = n * (1 + sum(costs[max(tally.stage, 0) :]))
-    with progress_bar(progress and ranks.first, total, attack, already) as bar:
+    def units(stages: list[Stage]) -> list[int]:
+        """Of an image in each stage, with the pass that scores it; the clean pass first."""
+        return [1, *(stage.passes(tally.classes or classes, norm).units + 1 for stage in stages)]
+
+    forecast = Forecast(units(tally.stages or stages))
+    already = Passes(result.forwards, result.backwards).units
+    with progress_bar(progress and ranks.first, n * sum(forecast.costs), attack, already) as bar:
         if tally.stage < 0:
-            in_waves(torch.arange(n).split(batch_size), clean, 1)
+            in_waves(torch.arange(n).split(batch_size), clean)
             tally.stages, result.refused = usable(stages, tally.classes)
             tally.stage, tally.chunk = 0, 0
             keeper.save()
         result.stages = tally.stages
+        forecast.costs = units(tally.stages)
         while tally.stage < len(tally.stages):
-            stage, cost = tally.stages[tally.stage], tally.stages[tally.stage].cost(tally.classes)
+            stage = tally.stages[tally.stage]
             # Those that this stage has broken already were its survivors, too.
             survivors = ((result.broken_by == -1) | (result.broken_by == tally.stage)).nonzero().flatten()
             batches = min(AHEAD, max(1, len(survivors) // (CHUNKS * batch_size))) if stage.refills else 1
             # split gives one empty chunk of none
             chunks = survivors.split(batches * batch_size) if len(survivors) else ()
-            bar.total -= (n - sum(map(len, chunks[tally.chunk :]))) * cost
-            in_waves(chunks, attacked, cost)
+            in_waves(chunks, attacked)
             if tally.zeros > ZERO_GRADIENTS * tally.gradients:
                 tally.vanished.append(f"{stage.name}: {tally.zeros / tally.gradients:.0%}")
                 if (switched := _on_the_margin(stage)) is not None:
                     tally.stages.insert(tally.stage + 1, switched)
-                    bar.total += n * switched.cost(tally.classes)
+                    forecast.costs = units(tally.stages)
             tally.stage, tally.chunk, tally.zeros, tally.gradients = tally.stage + 1, 0, 0, 0
             keeper.save()
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
+        bar.total = bar.n
     result.losses = tally.losses
     slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * shape.numel()}[norm]  # an ulp of every pixel
     result.checks = _checks(result, tally, slack)
@@ -364,6 +382,10 @@ class _Part:
     fooled_at: Tensor | int = -1
     losses: list[float] = dataclasses.field(default_factory=list)
 
+    @property
+    def units(self) -> int:
+        return Passes(self.forwards, self.backwards).units
+
     def look_at_the_model(self, logits: Tensor, again: Tensor) -> None:
         """Whether two passes over the same images agree, and whether the outputs are probabilities."""
         first, second = logits.nan_to_num(0, 0, 0), again.nan_to_num(0, 0, 0)
@@ -397,7 +419,7 @@ class _Part:
         result.linf[rows], result.distance[rows] = self.linf, self.distance
         result.broken_by[rows] = torch.where(self.wrong, tally.stage if tally.stage >= 0 else -2, -1)
         result.fooled_at[rows], result.top_adv[rows], result.prob_adv[rows] = self.fooled_at, self.top, self.prob
-        if len(self.x_adv):
+        if result.x_adv is not None and len(self.x_adv):
             result.x_adv[rows[rows < len(result.x_adv)]] = self.x_adv
         if tally.stage >= 0:
             tally.add_losses(self.losses)
@@ -409,6 +431,18 @@ class _Part:
         tally.bf16_only, tally.fp32_only = tally.bf16_only + self.bf16_only, tally.fp32_only + self.fp32_only
         tally.over = max(tally.over, (self.distance - float(result.eps)).max().item())
         tally.outside = max(tally.outside, self.outside)
+
+
+def _room(keep_images: bool | int | str | Path, shape: tuple[int, ...], ranks: Ranks) -> Tensor | None:
+    """For images fp32, in memory or in a file, whose place on the disk is taken at once; None for none of them."""
+    if not isinstance(keep_images, str | Path):
+        return torch.zeros(shape) if shape[0] else None
+    if not ranks.first:
+        return None
+    with open(keep_images, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+    return torch.from_file(str(keep_images), shared=True, size=math.prod(shape)).view(shape)
 
 
 def _scored(
@@ -512,7 +546,7 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def progress_bar(shown: bool, total: int, title: str, already: int = 0):
-    """Counts passes through the model (see Stage.cost), so that the time left follows from their measured rate."""
+    """Counts passes through the model (`Passes.units`), so that the time left follows from their measured rate."""
     from tqdm import tqdm
 
     return tqdm(

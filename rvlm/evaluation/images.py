@@ -2,8 +2,12 @@
 
 import io
 import json
+import math
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,8 +18,10 @@ from rvlm.data import Data
 from rvlm.data.make_wds import make_wds
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.evaluation.saved import ABOUT, COLUMNS, FACTS
-from rvlm.files import write_bytes
+from rvlm.files import whole_file, write_bytes
 from rvlm.models.weights import settings_of, weights_of
+
+PIECE = 16  # images that are written at once
 
 __all__ = ["read_png", "save_images", "save_pngs"]
 
@@ -33,8 +39,6 @@ def save_images(path: str | Path, evaluation: Evaluation, data: Data, made_on: C
     Raises:
         ValueError: PNGs of images that 8 bits do not hold.
     """
-    from safetensors.torch import save
-
     path = Path(path)
     told = (
         evaluation.attack, evaluation.eps, evaluation.norm, evaluation.target, evaluation.seed,
@@ -43,22 +47,52 @@ def save_images(path: str | Path, evaluation: Evaluation, data: Data, made_on: C
     facts = {name: str(fact) for name, fact in zip(FACTS, told, strict=True)}
     facts["settings"] = json.dumps(settings_of(made_on))
     columns = {name: getattr(evaluation, name) for name in COLUMNS}
-    if path.suffix == ".safetensors":
-        return write_bytes(path, save({"x_adv": evaluation.x_adv.contiguous(), **columns}, metadata=facts))
-    if path.suffix == ".npz":
-        buffer = io.BytesIO()
-        arrays = {name: column.numpy() for name, column in ({"x_adv": evaluation.x_adv} | columns).items()}
-        np.savez_compressed(buffer, facts=json.dumps(facts), **arrays)
-        return write_bytes(path, buffer.getvalue())
+    if path.suffix in (".safetensors", ".npz"):
+        with whole_file(path) as file:
+            write = _write_safetensors if path.suffix == ".safetensors" else _write_npz
+            write(file, evaluation.x_adv, {name: column.numpy() for name, column in columns.items()}, facts)
+        return path
     if evaluation.quantize != 255:
         raise ValueError("PNGs hold 8 bits, which would undo some of the attack: make the images with quantize=255")
-    pixels = (evaluation.x_adv * 255).round().to(torch.uint8)
-    rows = torch.arange(len(pixels))
-    adversarial = Data(data.name, "test", data.class_names, data.y, rows, lambda i: pixels[i], data.template, len(rows))
+    x_adv, rows = evaluation.x_adv, torch.arange(len(evaluation))
+    adversarial = Data(
+        data.name, "test", data.class_names, data.y, rows, lambda i: (x_adv[i] * 255).round().to(torch.uint8),
+        data.template, len(rows),
+    )  # fmt: skip
     make_wds(adversarial, path)
     about = {"facts": facts, **{name: columns[name].tolist() for name in ("index", "broken_by")}}
     write_bytes(path / ABOUT, (json.dumps(about) + "\n").encode())
     return path
+
+
+def _write_safetensors(file: BinaryIO, x_adv: Tensor, columns: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+    """The format's header, and the arrays in its order, images a few at a time."""
+    header: dict[str, Any] = {"__metadata__": facts}
+    kinds = [("x_adv", "F32", list(x_adv.shape), 4)] + [(name, "I64", list(c.shape), 8) for name, c in columns.items()]
+    end = 0
+    for name, dtype, shape, size in kinds:
+        begin, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for piece in x_adv.split(PIECE):
+        file.write(piece.contiguous().numpy().data)
+    for column in columns.values():
+        file.write(column.data)
+
+
+def _write_npz(file: BinaryIO, x_adv: Tensor, columns: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+    """As numpy.savez_compressed does, images a few at a time."""
+    about = {"descr": "<f4", "fortran_order": False, "shape": tuple(x_adv.shape)}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in {"facts": np.array(json.dumps(facts)), **columns}.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+        with archive.open("x_adv.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, about)
+            for piece in x_adv.split(PIECE):
+                member.write(piece.contiguous().numpy().data)
 
 
 def save_pngs(folder: str | Path, evaluation: Evaluation, classifier: Callable[[Tensor], Tensor]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from rvlm.data.captions import Captions, holds_captions, load_captions
 from rvlm.data.images import Reader
 from rvlm.data.load import rooted
 from rvlm.data.prompts import fingerprint, templates
+from rvlm.data.rows import number_text, short_sha
 from rvlm.evaluation.retrieval import parse_retrieval_attack
 from rvlm.plugins import is_own
 from rvlm.units import Eps
@@ -154,9 +155,9 @@ class Protocol:
         return data.subset(rows, self.ids["file"])
 
 
-def row_sha(data: Data) -> str:
+def row_sha(data) -> str:
     """Hash of the numbers of the samples."""
-    return hashlib.sha256(json.dumps(data.index.tolist()).encode()).hexdigest()[:16]
+    return short_sha(number_text(data.index))
 
 
 def protocol_names() -> list[str]:

@@ -30,7 +30,7 @@ from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.resume import COLUMNS
 from rvlm.evaluation.retrieval import Retrieval
 from rvlm.evaluation.transfer import TransferMatrix
-from rvlm.files import write_bytes
+from rvlm.files import whole_file, write_bytes
 from rvlm.models import Clip, ZeroShotClassifier
 from rvlm.models.weights import differing, settings_of, weights_of, weights_sha
 from rvlm.profiling import memory_peak
@@ -84,9 +84,8 @@ def write_evaluation(
     folder = Path(folder)
     place = [name, data.name] if protocol else [name]
     stem = record_stem(*place, evaluation.target, evaluation.attack, str(evaluation.eps))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{column: getattr(evaluation, column).numpy() for column in SAMPLE_COLUMNS})
-    write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
+    with whole_file(folder / "samples" / f"{stem}.npz") as file:
+        np.savez_compressed(file, **{column: getattr(evaluation, column).numpy() for column in SAMPLE_COLUMNS})
     n, attacked = len(evaluation), max(evaluation.n_clean, 1)
     about = _describe(classifier, data, evaluation.resolution, method)
     about["model"]["method_sha"] = method_sha
@@ -129,6 +128,14 @@ def write_evaluation(
             "backward_images": evaluation.backwards,
             "peak_mb": _peak_megabytes(),
             "processes": processes,
+        },
+        "cost": {
+            "predicted": evaluation.cost.record(),
+            "actual": {
+                "forward_images": evaluation.forwards,
+                "backward_images": evaluation.backwards,
+                "seconds": evaluation.seconds,
+            },
         },
         "env": environment(),
         "samples": f"samples/{stem}.npz",
@@ -178,11 +185,10 @@ def write_transfer(
         A summary row for each cell: name is the target, source the model whose images it saw.
     """
     folder = Path(folder)
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer, index=data.index.numpy(), right=matrix.right.numpy(), correct=matrix.correct.numpy()
-    )  # fmt: skip
-    write_bytes(folder / "samples" / "transfer.npz", buffer.getvalue())
+    with whole_file(folder / "samples" / "transfer.npz") as file:
+        np.savez_compressed(
+            file, index=data.index.numpy(), right=matrix.right.numpy(), correct=matrix.correct.numpy()
+        )  # fmt: skip
     resolution = list(data.batch(slice(0, 1))[0].shape[-2:])
     record = {
         "schema": TRANSFER,
@@ -229,11 +235,10 @@ def write_retrieval(
     folder = Path(folder)
     place = [name, data.name] if protocol else [name]
     stem = record_stem(*place, found.target, found.attack, str(found.eps))
-    buffer = io.BytesIO()
     columns = ("text_clean", "text_adv", "image_clean", "image_adv", "linf", "distance")
     ranks = {column: getattr(found, column).numpy() for column in columns}
-    np.savez_compressed(buffer, index=data.index.numpy(), owner=data.owner.numpy(), **ranks)
-    write_bytes(folder / "samples" / f"{stem}.npz", buffer.getvalue())
+    with whole_file(folder / "samples" / f"{stem}.npz") as file:
+        np.savez_compressed(file, index=data.index.numpy(), owner=data.owner.numpy(), **ranks)
     record = {
         "schema": RETRIEVAL,
         "status": _status(data, protocol),
@@ -247,6 +252,7 @@ def write_retrieval(
         "metrics": found.metrics,
         "checks": found.checks,
         "perf": {"wall_s": found.seconds, "peak_mb": _peak_megabytes(), "processes": processes},
+        "cost": {"predicted": found.cost.record(), "actual": {"seconds": found.seconds}},
         "env": environment(),
         "samples": f"samples/{stem}.npz",
     }
@@ -310,7 +316,7 @@ def _describe_data(data: Data) -> dict[str, Any]:
         "n_total": data.n_total,
         "n_used": len(data),
         "index_rule": data.index_rule,
-        "index_sha": _sha(data.index.tolist()),
+        "index_sha": data.index_sha,
         "fingerprint": data.fingerprint,
         "first_image": data.first_image,
         "file_sha": data.file_sha,

@@ -7,7 +7,6 @@ replaced as a whole, so that a crash or a full disk leaves the last one.
 
 import dataclasses
 import hashlib
-import io
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from rvlm.attacks.stages import Stage
-from rvlm.files import write_bytes
+from rvlm.files import whole_file
 from rvlm.models.weights import settings_of, weights_sha
 
 __all__ = ["COLUMNS", "Keeper", "Tally"]
@@ -28,6 +27,7 @@ COLUMNS = (
     "pred_clean", "pred_adv", "broken_by", "fooled_at", "top_clean", "top_adv", "prob_clean", "prob_adv", "linf",
     "distance", "margin",
 )  # fmt: skip
+PAUSE, SHARE = 1.0, 0.01  # seconds between two saves at least, and the share of the time that they may take
 
 
 @dataclasses.dataclass
@@ -75,12 +75,13 @@ class Keeper:
         self.path, self.result = None if path is None else Path(path), result
         self.columns = COLUMNS if result.x_adv is None or path is None else (*COLUMNS, "x_adv")
         self.tally, self.began, self.before, self.saved = Tally(), time.perf_counter(), 0.0, 0.0
+        self.pause = PAUSE
         if self.path is None:
             return
         self.key = {
             "schema": SCHEMA, "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
             "target": result.target, "seed": result.seed, "batch_size": result.batch_size, "data": data.name,
-            "fingerprint": data.fingerprint, "samples": _sha(json.dumps(data.index.tolist()).encode()),
+            "fingerprint": data.fingerprint, "samples": data.index_sha,
             "first_image": data.first_image, "data_file": data.file_sha,
             "attack_files": [stage.sha256 for stage in result.stages if stage.sha256] or None,
             **{role: _name(model) for role, model in models.items()}, **settings,
@@ -94,7 +95,8 @@ class Keeper:
         return self.before + time.perf_counter() - self.began
 
     def save_now_and_then(self) -> None:
-        if time.perf_counter() - self.saved > 1.0:
+        """Once a second, or, where a state is so large that writing takes long, for a hundredth of the time."""
+        if time.perf_counter() - self.saved > self.pause:
             self.save()
 
     def known(self) -> dict[str, Any]:
@@ -120,12 +122,12 @@ class Keeper:
         if self.path is None:
             return
         known = self.known()
-        columns = known.pop("columns")
-        buffer = io.BytesIO()
+        columns, began = known.pop("columns"), time.perf_counter()
         about = json.dumps({"key": self.key, **known}).encode()
-        np.savez(buffer, about=np.frombuffer(about, np.uint8), **columns)
-        write_bytes(self.path, buffer.getvalue())
+        with whole_file(self.path) as file:
+            np.savez(file, about=np.frombuffer(about, np.uint8), **columns)
         self.saved = time.perf_counter()
+        self.pause = max(PAUSE, (self.saved - began) / SHARE)
 
     def _restore(self) -> None:
         try:

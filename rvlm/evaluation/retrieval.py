@@ -22,15 +22,17 @@ from torch import Tensor
 
 from rvlm.attacks import scoring
 from rvlm.attacks.ball import ORDER
-from rvlm.attacks.retrieval import caption_sets, coattack, sga
+from rvlm.attacks.objective import Passes
+from rvlm.attacks.retrieval import SGA, CoAttack, caption_sets, coattack, sga
 from rvlm.data.captions import Captions
+from rvlm.evaluation.cost import Cost
 from rvlm.evaluation.evaluate import progress_bar
 from rvlm.evaluation.metrics import effective_size, wilson
 from rvlm.models import Clip
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
-__all__ = ["KS", "Retrieval", "parse_retrieval_attack", "retrieve"]
+__all__ = ["KS", "Retrieval", "parse_retrieval_attack", "retrieval_cost", "retrieve"]
 
 KS = (1, 5, 10)
 TEXTS = 256  # captions that are encoded at once
@@ -48,6 +50,7 @@ class Retrieval:
         linf, distance: |x_adv - x| [N], the largest pixel and in the threat's norm, in float64.
         outside: how far a pixel lies outside [0, 1].
         nonfinite: images whose embedding has NaN, clean or adversarial.
+        cost: what was predicted that it costs, but for the captions.
     """
 
     attack: str
@@ -67,6 +70,7 @@ class Retrieval:
     outside: float
     nonfinite: int
     seconds: float
+    cost: Cost | None = None
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -117,6 +121,15 @@ def parse_retrieval_attack(name: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def retrieval_cost(images: int, attack: str) -> Cost:
+    """The cost of `retrieve`, but for encoding the captions once: every image is attacked, and seen clean and after."""
+    kind, steps = parse_retrieval_attack(attack)
+    settings = {"scales": ()} if kind == "pgd" else {}
+    passes = CoAttack.passes(0, steps=steps) if kind == "coattack" else SGA.passes(0, steps=steps, **settings)
+    passes += Passes(-1)  # nobody asks for the loss at the end
+    return Cost(images, attack, ((attack, passes),), 0, (1.0,), "every image is attacked")
+
+
 def retrieve(
     clip: Clip,
     data: Captions,
@@ -129,6 +142,7 @@ def retrieve(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    cost: Cost | None = None,
 ) -> Retrieval:
     """Measures recall on clean and on adversarial images.
 
@@ -138,6 +152,7 @@ def retrieve(
         attack: see `parse_retrieval_attack`.
         eps, norm, batch_size, seed, device, progress: as in `evaluate`.
         source: craft the images on this model instead (transfer).
+        cost: what was predicted, for the result; None: what `retrieval_cost` says, without seconds.
 
     Raises:
         ValueError: no images, or a bad attack or eps.
@@ -178,6 +193,7 @@ def retrieve(
         attack, eps, norm, "white-box" if source is None else "transfer", seed, batch_size, resolution,
         text_clean, text_adv, image_clean, image_adv, rows, linf, distance, max(outside.max().item(), 0.0),
         int((clean.isnan() | adv.isnan()).any(1).sum()), time.perf_counter() - began,
+        cost or retrieval_cost(n, attack),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Adversarial images that were saved (`rvlm.evaluation.images.save_images`), to be shown to any model."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks import AttackResult
+from rvlm.attacks.objective import Passes
 from rvlm.data import Data
+from rvlm.data.rows import Places, StoredRows, npz_rows, safetensors_rows
 from rvlm.data.wds import load_wds
 from rvlm.models.weights import differing, weights_of
 
@@ -28,7 +31,7 @@ class SavedImages:
 
     Attributes:
         path: where they were read.
-        x_adv: fp32 [N, 3, H, W] in [0, 1].
+        read: rows int64 [B] -> fp32 [B, 3, H, W] in [0, 1], from disk. shape: [N, 3, H, W].
         y, index, broken_by: int64 [N]: labels, sample numbers, and the stage that fooled the model (-1: none, -2: wrong
             when clean).
         facts: the threat and what the images were made on; names in FACTS. `model` and `sha256` are of the model that
@@ -36,7 +39,8 @@ class SavedImages:
     """
 
     path: Path
-    x_adv: Tensor
+    read: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
     y: Tensor
     index: Tensor
     broken_by: Tensor
@@ -48,14 +52,22 @@ class SavedImages:
     refills = False
 
     def __call__(self, model: Callable, x: Tensor, y: Tensor, *, sample_ids: Tensor, **_: Any) -> AttackResult:
-        place = {number: row for row, number in enumerate(self.index.tolist())}
-        rows = torch.tensor([place[number] for number in sample_ids.tolist()])
+        rows = self._places(sample_ids.cpu())
         nothing = torch.zeros(len(rows), device=x.device)
         success = (self.broken_by[rows] != -1).to(x.device)
-        return AttackResult(self.x_adv[rows].to(x.device), success, nothing, None, nothing.long(), 0, 0)
+        return AttackResult(self.read(rows).to(x.device), success, nothing, None, nothing.long(), 0, 0)
 
-    def cost(self, classes: int) -> int:
-        return 1
+    @property
+    def x_adv(self) -> Tensor:
+        """All images at once."""
+        return self.read(torch.arange(len(self.y)))
+
+    @functools.cached_property
+    def _places(self) -> Places:
+        return Places(self.index)
+
+    def passes(self, classes: int, norm: str = "linf") -> Passes:
+        return Passes()
 
     def record(self) -> dict[str, Any]:
         return {"name": self.name, "attack": self.attack, "settings": self.facts, "restart": self.restart}
@@ -93,10 +105,8 @@ class SavedImages:
                 f"{self.facts['fingerprint']}; {data.name}, {data.split} has {data.fingerprint}"
             )
         shape = data.batch(slice(0, 1))[0].shape[1:]
-        if self.x_adv.shape[1:] != shape:
-            raise ValueError(
-                f"{self.path} holds images {list(self.x_adv.shape[1:])}, the data {list(shape)}: see --size"
-            )
+        if self.shape[1:] != tuple(shape):
+            raise ValueError(f"{self.path} holds images {list(self.shape[1:])}, the data {list(shape)}: see --size")
         return data
 
 
@@ -108,25 +118,43 @@ def load_images(path: str | Path) -> SavedImages:
     """
     path = Path(path)
     if path.suffix == ".safetensors" and path.is_file():
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        stored, facts = safetensors_rows(path)
+        rows = stored.pop("x_adv", None)
+        columns = {name: torch.from_numpy(column(np.arange(len(column)))) for name, column in stored.items()}
     elif path.suffix == ".npz" and path.is_file():
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "facts"}
-            facts = json.loads(str(file["facts"])) if "facts" in file.files else {}
+            there = set(file.files)
+            columns = {name: torch.from_numpy(file[name]) for name in there - {"x_adv", "facts"}}
+            facts = json.loads(str(file["facts"])) if "facts" in there else {}
+        rows = npz_rows(path, "x_adv") if "x_adv" in there else None
     elif (path / ABOUT).is_file():
         about = json.loads((path / ABOUT).read_text())
         data, facts = load_wds(str(path), "test"), about["facts"]
-        arrays = {name: torch.tensor(about[name]) for name in ("index", "broken_by")}
-        arrays |= {"x_adv": data.batch(slice(None))[0], "y": data.y}
+        columns = {name: torch.tensor(about[name]) for name in ("index", "broken_by")} | {"y": data.y}
+        rows = data
     else:
         raise FileNotFoundError(f"no images at {path}: expected FILE.safetensors, FILE.npz or a folder with {ABOUT}")
-    if lacks := [name for name in ("x_adv", *COLUMNS) if name not in arrays] + [f for f in FACTS if f not in facts]:
+    lacks = (["x_adv"] if rows is None else []) + [name for name in COLUMNS if name not in columns]
+    if lacks := lacks + [fact for fact in FACTS if fact not in facts]:
         raise ValueError(f"{path} lacks {', '.join(lacks)}: expected what rvlm attack --format writes")
-    x_adv, columns = arrays["x_adv"], [arrays[name] for name in COLUMNS]
-    if x_adv.dim() != 4 or any(column.shape != (len(x_adv),) for column in columns):
-        shapes = ", ".join(f"{name} {list(arrays[name].shape)}" for name in ("x_adv", *COLUMNS))
-        raise ValueError(f"{path}: expected x_adv [N, 3, H, W] and a number of each for every image, got {shapes}")
-    return SavedImages(path, x_adv.float(), *columns, facts)
+    if isinstance(rows, Data):
+        read = functools.partial(_from_tars, rows)
+        shape = (len(rows), *rows.batch(slice(0, 1))[0].shape[1:])
+    else:
+        read, shape = functools.partial(_from_rows, rows), rows.shape
+    told = [columns[name] for name in COLUMNS]
+    if len(shape) != 4 or any(column.shape != shape[:1] for column in told):
+        shapes = ", ".join(f"{name} {list(columns[name].shape)}" for name in COLUMNS)
+        raise ValueError(
+            f"{path}: expected x_adv [N, 3, H, W] and a number of each for every image, got x_adv "
+            f"{list(shape)}, {shapes}"
+        )
+    return SavedImages(path, read, shape, *told, facts)
+
+
+def _from_tars(data: Data, rows: Tensor) -> Tensor:
+    return data.batch(rows)[0]
+
+
+def _from_rows(stored: StoredRows, rows: Tensor) -> Tensor:
+    return torch.from_numpy(stored(rows)).float()

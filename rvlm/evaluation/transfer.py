@@ -105,7 +105,7 @@ def transfer_matrix(
     n, classes = len(data), len(data.class_names)
     clean = torch.zeros(len(targets), n, dtype=torch.bool)
     correct = torch.zeros(len(sources), len(targets), n, dtype=torch.bool)
-    cost = sum(stage.cost(classes) for stage in stages)
+    cost = sum(stage.passes(classes, norm).units for stage in stages)
     ranks, began = Ranks(), time.perf_counter()
     mine = torch.arange(n).split(batch_size)[ranks.rank :: ranks.size]
     total = sum(map(len, mine)) * len(sources) * cost

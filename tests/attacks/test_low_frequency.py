@@ -92,7 +92,7 @@ def test_with_the_other_settings(scene, settings):
 
 def test_names():
     (stage,) = parse_attack("pgd-20@lowfreq=5.7")
-    assert stage.name == "pgd-20@lowfreq=5.7" and stage.cost(10) == parse_attack("pgd-20")[0].cost(10)
+    assert stage.name == "pgd-20@lowfreq=5.7" and stage.passes(10) == parse_attack("pgd-20")[0].passes(10)
     assert stage.settings == {"steps": 20, "loss": "ce", "low_frequency": 5.7}
     assert parse_attack("pgd-20")[0].record()["settings"]["low_frequency"] is None
     both = parse_attack("pgd-3x2@lowfreq=4, fgsm@lowfreq=.5, pgd-3")

@@ -172,7 +172,7 @@ def test_a_stage_is_its_file_and_its_settings(own, tmp_path):
         and len(stage.record()["sha256"]) == 16
     )
     assert own("cosine_pgd").every_setting() == {"steps": 20, "first": 1.0}
-    assert own("cosine_pgd").cost(10) == 60 and stage.cost(10) == 3
+    assert own("cosine_pgd").passes(10).units == 60 and stage.passes(10).units == 3
     (tmp_path / "mine.py").write_text(SLOPPY + "# changed\n")
     changed = parse_attack(stage.attack, "l2")[0]
     assert changed.sha256 != stage.sha256 and "sha256" not in parse_attack("pgd-10")[0].record()

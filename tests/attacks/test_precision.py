@@ -8,7 +8,8 @@ from torch import nn
 
 from rvlm.attacks import AttackWarning, apgd, autoattack, cw, deepfool, fab, fmn, mifgsm, pgd, scoring, square
 from rvlm.attacks.contract import arithmetic
-from rvlm.attacks.stages import CONTINUED, FUNCTIONS, Stage
+from rvlm.attacks.stages import ATTACKS as BY_NAME
+from rvlm.attacks.stages import CONTINUED, Stage
 
 
 def fixed():
@@ -141,7 +142,7 @@ def test_attacks_that_cannot_go_on_refuse_the_cascade(attack, build, batch):
 
 def test_stages_know_which_attacks_can_go_on(build, batch):
     model, (x, y) = build("linear", torch.float32), batch(torch.float32)
-    for name in FUNCTIONS:
+    for name in BY_NAME:
         stage = Stage(name, name, {"queries": 3} if name == "square" else {"steps": 2})
         assert stage.precision("cascade") == ("cascade" if name in CONTINUED else "fp32")
         stage(model, x, y, eps=1 / 255, generator=fixed(), precision="cascade")

@@ -136,7 +136,7 @@ def test_attack_names():
     assert [s.name for s in both] == ["apgd-ce-50", "square-7"] and both[1].settings == {"queries": 7}
     in_l1 = [s.settings for s in parse_attack("autoattack", "l1")]
     assert in_l1[0]["larger_eps"] and in_l1[0]["restarts"] == 5 and in_l1[1]["targets"] == 5
-    assert [s.cost(10) for s in parse_attack("autoattack")] == [300, 2700, 3600, 5000]
+    assert [s.passes(10).units for s in parse_attack("autoattack")] == [303, 2728, 3619, 5001]
     for bad in ("pgd-3@alpha", "pgd-3@alpha=0"):
         with pytest.raises(ValueError, match="expected @lowfreq=BINS or @alpha=STEP, a number above 0"):
             parse_attack(bad)
@@ -176,7 +176,8 @@ def test_every_attack_runs_by_name(attack, transfer, norm, eps):
 def test_smallest_changes_by_name(norm):
     found = run(toy(6), attack="cw-2,deepfool-2", norm=norm, eps="0.1")
     assert [stage.name for stage in found.stages] == ["cw-2", "deepfool-2"]
-    assert [stage.cost(10) for stage in found.stages] == [54, 38]
+    rounds = {"l2": 9, "linf": 21}[norm]
+    assert [stage.passes(10, norm).units for stage in found.stages] == [2 * rounds * 3 + 2, 5 + 2 * 2 * 9]
     with pytest.raises(ValueError, match="deepfool-2 knows the norms 'linf' and 'l2', got 'l1'"):
         run(toy(6), attack="deepfool-2", norm="l1", eps="0.1")
 

@@ -94,3 +94,10 @@ def test_two_processes_that_were_killed_go_on_as_one(command, tmp_path):
     assert again.returncode == 0, again.stderr
     command(1, "whole")
     same(result(tmp_path / "run"), result(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_one_process_says_what_it_costs(command, tmp_path):
+    found = command(2, "never", "--dry-run")
+    assert found.returncode == 0 and found.stdout.count("cost of") == 1 and "70 images" in found.stdout, found.stderr
+    assert not (tmp_path / "never").exists()

@@ -317,3 +317,24 @@ def test_image_recall_has_the_wider_interval(data):
     assert 0 < one["v"] < 1 and one["n_eff"] < one["n"] == len(data.texts)
     assert tuple(one["ci95"]) == wilson(one["v"] * one["n_eff"], one["n_eff"])
     assert found["text_r@1"]["n_eff"] == found["text_r@1"]["n"] == N
+
+
+@pytest.mark.parametrize("attack", ["pgd-3", "sga-2", "coattack-3"])
+def test_the_predicted_cost_is_the_count(data, attack):
+    counts = {"forwards": 0, "backwards": 0}
+
+    class Counting(Toy):
+        def encode_pixels(self, x):
+            found = super().encode_pixels(x)
+            counts["forwards"] += len(x)
+            if x.requires_grad:
+                found.register_hook(lambda grad: counts.update(backwards=counts["backwards"] + len(grad)))
+            return found
+
+        def encode_text(self, texts):
+            counts["forwards"] -= len(texts)  # they go through encode_pixels, and are not images
+            return super().encode_text(texts)
+
+    found = retrieve(Counting(), data, attack=attack, eps="4/255", batch_size=5, progress=False)
+    assert (found.cost.most.forwards, found.cost.most.backwards) == (counts["forwards"], counts["backwards"])
+    assert found.cost.expected == found.cost.most
