@@ -236,7 +236,7 @@ def evaluate(
     if state is not None and whole:
         raise ValueError("keep_images holds images, which a state file does not save: choose one")
     if not whole and keep_images < 0:
-        raise ValueError(f"keep_images must be True, False, a path or a number of samples, got {keep_images}")
+        raise ValueError(f"keep_images must be True, False or a number of samples, or a path, got {keep_images}")
     if images is not None and (state is not None or source is not None):
         raise ValueError("saved images have their source already, and are scored too fast to need a state file")
     if images is None:
