@@ -22,7 +22,8 @@ class Trace:
         self.last = -1
         self._before = 0  # steps of earlier runs
         self._at = torch.full((batch,), NEVER, device=device)
-        self._losses = torch.full((batch, 16), torch.nan, device=device)  # by step; NaN where nobody has looked
+        # By step; NaN where nobody has looked.
+        self._losses = torch.full((batch, 16), torch.nan, dtype=torch.float32, device=device)
 
     @property
     def fooled_at(self) -> Tensor:

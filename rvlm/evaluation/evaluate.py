@@ -163,7 +163,7 @@ class Evaluation:
         fooled = self.fooled_at[mine & (self.fooled_at >= 0)].bincount(minlength=len(losses)).cumsum(0)
         return {
             "stage": stage.name,
-            "loss": stage.every_setting()["loss"] if losses else None,
+            "loss": stage.every_setting().get("loss") if losses else None,
             "samples": n,
             "broken": int(mine.sum()),
             "steps": steps,
