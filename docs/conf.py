@@ -20,7 +20,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napole
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 suppress_warnings = ["myst.header"]  # decisions are headings of the third level
 
-# Markdown and notebooks are read by one parser. Notebooks show the output that is stored in them; CI runs them apart.
+# Markdown and notebooks are read by one parser. Notebooks are stored, and so shown, without output; the tests run them.
 nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 html_math_renderer = "mathml"

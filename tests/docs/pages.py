@@ -7,7 +7,7 @@ from pathlib import Path
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def files(page: str) -> dict[str, str]:
+def files(page: str | Path) -> dict[str, str]:
     """The Python files that a page shows, by name: a name in backticks on a line of its own, then the code."""
     return dict(re.findall(r"^`(\w+\.py)`\n\n```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S))
 

@@ -1,4 +1,4 @@
-"""The pages of docs/ that show code: every block and every command line runs, errors are those that they say."""
+"""Pages that show code: some run, every block and command line of them; of the others, the command lines parse."""
 
 import ast
 import contextlib
@@ -15,7 +15,8 @@ from rvlm import attacks, cli
 from rvlm.models import load_clip
 from rvlm.training import zoo
 
-DOCS = Path(__file__).parents[2] / "docs"
+from .pages import DOCS, commands, files
+
 PAGES = ["index.md", "quickstart.md", "eps.md", "threat-models.md", "mistakes.md"]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SAID = re.compile(r"#\s*(?:(\w+Error|\w+Warning): (.+)|.*exit code (\d))")
@@ -99,3 +100,40 @@ def test_the_runner_sees_what_it_should():
     names = {"torch": torch, "warnings": warnings}
     _python("x = 1\nraise_it = int\nraise_it('a')  # ValueError: invalid literal\nx = 2", names)
     assert names["x"] == 2
+
+
+ALL = [
+    DOCS.parent / "README.md",
+    *(path for folder in (".", "methods", "extending") for path in DOCS.glob(f"{folder}/*.md")),
+]
+LINES = [
+    (str(path.relative_to(DOCS.parent)), words)
+    for path in sorted(ALL)
+    if path not in [DOCS / page for page in PAGES]
+    for words in commands(path)
+    if words != ["--help"]
+]
+
+
+@pytest.mark.parametrize("page, words", LINES, ids=lambda part: part if isinstance(part, str) else " ".join(part)[:60])
+def test_a_command_line_parses(page, words, tmp_path, monkeypatch):
+    for name, code in files(DOCS.parent / page).items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    try:
+        cli._parse(words[0], words[1:])
+    except SystemExit as stop:
+        assert stop.code == 0, "only --help ends here"
+
+
+def test_there_are_command_lines():
+    assert len(LINES) > 80 and {str(Path(page).parent) for page, _ in LINES} == {
+        ".", "docs", "docs/methods", "docs/extending",
+    }  # fmt: skip
+
+
+def test_links_lead_somewhere():
+    for path in ALL:
+        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if not link.startswith("https://") and "reference/" not in link:  # the reference is written with the site
+                assert (path.parent / link).exists(), f"{path.name}: {link}"
