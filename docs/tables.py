@@ -52,7 +52,7 @@ METHODS = {
 }
 
 YES_NO, OURS, MODEL = "true, false", "ours", "a model"
-CACHE = (YES_NO, "ours; changes no figure")
+CACHE = (YES_NO, "ours; changes no result")
 # method -> setting -> range (words, an interval, or what it is), and what the paper or its code has.
 SETTINGS = {
     "clip": {},
@@ -165,7 +165,7 @@ PROMPTS = {
     "sentence": ("words with {}", "a photo of a {}."),
     "coupling": ("independent, text_to_vision, vision_to_text", "by method"),
     "init_std": ("a number", "0.02"),
-    "text_chunk": (">= 1, or null", "ours; changes no figure"),
+    "text_chunk": (">= 1, or null", "ours; changes no result"),
 }
 SHARED = {
     "epochs": ">= 1", "batch_size": ">= 1", "accumulate": ">= 1", "optimizer": "adamw, sgd", "lr": "a rate",

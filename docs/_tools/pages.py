@@ -180,7 +180,7 @@ def _protocols() -> str:
     ]  # fmt: skip
     for protocol in map(load_protocol, protocol_names()):
         lines += [f"## {protocol.name}", "", _plain(protocol.about[0].upper() + protocol.about[1:]) + ".", ""]
-        lines += [f"Other than there: {_plain(protocol.differs)}.", ""] if protocol.differs else []
+        lines += [f"Where it differs: {_plain(protocol.differs)}.", ""] if protocol.differs else []
         lines += [f"- {key}: {said}" for key, said in _facts(protocol).items()]
         lines += ["", "| data set | images | prompts |", "| --- | --- | --- |"]
         for part in protocol.parts:
