@@ -24,7 +24,8 @@ def wilson(successes: float, n: float, z: float = 1.959964) -> tuple[float, floa
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the sums are 0 and 1 but for rounding, which must not leave the share itself outside.
+    return centre - half if successes > 0 else 0.0, centre + half if successes < n else 1.0
 
 
 def effective_size(right: Tensor, cluster: Tensor) -> float:
@@ -60,11 +61,12 @@ def clustered_interval(values: Tensor, cluster: Tensor, most: float, z: float = 
 def _of_clusters(values: Tensor, cluster: Tensor) -> tuple[float, float, int]:
     """Mean of all values, its variance (0 for one cluster), and how many clusters there are."""
     _, place = cluster.unique(return_inverse=True)
-    sizes = place.bincount().double()
-    mean, clusters = values.mean(), len(sizes)
-    rest = torch.zeros_like(sizes).index_add_(0, place, values) - mean * sizes
+    sizes, first = place.bincount().double(), values[0]
+    from_first = values - first  # so that equal values have no variance, not even by rounding
+    mean, clusters = from_first.mean(), len(sizes)
+    rest = torch.zeros_like(sizes).index_add_(0, place, from_first) - mean * sizes
     variance = clusters / max(clusters - 1, 1) * (rest**2).sum() / len(values) ** 2
-    return mean.item(), variance.item(), clusters
+    return (first + mean).item(), variance.item(), clusters
 
 
 def reliability(confidence: Tensor, right: Tensor) -> dict[str, Any]:

@@ -363,6 +363,8 @@ def test_wilson():
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)  # published example
     assert wilson(0, 100)[0] == 0 and wilson(100, 100)[1] == 1 and wilson(0, 0) == (0, 1)
     assert 0.03 < wilson(0, 100)[1] < 0.04
+    sizes = [*range(1, 500), 17.3, 123.456]
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in sizes), "not but for rounding: repro asks it"
     with pytest.raises(ValueError, match="0 .. n"):
         wilson(5, 4)
 

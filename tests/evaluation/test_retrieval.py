@@ -294,7 +294,9 @@ def test_the_interval_of_scores_beyond_one_by_hand():
     # mean 3; residuals 10 - 6 and 2 - 6; var = 2/1 * 32 / 16 = 4
     assert clustered_interval(values, image, 10.0) == pytest.approx((0.0, 3 + 2 * 1.959964))
     assert clustered_interval(values, image * 0, 10.0) == (0.0, 10.0)
-    assert clustered_interval(values * 0 + 2, image, 10.0) == (0.0, 10.0)
+    for same in (2.0, 10 / 3):  # a third has a mean that is rounded
+        equal, images = torch.full((7,), same, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 2, 3, 3])
+        assert clustered_interval(equal, images, 10.0) == (0.0, 10.0)
     normal = clustered_interval(values, torch.arange(4), 10.0)
     assert normal[1] == pytest.approx(3 + 1.959964 * values.std().item() / 2)
 
