@@ -20,7 +20,7 @@ import torch
 from rvlm.evaluation.metrics import effective_size, wilson
 from rvlm.evaluation.records import RETRIEVAL
 
-__all__ = ["Comparison", "compare", "mcnemar", "read_any", "read_record", "right_samples", "setting"]
+__all__ = ["Comparison", "compare", "mcnemar", "read_any", "read_record", "right_samples", "run_of", "setting"]
 
 ALIKE = {
     "protocol": ("protocol",), "schema": ("schema",), "data": ("data", "fingerprint"),
@@ -109,8 +109,13 @@ def _owner(record: dict[str, Any], path: Path) -> np.ndarray | None:
     """Of retrieval, the image that each caption is of."""
     if record["schema"] != RETRIEVAL:
         return None
-    with np.load(path.parents[1] / record["samples"]) as columns:
+    with np.load(run_of(path) / record["samples"]) as columns:
         return columns["owner"]
+
+
+def run_of(path: str | Path) -> Path:
+    """The run folder of a record RUN/result/NAME.json, from whatever folder the path is told."""
+    return Path(path).absolute().parent.parent
 
 
 def read_any(path: Path) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def right_samples(record: dict[str, Any], path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """By measure, which samples are right, bool [N], from the file beside the record at `path`; and their numbers."""
-    file = path.parents[1] / record["samples"]
+    file = run_of(path) / record["samples"]
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}: the record's samples lie beside its result/ folder")
     with np.load(file) as columns:

@@ -202,6 +202,10 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
     norm = told.get("norm", "linf")
     if norm not in ORDER:
         raise ValueError(f"{file}: unknown norm {norm!r}, expected {', '.join(ORDER)}")
+    if norm != "linf" and any("task" in part for part in parts):
+        raise ValueError(
+            f"{file}: answers of LVLMs are attacked in linf, not in {norm}: put their parts in another file"
+        )
     for holder in [told, *(part for part in parts if part.get("attacks"))]:
         asked = "task" in holder
         holder["attacks"] = {name: _radii(file, name, radii, norm, asked) for name, radii in holder["attacks"].items()}

@@ -274,12 +274,13 @@ def measured_before(
         return None
     record = json.loads(path.read_text())
     there = [
-        record["status"], record["protocol"], record["data"]["fingerprint"], record["model"]["sha256"],
+        record["status"], record["protocol"], record["data"]["fingerprint"],
+        record["data"].get("first_image", data.first_image), record["model"]["sha256"],
         (record.get("source") or {}).get("sha256"), (record.get("text") or {}).get("templates"),
     ]  # fmt: skip
     here = [
-        protocol["status"], _protocol(protocol), data.fingerprint, weights_of(model), weights_of(source),
-        getattr(model, "templates", None),
+        protocol["status"], _protocol(protocol), data.fingerprint, data.first_image, weights_of(model),
+        weights_of(source), getattr(model, "templates", None),
     ]  # fmt: skip
     same = there == here and not any(
         differing(recorded_settings(record, role), one) for role, one in (("model", model), ("source", source))

@@ -20,7 +20,7 @@ from rvlm.data import Data, Fit, load_data
 from rvlm.data.captions import load_captions
 from rvlm.data.load import rooted
 from rvlm.data.registry import data_root
-from rvlm.evaluation.compare import read_any
+from rvlm.evaluation.compare import read_any, run_of
 from rvlm.evaluation.evaluate import Evaluation, evaluate
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.records import (
@@ -309,7 +309,8 @@ def read_recorded(path: str | Path) -> Recorded:
         raise ValueError(f"{path} is a record {record['schema']}: only {', '.join(kinds)} can be rerun")
     if record.get("images"):
         raise ValueError(f"{path} is of images that were saved before: score those again, rvlm eval --images FILE")
-    file = path.parents[1] / record["samples"]
+    run = run_of(path)
+    file = run / record["samples"]
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}: the record's samples lie beside its result/ folder")
     with np.load(file) as columns:
@@ -325,9 +326,9 @@ def read_recorded(path: str | Path) -> Recorded:
         raise ValueError(f"{file} is not of a record {record['schema']}: it lacks {error}") from None
     if kind is not RecordedTransfer and record["threat"]["target"] == "transfer" and not record["source"]:
         raise ValueError(f"{path} is of transfer, but does not say from which model: it cannot be rerun")
-    file = path.parents[1] / "config.yaml"
+    file = run / "config.yaml"
     told = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    return kind(path, record, right, arrays["index"], *_specs(record, told, path.parents[1]), told)
+    return kind(path, record, right, arrays["index"], *_specs(record, told, run), told)
 
 
 def _recalled(ranks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rvlm.evaluation.compare import read_any
+from rvlm.evaluation.compare import read_any, run_of
 from rvlm.evaluation.records import ANSWERS
 from rvlm.evaluation.repro import Reproduction, judged
 from rvlm.lvlm.evaluate import AnswerScores, evaluate_answers, white_adapter
@@ -114,7 +114,7 @@ def read_recorded_answers(path: str | Path) -> RecordedAnswers:
     import yaml
 
     path = Path(path)
-    record, run = read_any(path), path.parents[1]
+    record, run = read_any(path), run_of(path)
     if record["schema"] != ANSWERS:
         raise ValueError(f"{path} is a record {record['schema']}: expected {ANSWERS}")
     file = run / record["rows"]

@@ -135,6 +135,7 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
     ({"parts": [{"data": "vqav2", "task": "chat", "attacks": {"pgd-2": ["1/255"]}}]}, "a task of captioning, vqa"),
     ({"parts": [{"data": "vqav2", "task": "vqa"}]}, "attacks of its own"),
     ({"parts": [{"data": "vqav2", "task": "vqa", "attacks": {"autoattack": ["1/255"]}}]}, "on answers: expected pgd"),
+    ({"parts": [{"data": "vqav2", "task": "vqa", "attacks": {"pgd-2": ["1/255"]}}], "norm": "l2"}, "in linf, not"),
     ({"norm": "l3"}, "unknown norm 'l3'"),
     ({"targets": ["grey-box"]}, "unknown target grey-box"),
     ({"fit": {"size": 300, "resize": 200}}, "cannot cut 300"),
@@ -369,7 +370,7 @@ def test_mcnemar_is_the_exact_binomial(only_a, only_b):
     assert mcnemar(40_000, 10_000) < 1e-300 or mcnemar(40_000, 10_000) == 0
 
 
-def test_compare(root, model, tmp_path, capsys):
+def test_compare(root, model, tmp_path, capsys, monkeypatch):
     file = write_protocol(tmp_path, parts=["a@wds", {"data": "words", "attacks": {"pgd-2": ["8/255"]}}])
     records = []
     for name in (model, "tiny-rn"):
@@ -386,7 +387,8 @@ def test_compare(root, model, tmp_path, capsys):
     assert clean.what == "clean" and robust.p == mcnemar(robust.only_a, robust.only_b)
     assert [one.what for one in compare(records[0][2], records[1][2])][0] == "clean text_r@1"
     capsys.readouterr()
-    assert run("compare", records[0][0], records[1][0]) == 0
+    monkeypatch.chdir(records[1][0].parent)
+    assert run("compare", records[0][0], records[1][0].name) == 0
     assert "| robust | 60 |" in capsys.readouterr().out
     assert run("compare", records[0][0], records[1][0], "--json") == 0
     assert json.loads(capsys.readouterr().out)[1]["only_a"] == robust.only_a

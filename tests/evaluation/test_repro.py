@@ -51,8 +51,9 @@ def one_more_is_robust(columns):
     columns["broken_by"][(columns["broken_by"] != -1).nonzero()[0][0]] = -1
 
 
-def test_a_record_holds(recorded, tmp_path, capsys):
-    assert run("repro", recorded, "--out", tmp_path / "again") == 0
+def test_a_record_holds(recorded, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(recorded.parent)
+    assert run("repro", recorded.name, "--out", tmp_path / "again") == 0
     text = capsys.readouterr().out
     assert "holds: here" in text and "0 of 30 verdicts changed" in text
     again = json.loads((tmp_path / "again" / "result" / recorded.name).read_text())

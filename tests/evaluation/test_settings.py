@@ -1,5 +1,6 @@
 """What decides predictions beside the weights: each change of it is seen, by resume, kept records, repro and images."""
 
+import dataclasses
 import json
 
 import pytest
@@ -62,8 +63,8 @@ def run_folder(tmp_path_factory):
     return folder, mark, record_stem("tiny-vit", DIGITS.name, "white-box", "fgsm", "2/255")
 
 
-def same_as_before(folder, mark, stem, model):
-    return measured_before(folder, stem, DIGITS, model, None, mark) is not None
+def same_as_before(folder, mark, stem, model, data=DIGITS):
+    return measured_before(folder, stem, data, model, None, mark) is not None
 
 
 def test_the_same_model_goes_on(run_folder):
@@ -71,6 +72,8 @@ def test_the_same_model_goes_on(run_folder):
     evaluate(classifier(), DIGITS, attack="fgsm", eps="2/255", progress=False, state=folder / "state.npz")
     assert same_as_before(folder, mark, stem, classifier())
     assert load_images(folder / "images.npz").white_box_of(classifier())
+    other = dataclasses.replace(DIGITS, read=lambda index: 255 - DIGITS.read(index))
+    assert other.fingerprint == DIGITS.fingerprint and not same_as_before(folder, mark, stem, classifier(), other)
 
 
 @pytest.mark.parametrize("name", CHANGES)

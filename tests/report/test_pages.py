@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,7 +236,9 @@ def test_calibration_is_pooled_over_data_sets(measured, tmp_path):
 
 def test_images_stand_beside_the_words_before_and_after(measured, tmp_path, monkeypatch):
     folder, found, data = measured
-    assert cli.main(["report", str(folder), "--out", str(tmp_path / "r.html")]) == 0
+    monkeypatch.chdir(folder / "result")
+    records = sorted(file.name for file in Path().glob("*.json"))
+    assert cli.main(["report", *records, "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     alts = re.findall(r'<img alt="([^"]*)"', page)
     assert sum("Images and words: plain on toy; pgd-5" in alt for alt in alts) == 1 and len(set(alts)) == len(alts)
