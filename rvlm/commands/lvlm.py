@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rvlm.arguments import DATA_MISSING, LvlmArgs
+from rvlm.arguments import CHECK_FAILED, DATA_MISSING, LvlmArgs
 from rvlm.commands.shared import Run, device_of
 from rvlm.units import Eps
 
@@ -35,20 +35,21 @@ def lvlm(args: LvlmArgs) -> int:
         run = Run("lvlm", args)
         rows = _measured(args, run, model, data, adapter, args.attack, args.eps, args.score, args.seed)
         return run.finish(rows, _table(rows, args))
-    run, rows, missing, mark = Run("lvlm", args), [], [], {"name": protocol.name, "sha": protocol.sha}
+    run, mark = Run("lvlm", args), {"name": protocol.name, "sha": protocol.sha}
+    rows, missing, broken = [], [], []
     for part, spec, score in parts:
         try:
             data = protocol.drawn(part, load_questions(spec, model.size)).limited(args.limit, protocol.seed)
-        except FileNotFoundError as error:
-            missing.append(part.data)
+        except (FileNotFoundError, ValueError) as error:
+            (missing if isinstance(error, FileNotFoundError) else broken).append(part.data)
             print(f"NOT MEASURED {part.data}: {error}", file=sys.stderr)
             continue
         for attack, radii in part.attacks.items():
             for eps in map(Eps, radii):
                 rows += _measured(args, run, model, data, adapter, attack, eps, score, protocol.seed, mark)
-    run.manifest |= {"protocol": mark, "missing": missing}
-    run.finish(rows, _table(rows, args), status="incomplete" if missing else "complete")
-    return DATA_MISSING if missing else 0
+    run.manifest |= {"protocol": mark, "missing": missing, "broken": broken}
+    run.finish(rows, _table(rows, args), status="incomplete" if missing or broken else "complete")
+    return DATA_MISSING if missing else CHECK_FAILED if broken else 0
 
 
 def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, str]]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 __all__ = ["LAYOUTS", "Line"]
 
-SHORT = "{} Answer the question using a single word or phrase."  # as LLaVA-1.5 is asked
+SHORT = "{}\nAnswer the question using a single word or phrase."  # as LLaVA-1.5 is asked
 CAPTION = "Provide a one-sentence caption for the provided image."
 IMAGES = "coco/val2014"
 Line = tuple[str, str, list[str]]  # an image below ROOT, what is asked, and correct answers

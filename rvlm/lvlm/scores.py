@@ -2,7 +2,8 @@
 
     f1      words in common with the best reference
     vqa     VQA accuracy: min(1, annotators who said the same / 3)
-    cider   CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726) of captions, which is 10 for the only reference itself
+    cider   CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726) of captions, which is 10 for the only reference itself if
+            that has at least four words
 
 CIDEr-D of a candidate c with references s_1 .. s_m, where g^n are the TF-IDF weights of n-grams (how often one stands
 in the sentence, times the logarithm of all images over those whose references hold it) and l is a sentence's length:

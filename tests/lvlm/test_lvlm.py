@@ -437,11 +437,11 @@ def test_benchmarks_in_their_authors_layouts(tmp_path, monkeypatch):
     assert captions.images[2] == "coco/val2014/COCO_val2014_000000000042.jpg"
     questions = load_questions(f"vqav2:{root}", 32)
     assert [image[-6:-4] for image in questions.images] == ["25", "25", "09", "09"] and questions.name == "vqav2"
-    assert questions.questions[1] == "w1? Answer the question using a single word or phrase."
+    assert questions.questions[1] == "w1?\nAnswer the question using a single word or phrase."
     assert questions.answers[0] == ["w0"] * 4 + ["w1"] * 4 + ["w2"] * 2
     monkeypatch.setenv("RVLM_DATA", str(root))
     pope = load_questions("pope-random", 32)
-    assert len(pope) == 3 and pope.answers == [["yes"]] * 3 and pope.questions[0].startswith("Is there a w3? Answer")
+    assert len(pope) == 3 and pope.answers == [["yes"]] * 3 and pope.questions[0].startswith("Is there a w3?\nAnswer")
     few = questions.limited(2, seed=1)
     assert len(few) == 2 and torch.equal(few.pixels(torch.arange(2)), questions.pixels(few.index))
     assert few.questions == [questions.questions[i] for i in few.index] and few.fingerprint != questions.fingerprint
@@ -499,10 +499,18 @@ def test_what_a_protocol_asks_of_lvlms(folders, tmp_path, capsys):
         assert record["clean_ci"][0] <= record["clean"] <= record["clean_ci"][1]
     assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.csv")]) == 0
     assert ",cider," in (tmp_path / "r.csv").read_text()
+    answers = (root / "vqav2/v2_mscoco_val2014_annotations.json").read_text()
     (root / "vqav2/v2_mscoco_val2014_annotations.json").unlink()
     assert cli.main([*argv, str(tmp_path / "less")]) == 3
     assert "NOT MEASURED vqav2: no file" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "less" / "summary.json").read_text())["rows"]) == 2
+    (root / "coco/annotations/captions_val2014.json").write_text("no")
+    (root / "vqav2/v2_mscoco_val2014_annotations.json").write_text(answers)
+    assert cli.main([*argv, str(tmp_path / "broken")]) == 4
+    assert "NOT MEASURED coco-captions: " in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "broken" / "manifest.json").read_text())
+    assert manifest["broken"] == ["coco-captions"] and manifest["status"] == "incomplete"
+    assert len(json.loads((tmp_path / "broken" / "summary.json").read_text())["rows"]) == 2
     assert cli.main([*argv, str(tmp_path / "no"), "--eps", "2/255"]) == 2
     assert cli.main([*argv[:3], "--protocol", "digits-demo"]) == 2 and "asks LVLMs nothing" in capsys.readouterr().err
 
