@@ -254,7 +254,7 @@ def test_a_model_without_gradients_has_forward_passes_alone():
 )
 def test_peaks_are_dense_and_named(name, tf32, precision, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=tf32))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32" if tf32 else "ieee"))
     monkeypatch.setattr(peak, "_measured", lambda device, dtype, side: 1.0)
     found = peak.peak_of(torch.device("cuda"), precision)
     assert found.flops_per_s == (1.0 if expected is None else 1e12 * expected)

@@ -44,7 +44,7 @@ class Peak(NamedTuple):
 
 def peak_of(device: torch.device, precision: str) -> Peak:
     """The peak of a device for products in "fp32", "tf32", "bf16" or "fp16"; fp32 is tf32 where torch may use it."""
-    if device.type == "cuda" and precision == "fp32" and torch.backends.cuda.matmul.allow_tf32:
+    if device.type == "cuda" and precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         precision = "tf32"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for row in DEVICES:

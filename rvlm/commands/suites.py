@@ -14,7 +14,7 @@ from pathlib import Path
 
 import rvlm
 from rvlm.arguments import CHECK_FAILED, BenchArgs
-from rvlm.commands.shared import from_file
+from rvlm.plugins import from_file
 
 __all__ = ["run_suites"]
 

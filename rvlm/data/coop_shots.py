@@ -7,8 +7,10 @@ Classes are halved (base, new) after the draw. From KaiyangZhou/CoOp, train.py a
 KaiyangZhou/Dassl.pytorch, dassl/data: data_manager.py, datasets/base_dataset.py.
 
 Inferred, since no draw that CoOp made was at hand: that nothing between the seed and the draw uses `random`; nothing
-that was read does. Python does not promise that `sample` and `choices` stay as they are; from 3.6 to 3.13 they draw
-alike, and a test holds one draw. There is none for ImageNet, whose order there is the file system's.
+that was read does. That samples repeat is Dassl's default in its commit 27eb2f4; in copies of it elsewhere a class with
+fewer gives all that it has, which draws nothing, so that the classes after it come out otherwise, too. Python does not
+promise that `sample` and `choices` stay as they are; from 3.6 to 3.13 they draw alike, and a test holds one draw. There
+is none for ImageNet, whose order there is the file system's.
 """
 
 import random
