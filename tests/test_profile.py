@@ -198,6 +198,7 @@ def test_train_other_methods_and_a_twin(tmp_path, monkeypatch, capsys):
         (["eval", "--attack", "lunch"], "unknown attack"),
         (["eval", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["eval", "--engine", "compile"], "--engine goes with profile attack"),
+        (["train", "--precision", "bf16"], "--precision is the attack's"),
         (["eval", "--precision", "fp8"], "precision"),
         (["eval", "--eps", "4"], "did you mean 4/255?"),
     ],

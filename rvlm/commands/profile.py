@@ -33,6 +33,8 @@ def profile(args: ProfileArgs) -> int:
         raise ValueError("--defended are models beside --model: it goes with profile infer")
     if args.engine != "auto" and args.what != "attack":
         raise ValueError("--engine goes with profile attack")
+    if args.precision != "fp32" and args.what not in ("attack", "eval"):
+        raise ValueError("--precision is the attack's: it goes with profile attack and eval")
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     for name, ends in (("trace", (".json", ".json.gz")), ("flame", (".html",))):

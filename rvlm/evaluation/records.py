@@ -89,6 +89,9 @@ def write_evaluation(
     n, attacked = len(evaluation), max(evaluation.n_clean, 1)
     about = _describe(classifier, data, evaluation.resolution, method)
     about["model"]["method_sha"] = method_sha
+    per_stage = dict.fromkeys((stage.name for stage in evaluation.stages), 0)
+    for k, stage in enumerate(evaluation.stages):
+        per_stage[stage.name] += int((evaluation.broken_by == k).sum())
     record = {
         "schema": SCHEMA,
         "status": _status(data, protocol),
@@ -113,9 +116,7 @@ def write_evaluation(
             "clean_acc": {"v": evaluation.clean, "ci95": evaluation.clean_ci, "n": n},
             "robust_acc": {"v": evaluation.robust, "ci95": evaluation.robust_ci, "n": n},
             "asr": (evaluation.n_clean - evaluation.n_robust) / attacked,
-            "per_stage": {
-                stage.name: int((evaluation.broken_by == k).sum()) for k, stage in enumerate(evaluation.stages)
-            },
+            "per_stage": per_stage,
             "over_steps": [evaluation.over_steps(k) for k in range(len(evaluation.stages))],
             "calibration": evaluation.calibration(),
         },

@@ -307,6 +307,8 @@ def test_records(data, tmp_path):
     assert samples["broken_by"].tolist() == found.broken_by.tolist() and set(samples.files) == {
         "index", "y", "pred_clean", "pred_adv", "broken_by", "fooled_at", "top_clean", "top_adv", "prob_clean",
         "prob_adv", "linf", "distance", "margin"}  # fmt: skip
+    twice = write_evaluation(tmp_path, "twice", run(data, attack="pgd-10,pgd-10"), data, Threshold())["record"]
+    assert json.loads((tmp_path / twice).read_text())["metrics"]["per_stage"] == {"pgd-10": 4}
 
 
 def test_a_cut_data_set_makes_a_partial_record(data, tmp_path):
