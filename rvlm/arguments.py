@@ -404,7 +404,7 @@ class LvlmArgs(Arguments):
     adapter: str | None = None
     """Also evaluate the model with an adapter: white (R-Adapt without training), or a folder."""
     attack: str = "pgd-10"
-    """pgd-STEPS or apgd-STEPS, Linf, on the likelihood of the first answer."""
+    """pgd-STEPS or apgd-STEPS, Linf, on the likelihood of the answer that is given most often."""
     eps: Eps = Eps("4/255")
     """Radius in pixel units: 4/255 or 0.016."""
     aim: str | None = None

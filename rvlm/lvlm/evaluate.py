@@ -2,8 +2,9 @@
 
     relative score = 100 * mean score of the answers / mean score of the undefended model's answers to clean images
 
-The attack raises the loss of the first correct answer (or lowers that of a target) through the whole model. An adapter
-is attacked white-box, through filter and anchor, and by transfer, with images that were made on the model without it.
+The attack raises the loss of a correct answer (or lowers that of a target) through the whole model: of the one that
+most annotators gave, the first of several. An adapter is attacked white-box, through filter and anchor, and by
+transfer, with images that were made on the model without it.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def evaluate_answers(
         attack: pgd-STEPS or apgd-STEPS, Linf.
         eps: radius in pixel units.
         score: name in SCORES.
-        aim: an answer that the attack makes likelier, instead of making the first correct one less likely.
+        aim: an answer that the attack makes likelier, instead of making a correct one less likely.
         max_tokens: of an answer.
         seed: of the random starts, which are keyed by the data's index.
         quantize: 255 for images that survive being saved as PNG.
@@ -152,7 +153,9 @@ class _Batch:
         )
         own = self._answers(self.x)
         self.references = [correct or [said] for correct, said in zip(answers, own, strict=True)]
-        self.loss = AnswerLoss(lvlm, self.questions, [r[0] if aim is None else aim for r in self.references])
+        self.loss = AnswerLoss(
+            lvlm, self.questions, [max(r, key=r.count) if aim is None else aim for r in self.references]
+        )
         self.clean = own, self._losses(self.x)
 
     def attacked(self, attack: Callable, settings: dict[str, Any], seed: int) -> Tensor:

@@ -332,6 +332,16 @@ def test_answers_before_and_after(lvlm, tmp_path):
     assert all(row["aim_adv"] == ("w9" in row["adv"].split()) for row in aimed.rows)
 
 
+def test_the_answer_of_most_annotators_is_attacked(folders, tmp_path):
+    lvlm, answers = load_lvlm(str(folders["llava"])), (["w3", "w8 w9", "w10", "w8 w9"], ["w3", "w8 w9", "w10"])
+    lines = [{"image": "0.png", "question": "w1 w2", "answers": each} for each in answers]
+    data = load_questions(write_questions(tmp_path, lines), 32)
+    (found,) = evaluate_answers(lvlm, data, attack="pgd-1", max_tokens=1, progress=False)
+    x = data.pixels(torch.arange(2))
+    expected = AnswerLoss(lvlm, data.questions, ["w8 w9", "w3"])(x)
+    assert [row["loss_clean"] for row in found.rows] == pytest.approx(expected.tolist())
+
+
 def test_scores():
     assert token_f1("A cat on the mat.", ["cat on mat"]) == 1.0
     assert token_f1("a cat", ["dog", "black cat"]) == pytest.approx(2 / 3)
