@@ -147,7 +147,7 @@ def _inside(folder: Path) -> list[Path]:
     records = [*folder.rglob("result/*.json")]
     records += [file for file in folder.glob("*.json") if _is_record(file)]
     covered = {_run_folder(file) for file in records}
-    summaries = [file for file in folder.rglob("summary.json") if file.parent not in covered]
+    summaries = [file for file in folder.rglob("summary.json") if _run_folder(file) not in covered]
     return sorted([*records, *summaries, *folder.rglob("metrics.jsonl")])
 
 
@@ -159,7 +159,8 @@ def _is_record(file: Path) -> bool:
 
 
 def _run_folder(file: Path) -> Path:
-    return file.parent.parent if file.parent.name == "result" else file.parent
+    folder = file.absolute().parent
+    return folder.parent if folder.name == "result" else folder
 
 
 def _run_names(folders: list[Path]) -> dict[Path, str]:

@@ -238,6 +238,7 @@ def test_images_stand_beside_the_words_before_and_after(measured, tmp_path, monk
     folder, found, data = measured
     monkeypatch.chdir(folder / "result")
     records = sorted(file.name for file in Path().glob("*.json"))
+    assert {row["run"] for row in gather(records).rows} == {folder.name}, "not result"
     assert cli.main(["report", *records, "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     alts = re.findall(r'<img alt="([^"]*)"', page)
