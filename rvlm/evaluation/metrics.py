@@ -25,7 +25,7 @@ def wilson(successes: float, n: float, z: float = 1.959964) -> tuple[float, floa
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # At the ends the sums are 0 and 1 but for rounding, which must not leave the share itself outside.
-    return centre - half if successes > 0 else 0.0, centre + half if successes < n else 1.0
+    return max(0.0, centre - half) if successes > 0 else 0.0, min(1.0, centre + half) if successes < n else 1.0
 
 
 def effective_size(right: Tensor, cluster: Tensor) -> float:
