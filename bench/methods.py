@@ -91,6 +91,10 @@ ROWS = {
     "apd, 32 visual tokens": ("apd", {"visual_tokens": 32}),
 }  # method, settings and, if not all, training images
 PROMPTS = ("ivlp", "advvp", "advvlp", "advmaple", "apt", "advpt", "fap", "apd")
+TITLES = {
+    "prompts": "Prompts", "prompts-resnet": "Prompts of a ResNet", "prompts-sweep": "Settings of APD",
+    "r_adapt": "R-Adapt",
+}  # fmt: skip
 WORSE = 0.10  # by which AutoAttack may lie below PGD-20
 JOINT_STEPS = 20
 LOW = 40 / 224  # cutoff of the low-frequency attack in DFT bins per pixel of an image's side: R-Adapt's filter
@@ -348,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     commits = sorted({str(row["env"]["git"])[:12] + ("+" if row["env"]["dirty"] else "") for row in rows})
     proxy = f"{100 * measured[0]['proxy clean']:.1f}"
     kind, other = ("Tiny ResNet", "ViT") if args.data.endswith("resnet") else ("Tiny ViT", "ResNet")
-    title = "Methods" if args.out.name == args.data else args.out.name
+    title = "Methods" if args.out.name == args.data else TITLES.get(args.out.name, args.out.name)
     text = f"""# {title} on {args.data}
 
 {kind} CLIP, white-box, Linf. Clean and {args.attack} on {measured[0]["samples"]} test images, {args.strong} on
