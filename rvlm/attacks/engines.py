@@ -74,8 +74,8 @@ class Compiled:
     """
 
     def __init__(self, model: Callable) -> None:
-        self.model = torch.compile(model, dynamic=False)
-        self.embed = torch.compile(model.embed, dynamic=False) if hasattr(model, "embed") else None
+        self.model = _compiled(model)
+        self.embed = _compiled(model.embed) if hasattr(model, "embed") else None
         self.regions = _regions_of(model)
         modules = model.modules() if isinstance(model, nn.Module) else ()
         self.convolves = sum(isinstance(m, nn.Conv2d) for m in modules) > 1  # not only to cut patches
@@ -107,6 +107,9 @@ class Compiled:
         try:
             with torch.no_grad(), torch.compiler.set_stance(**stance) if stance else _nothing:
                 found = region(*question, x)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self.regions.forget(question, x.shape)
+            return self.gradient(question, x)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.regions.refuse(question, error)
             return None
@@ -122,6 +125,11 @@ class Compiled:
 _nothing = contextlib.nullcontext()
 
 
+def _compiled(work: Callable, **how: Any) -> Callable:
+    """torch.compile whose guards see hooks, too, which may come and go between two attacks."""
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)(torch.compile(work, dynamic=False, **how))
+
+
 class _Regions:
     """Compiled functions of one model."""
 
@@ -129,26 +137,33 @@ class _Regions:
         self.own, self.classes, self.known, self.refused = own, None, {}, set()
 
     def of(self, question: Question, shape: torch.Size) -> Callable | None:
-        work = _at_logits if question.head is None else _at_head
-        key = work, question.loss, shape
-        if (work, question.loss) in self.refused:
+        work, loss, _ = key = self._key(question, shape)
+        if (work, loss) in self.refused:
             return None
         if key not in self.known:
             if self.own:  # code of its own: torch counts by code how often it has compiled, and gives up after eight
                 work = types.FunctionType(work.__code__.replace(co_name=work.__name__), work.__globals__)
-            self.known[key] = torch.compile(
-                work, dynamic=False, fullgraph=True, options={"post_grad_custom_pre_pass": _fold()}
-            )
+            self.known[key] = _compiled(work, fullgraph=True, options={"post_grad_custom_pre_pass": _fold()})
         return self.known[key]
 
+    def forget(self, question: Question, shape: torch.Size) -> None:
+        """The next one begins with code that was never compiled: a model may change more often than torch goes along
+        with, as one does whose adapter's factor is swept."""
+        self.own = True
+        del self.known[self._key(question, shape)]
+
     def refuse(self, question: Question, error: Exception) -> None:
-        self.refused.add((_at_logits if question.head is None else _at_head, question.loss))
+        self.refused.add(self._key(question)[:2])
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warnings.warn(
             f"engine='compile' compiles this model's forward pass alone, which is slower: {first}",
             AttackWarning,
             stacklevel=2,
         )
+
+    @staticmethod
+    def _key(question: Question, shape: torch.Size | None = None) -> tuple[Callable, str, torch.Size | None]:
+        return _at_logits if question.head is None else _at_head, question.loss, shape
 
 
 _of_modules: "weakref.WeakKeyDictionary[nn.Module, _Regions]" = weakref.WeakKeyDictionary()

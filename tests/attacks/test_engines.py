@@ -192,6 +192,54 @@ def test_a_model_that_changes_as_it_runs_is_not_taken_for_still(batch, tmp_path,
     torch.testing.assert_close(torch.stack(losses["compile"]), torch.stack(losses["eager"]), rtol=1e-4, atol=1e-4)
 
 
+class Scaled(nn.Module):
+    """Logits times a number that Python knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.factor = nn.Linear(192, 5), 1.0
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * self.factor
+
+
+def losses_by_engine(model, x, y) -> list[torch.Tensor]:
+    """At every step: eager, compiled."""
+    seen = {"eager": [], "compile": []}
+    for engine, losses in seen.items():
+        pgd(
+            model, x, y, steps=4, engine=engine, random_start=False,
+            callback=lambda k, x_adv, loss, losses=losses: losses.append(loss.clone()),
+        )  # fmt: skip
+    return [torch.stack(losses) for losses in seen.values()]
+
+
+@pytest.mark.slow
+def test_hooks_that_come_and_go_are_seen(batch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, (x, y) = Scaled(), batch(torch.float32)
+    losses_by_engine(model, x, y)
+    hook = model.linear.register_forward_hook(lambda module, args, output: 0.1 * output + torch.arange(5.0))
+    hooked = losses_by_engine(model, x, y)
+    hook.remove()
+    free = losses_by_engine(model, x, y)
+    assert (hooked[0] - free[0]).abs().max() > 0.1
+    for eager_ones, compiled_ones in (hooked, free):
+        torch.testing.assert_close(compiled_ones, eager_ones, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_may_change_more_often_than_torch_recompiles(batch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    model, (x, y) = Scaled(), batch(torch.float32)
+    for factor in (1.0, 2.0, 3.0, 4.0, 1.0):
+        model.factor = factor
+        eager_ones, compiled_ones = losses_by_engine(model, x, y)
+        torch.testing.assert_close(compiled_ones, eager_ones, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_region_has_no_weight_gradient_and_no_product_per_token(batch, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
