@@ -30,7 +30,8 @@ from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores, most_targets
 from rvlm.attacks.rows import Rows
-from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, left_over, search
+from rvlm.attacks.runs import left_over
+from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, search
 
 __all__ = ["APGD", "apgd"]
 

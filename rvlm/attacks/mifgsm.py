@@ -32,7 +32,8 @@ from rvlm.attacks.cycle import Cycle
 from rvlm.attacks.engines import FIXED
 from rvlm.attacks.kept import Kept, Roll
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
-from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
+from rvlm.attacks.runs import left_over
+from rvlm.attacks.search import Attack, check_choices, check_count, search
 
 __all__ = ["DI", "MIFGSM", "NI", "SI", "TI", "VMI", "mifgsm"]
 

@@ -1,19 +1,15 @@
-"""The frame of every attack in a ball: checks, a frozen model, starts, runs, and the best run of each sample.
+"""The frame of every attack in a ball: checks, a frozen model, an objective, runs from their starts, and the verdict.
 
-    for every target class, for every restart:   start -> run -> kept iterate and its scores
-    merged per sample: the run that fools the model wins, then the one with the better loss
-
-An attack is a run: a callable that takes a start to the iterate that it keeps. What else makes an attack stands here
-once.
+An attack is a run, a callable that takes a start to the iterate that it keeps (`rvlm.attacks.runs`). What else makes an
+attack stands here once.
 """
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,40 +18,24 @@ from rvlm.attacks.ball import NORMS, Ball, Noise, whole_box
 from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_radius
 from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.engines import ENGINES, FIXED, engine_for
-from rvlm.attacks.kept import Kept
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
-from rvlm.attacks.slots import in_slots
+from rvlm.attacks.runs import Disagreement, Judge, Run, Runs, Starts, likeliest_wrong
 from rvlm.attacks.trace import Trace
 
 __all__ = [
     "PRECISIONS",
     "Attack",
-    "Disagreement",
-    "Run",
     "check_choices",
     "check_count",
     "check_stop",
     "drawn_seed",
     "empty_result",
-    "left_over",
     "search",
 ]
 
 MAX_RUNS = 2048  # that have noise of their own
 PRECISIONS = (None, "fp32", "tf32", "bf16", "cascade")
-
-
-class Run(Protocol):
-    """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took.
-
-    scored: the scores of what it keeps are needed. noise: None for an attack that draws nothing. A run that can go on
-    from any point has `continued(whole) -> Run`, the run of as many steps, or of a quarter, that does.
-    """
-
-    def __call__(
-        self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise: Noise | None
-    ) -> tuple[Kept, Tensor]: ...
 
 
 def search(
@@ -151,111 +131,40 @@ def search(
         radius = whole_box(x, norm, bounds) if eps is None else eps
         ball = Ball(x, radius, norm, bounds, strict_eps, quantize, low_frequency)
         draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
-        chosen: Kept | None = None
-        steps_used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         own_noise = getattr(generator, "noise", None)
+        parts = torch.arange(len(x), device=x.device).split(slots or len(x))
+        disagreement = Disagreement(x.device)
         with (
             arithmetic(model, x.device, precision) as in_float32,
             drawn_seed(generator, draws and own_noise is None) as seed,
         ):
-            noise_of = own_noise or functools.partial(Noise, seed)
             with in_float32() if cascade else nullcontext():  # the model's own predictions may be the labels
                 objective = Objective(model, x, y, loss, targeted, eot, engine_for(engine, model, x))
             objective.watched = return_info
-            trace = objective.trace = Trace(len(x), x.device) if return_info else None
+            objective.trace = Trace(len(x), x.device) if return_info else None
             if survivors and objective.labels is None:
                 raise ValueError("early_stop needs labels or targets y: int64 [B]")
             if cascade and objective.labels is None:
                 raise ValueError("precision='cascade' needs labels or targets y, int64 [B]: what is not fooled goes on")
-            disagreement, cut = Disagreement(x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            every = torch.arange(len(x), device=x.device)
-            parts = every.split(slots or len(x))
-            aims = torch.cat([objective.at(rows).runners_up(x[rows], targets) for rows in parts]) if aimed else None
+            aims = likeliest_wrong(objective, x, targets, parts) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
             if runs + 2 * cascade > MAX_RUNS:
                 raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
-            ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device)
-
-            def begin(number: int, rows: Tensor | None) -> tuple[Tensor, Noise | None]:
-                """The start of a run and its noise."""
-                part = ball.at(rows)
-                around = part.scaled(start_scale)
-                noise = noise_of(number, ids if rows is None else ids[rows]) if draws else None
-                if x_init is not None and number == 0:
-                    return around.project(x_init.detach() if rows is None else x_init.detach()[rows]), noise
-                if random_start and not own_start:
-                    return around.random_start(noise, on_sphere), noise
-                return part.x.clone(), noise
-
-            def judge(asked: Objective, kept: Kept, rows: Tensor, idle: int = 0) -> Kept:
-                """What a search in bf16 has kept of these samples, behind idle rows, with its scores in fp32."""
+            starts = Starts(
+                ball, ids=torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device),
+                noise_of=(own_noise or functools.partial(Noise, seed)) if draws else None,
+                x_init=None if x_init is None else x_init.detach(), random=random_start and not own_start,
+                on_sphere=on_sphere, scale=start_scale,
+            )  # fmt: skip
+            work = Runs(
+                run, objective, ball, starts, runs=runs, restarts=restarts, aims=aims,
+                judge=Judge(in_float32, disagreement, objective) if cascade else None,
+                survivors=survivors, slots=slots, fixed=engine in FIXED, scored=return_info or runs > 1 or cascade,
+            )  # fmt: skip
+            chosen, steps_used = work.in_turn() if slots is None else work.in_slots()
+            if cascade:
                 with in_float32():
-                    scores = asked.score(kept.x_adv)
-                if idle:
-                    theirs = torch.arange(idle, len(kept.x_adv))
-                    kept, scores = kept.at(theirs), scores.at(theirs)
-                wrongly = disagreement.settle(kept, scores)
-                cut[rows[wrongly]] = True
-                if trace is not None:
-                    trace.recant(rows, wrongly)
-                return kept
-
-            how = {"slots": slots, "stop": survivors, "static": engine in FIXED}
-            if slots is not None:
-                aim = None if aims is None else lambda samples, numbers: aims[samples, numbers // restarts]
-                chosen, steps_used = in_slots(
-                    run, objective, ball, lambda number, rows: begin(number, rows)[0], aim, runs, **how,
-                    judge=judge if cascade else None,
-                )  # fmt: skip
-            for number in range(runs if slots is None else 0):
-                rows = None
-                if survivors and chosen is not None:
-                    left = (~chosen.fooled).nonzero().flatten()
-                    if not len(left):
-                        break
-                    if len(left) < len(x) and objective.named and engine not in FIXED:
-                        rows = left
-                if aimed:
-                    objective.target = aims[:, number // restarts]
-                start, noise = begin(number, rows)
-                if trace is not None:
-                    trace.next_run()
-                asked = objective if rows is None else objective.at(rows)
-                kept, steps = run(asked, ball.at(rows), start, return_info or runs > 1 or cascade, noise)
-                if cascade:
-                    judge(asked, kept, every if rows is None else rows)
-                if rows is None:
-                    steps_used += steps
-                    chosen = kept if chosen is None else chosen.merge(kept, objective)
-                else:
-                    steps_used[rows] += steps
-                    chosen.put(rows, chosen.at(rows).merge(kept, objective))
-            # Whom bf16 took for fooled has not had all of its steps.
-            for whole in (True, False) if cascade else ():
-                left = (~chosen.fooled & (cut == whole)).nonzero().flatten()
-                if not len(left):
-                    continue
-                noise = noise_of(runs + whole, ids) if draws else None
-                if trace is not None:
-                    trace.next_run()
-                with in_float32():
-                    if aimed:
-                        aims = [objective.at(rows).runners_up(chosen.x_adv[rows], 1)[:, 0] for rows in parts]
-                        objective.target = torch.cat(aims)
-                    go_on = run.continued(whole)
-                    if objective.named and (slots is not None or engine not in FIXED):
-                        asked, part, start = objective.at(left), ball.at(left), chosen.x_adv[left]
-                        if slots is None:
-                            kept, steps = go_on(asked, part, start, True, noise and noise.at(left))
-                        else:
-                            kept, steps = in_slots(
-                                go_on, asked, part, lambda _, rows, at=start: at[rows], None, 1, **how
-                            )
-                    else:
-                        kept, steps = go_on(objective, ball, chosen.x_adv.clone(), True, noise)
-                        kept, steps = kept.at(left), steps[left]
-                steps_used[left] += steps
-                chosen.put(left, chosen.at(left).merge(kept, objective))
+                    work.go_on(chosen, steps_used, parts)
         if not return_info:
             return chosen.x_adv
         verdict = chosen.scores
@@ -269,31 +178,8 @@ def search(
         counts = objective.count.forwards, objective.count.backwards, int(objective.count.zeros)
         return AttackResult(
             chosen.x_adv, verdict.fooled, verdict.loss, verdict.pred, steps_used, *counts, *disagreement.counts(),
-            None if trace.last < 0 else trace,
+            None if objective.trace.last < 0 else objective.trace,
         )  # fmt: skip
-
-
-class Disagreement:
-    """How many images fool the model in bf16 only, and in fp32 only; on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.both = torch.zeros(2, dtype=torch.int64, device=device)
-
-    def settle(self, kept: Kept, scores: Scores) -> Tensor:
-        """Gives what was kept in bf16 its scores in fp32; returns who [B] fools the model in bf16 only."""
-        narrow, kept.scores = kept.fooled, scores
-        if narrow is None:
-            return torch.zeros_like(scores.loss, dtype=torch.bool)
-        self.both += torch.stack([(narrow & ~scores.fooled).sum(), (scores.fooled & ~narrow).sum()])
-        return narrow & ~scores.fooled
-
-    def counts(self) -> list[int]:
-        return self.both.tolist()
-
-
-def left_over(steps: int, whole: bool) -> int:
-    """Steps in fp32 of a run that goes on where a search in bf16 has ended: a quarter, or all of them again."""
-    return steps if whole else math.ceil(steps / 4)
 
 
 class Attack:

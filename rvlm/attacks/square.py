@@ -28,7 +28,8 @@ from rvlm import profiling
 from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import AttackResult, Objective, Passes
-from rvlm.attacks.search import Attack, check_choices, check_count, left_over, search
+from rvlm.attacks.runs import left_over
+from rvlm.attacks.search import Attack, check_choices, check_count, search
 
 __all__ = ["Square", "square"]
 
