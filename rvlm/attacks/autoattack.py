@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks.checks import AttackWarning, check_images, check_radius
-from rvlm.attacks.contract import untouched
+from rvlm.attacks.contract import arithmetic, untouched
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
-from rvlm.attacks.search import Attack, check_choices, drawn_seed, empty_result
+from rvlm.attacks.search import Attack, check_choices, check_count, drawn_seed, empty_result
 from rvlm.attacks.stages import parse_attack, usable
 
 __all__ = ["AutoAttack", "AutoAttackResult", "autoattack"]
@@ -87,6 +87,8 @@ def autoattack(
     if (version == "custom") != (attacks is not None):
         raise ValueError("attacks=[...] goes with version='custom', and the other way round")
     stages = parse_attack(VERSIONS.get(version) or ",".join(attacks), norm)
+    if slots is not None:
+        check_count("slots", slots, 1)
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     check_images(x, bounds)
@@ -100,7 +102,7 @@ def autoattack(
     }  # fmt: skip
 
     def scored(images: Tensor, labels: Tensor | None) -> tuple[Scores, Objective]:
-        with untouched(model, model_mode), torch.no_grad():
+        with untouched(model, model_mode), torch.no_grad(), arithmetic(model, x.device, precision and "fp32"):
             objective = Objective(model, x, labels, "margin")
             return objective.score(images), objective
 

@@ -94,7 +94,7 @@ def run_own(
     if isinstance(found, AttackResult):
         return found
     x_adv = x_adv.detach()
-    with scoring(model):
+    with scoring(model), arithmetic(model, x.device, precision and "fp32"):
         logits = model(x_adv).float()
     pred = logits.argmax(1)
     steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)

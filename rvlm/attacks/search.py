@@ -169,7 +169,8 @@ def search(
             return chosen.x_adv
         verdict = chosen.scores
         if precision is not None and not cascade:
-            scores = [objective.at(rows).score(chosen.x_adv[rows]) for rows in parts]  # reference precision
+            with arithmetic(model, x.device, "fp32"):  # also where the caller's is another one
+                scores = [objective.at(rows).score(chosen.x_adv[rows]) for rows in parts]
             verdict = functools.reduce(Scores.join, scores)
             if distances:
                 verdict.loss = chosen.scores.loss

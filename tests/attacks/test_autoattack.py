@@ -153,6 +153,7 @@ def test_an_empty_batch(sixty):
     (dict(version="custom"), ValueError, "goes with version='custom'"),
     (dict(version="custom", attacks=["apgd"]), ValueError, "unknown attack 'apgd'"),
     (dict(eps=8.0), ValueError, "did you mean 8/255"),
+    (dict(slots=0), ValueError, "slots must be an integer >= 1"),
     (dict(model=3), TypeError, "model must be callable"),
     (dict(y=torch.tensor([9] * 60)), ValueError, "labels must lie in 0 .. 5"),
     (dict(x=torch.zeros(60, 3, 8, 8, dtype=torch.uint8)), TypeError, "uint8 images"),

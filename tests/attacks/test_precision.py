@@ -154,6 +154,21 @@ def test_stages_know_which_attacks_can_go_on(build, batch):
         assert torch.equal(result.success, model(result.x_adv).argmax(1) != model(x).argmax(1))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "cascade"])
+@pytest.mark.parametrize("attack", [pgd, autoattack])
+def test_verdicts_are_in_fp32_under_the_callers_autocast(attack, precision):
+    """In bf16 every image counts as fooled, the clean one, too."""
+    x, y = toy([0.2, 0.02])
+    given = {"version": "custom", "attacks": ["apgd-ce-3", "square-5"]} if attack is autoattack else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attack(
+            Coarse(-100.0), x, y, eps=0.04, precision=precision, generator=fixed(), return_info=True, **given
+        )
+    assert not result.success[0] and result.loss[0] < result.loss[1]
+    if attack is autoattack:
+        assert result.broken_by[0] == -1 and result.robust["clean"] == 2
+
+
 def flags():
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return cuda.allow_tf32, cudnn.allow_tf32, cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
