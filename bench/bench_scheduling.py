@@ -5,8 +5,8 @@
     cycle      `pgd` that ends a sample when its trajectory has returned to an earlier image
     compact    `pgd` that ends a sample when it is fooled
 
-Before any timing all sides must leave the same number of samples robust; run after run and slots, and PGD with and
-without an exit, the same samples. Undefended models are broken at once, and nearly all of a peer's work is what fooled
+Before any timing run after run and slots, and PGD with and without an exit, must leave the same samples robust, and
+peers as many, up to one or 2 %. Undefended models are broken at once, and nearly all of a peer's work is what fooled
 samples still do; on robust ones every side makes the same passes, and what scheduling can bring is fuller batches.
 """
 
