@@ -114,7 +114,7 @@ class Compiled:
             self.regions.refuse(question, error)
             return None
         except RuntimeError as error:
-            if asked != 1:
+            if asked != 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.regions.refuse(question, error)
             return None

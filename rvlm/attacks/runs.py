@@ -115,8 +115,8 @@ class Judge:
         rows = torch.arange(len(self.cut), device=self.cut.device) if rows is None else rows
         wrongly = self.disagreement.settle(kept, scores)
         self.cut[rows[wrongly]] = True
-        if self.trace is not None:
-            self.trace.recant(rows, wrongly)
+        if self.trace is not None and kept.fooled is not None:  # another run of the sample may have fooled the model
+            self.trace.recant(rows[wrongly & ~torch.isin(rows, rows[kept.fooled])])
         return kept
 
 

@@ -55,6 +55,6 @@ class Trace:
         if fooled is not None:
             self._at.scatter_reduce_(0, rows, torch.where(fooled, at, NEVER), "amin")
 
-    def recant(self, rows: Tensor, wrongly: Tensor) -> None:
-        """Takes back the samples among `rows` that only another arithmetic calls fooled."""
-        self._at[rows] = torch.where(wrongly, NEVER, self._at[rows])
+    def recant(self, rows: Tensor) -> None:
+        """Takes back that these samples were fooled."""
+        self._at[rows] = NEVER

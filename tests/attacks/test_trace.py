@@ -1,11 +1,18 @@
 """What is kept of an attack's iterates: the step that fooled each sample first, and the loss at every step."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from rvlm.attacks import apgd, mifgsm, pgd, square
+from rvlm.attacks.kept import Kept
+from rvlm.attacks.objective import Scores
+from rvlm.attacks.runs import Disagreement, Judge
+from rvlm.attacks.trace import Trace
 
 
 class Net(nn.Module):
@@ -114,3 +121,16 @@ def test_runs_in_slots_stand_at_steps_of_their_own(batch, slots):
     assert torch.allclose(alone.trace.sums(), shared.trace.sums(), rtol=1e-5)
     twice = apgd(model, x, y, generator=torch.Generator().manual_seed(2), slots=slots, restarts=2, **given)
     assert torch.equal(twice.trace.fooled_at >= 0, twice.success) and twice.trace.last == 16
+
+
+def test_what_bf16_alone_calls_fooled_is_taken_back():
+    """Of two runs of the first sample one fools the model in fp32, too; the second sample's only run does not."""
+    trace, fooled, rows = Trace(2, torch.device("cpu")), torch.tensor([True, True, True]), torch.tensor([0, 0, 1])
+    trace.note(rows, [3, 5, 4], torch.zeros(3), fooled)
+    assert trace.fooled_at.tolist() == [3, 4]
+    in_fp32 = Scores(torch.zeros(3), torch.tensor([False, True, False]), torch.zeros(3, dtype=torch.int64))
+    objective = SimpleNamespace(trace=trace, labels=torch.zeros(2, dtype=torch.int64), score=lambda x: in_fp32)
+    judge = Judge(contextlib.nullcontext, Disagreement(torch.device("cpu")), objective)
+    judge(objective, Kept(torch.zeros(3, 1), Scores(torch.zeros(3), fooled, torch.ones(3, dtype=torch.int64))), rows)
+    assert trace.fooled_at.tolist() == [3, -1]
+    assert judge.cut.tolist() == [True, True]
