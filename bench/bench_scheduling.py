@@ -26,7 +26,7 @@ AIMED = [  # model, eps in 1/255, steps, samples
     ("digits-vit-tecoa", 24, 10, 32),
     ("digits-vit-tecoa", 8, 10, 8),
 ]
-LONG = [("digits-vit", 8, 100, 32), ("digits-rn", 8, 100, 32), ("digits-vit-tecoa", 8, 100, 16)]
+LONG = [("digits-vit", 8, 100, 64), ("digits-rn", 8, 100, 64), ("digits-vit-tecoa", 8, 100, 64)]
 if QUICK:
     AIMED, LONG = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in (AIMED, LONG))
 IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
