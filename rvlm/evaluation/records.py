@@ -300,7 +300,7 @@ def recorded_settings(record: Mapping[str, Any], role: str = "model") -> dict[st
 
 def record_stem(*parts: str) -> str:
     """What the files of a record are called: NAME[-DATA]-TARGET-ATTACK-EPS."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip("-")  # a path must not read as a flag
 
 
 def _status(data: Data, protocol: Mapping[str, str] | None = None) -> str:

@@ -138,3 +138,7 @@ def test_records_from_before_are_readable(tmp_path):
     clip.std.add_(0.01)
     with pytest.raises(ValueError, match=r"the model is not the recorded one: clip\.std was"):
         told.classifier(clip, data)
+
+
+def test_a_record_of_a_model_by_its_path_is_no_flag():
+    assert record_stem("/models/tecoa", "white-box", "fgsm", "2/255") == "models-tecoa-white-box-fgsm-2-255"
