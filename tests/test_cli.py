@@ -1,6 +1,7 @@
 """The command line: help without torch, errors that say what to do, runs that leave complete folders."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -94,7 +95,9 @@ def test_eval_leaves_a_complete_run(cache, tmp_path, capsys):
         record = json.loads((out / row["record"]).read_text())
         assert record["metrics"]["clean_acc"]["v"] == row["clean"] and record["status"] == "partial"
         assert (out / record["samples"]).is_file()
-    assert (out / "accuracy.png").is_file() and json.loads((out / "manifest.json").read_text())["status"] == "complete"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (out / "accuracy.png").is_file() and manifest["status"] == "complete"
+    assert f"torch=={importlib.metadata.version('torch')}" in manifest["packages"]
     assert yaml.safe_load((out / "config.yaml").read_text())["eps"] == "2/255,0.03"
     # The saved config is itself a valid --config, and gives the same numbers.
     assert run("eval", "--config", out / "config.yaml", "--out", tmp_path / "again") == 0

@@ -64,13 +64,16 @@ class Run:
     """A run folder: config and manifest at the start, summary at the end."""
 
     def __init__(self, command: str, args: Any) -> None:
-        from rvlm.evaluation.records import environment, write_json
+        from rvlm.evaluation.records import environment, packages, write_json
         from rvlm.files import write_bytes
 
         self.began, self.write_json = time.time(), write_json
         self.out = Path(args.out or f"runs/{command}-{time.strftime('%Y%m%d-%H%M%S')}")
         write_bytes(self.out / "config.yaml", args.config_text.encode())
-        self.manifest = {"command": shlex.join(["rvlm", *sys.argv[1:]]), "env": environment(), "status": "running"}
+        self.manifest = {
+            "command": shlex.join(["rvlm", *sys.argv[1:]]), "env": environment(), "packages": packages(),
+            "status": "running",
+        }  # fmt: skip
         write_json(self.out / "manifest.json", self.manifest)
 
     def finish(self, rows: list[dict[str, Any]], table: str | None = None, status: str = "complete") -> int:

@@ -37,8 +37,8 @@ from rvlm.profiling import memory_peak
 from rvlm.units import Eps
 
 __all__ = [
-    "environment", "measured_before", "record_rows", "record_stem", "summary_row", "write_evaluation", "write_json",
-    "write_retrieval", "write_transfer",
+    "environment", "measured_before", "packages", "record_rows", "record_stem", "summary_row", "write_evaluation",
+    "write_json", "write_retrieval", "write_transfer",
 ]  # fmt: skip
 
 SCHEMA, RETRIEVAL = "rvlm.result/1", "rvlm.retrieval/1"
@@ -472,7 +472,19 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "mha_fastpath": False,
+        "tf32_convolutions": torch.backends.cudnn.conv.fp32_precision == "tf32",
+        "cudnn": {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")},
+        "sdpa": {
+            name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+        },
     }
+
+
+def packages() -> list[str]:
+    """What is installed, as NAME==VERSION in the order of names."""
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return [f"{name}=={found[name]}" for name in sorted(filter(None, found), key=str.lower)]
 
 
 @functools.cache

@@ -79,7 +79,9 @@ def judged(
     """
     now = json.loads(json.dumps(now))
     differs = differs + [
-        f"{key} was {then.get(key)}, is {now.get(key)}" for key in then | now if then.get(key) != now.get(key)
+        f"{key} was {was}, is {now.get(key)}"
+        for key, was in then.items()
+        if was != now.get(key)  # older ones say less
     ]
     exact = not differs and not torch.cuda.is_available()
     inside = all(low <= again[what] <= high for what, (low, high) in interval.items())

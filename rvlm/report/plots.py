@@ -16,7 +16,7 @@ from rvlm.files import write_bytes
 from rvlm.units import Eps
 
 __all__ = [
-    "accuracy_over_eps", "accuracy_over_steps", "bars", "heat_map", "image_grid", "maps", "pareto",
+    "accuracy_over_eps", "accuracy_over_steps", "bars", "heat_map", "hypervolume", "image_grid", "maps", "pareto",
     "reliability_curves", "training_curves", "transfer_heat_map", "words_grid",
 ]  # fmt: skip
 
@@ -281,7 +281,8 @@ def bars(path: str | Path, values: dict[str, list[float]], names: list[str], tit
 
 @rc_context(PLAIN_TEXT)
 def pareto(path: str | Path, points: dict[str, tuple[float, float]], title: str) -> Path:
-    """Clean against robust accuracy, with names; a line joins those that no other beats in both.
+    """Clean against robust accuracy, with names; a line joins those that no other beats in both, and the area under it
+    from 0 on, the hypervolume, is said below.
 
     Args:
         path: PNG to write.
@@ -297,7 +298,7 @@ def pareto(path: str | Path, points: dict[str, tuple[float, float]], title: str)
     for k, (name, (clean, robust)) in enumerate(points.items()):
         colour, marker = _look(k)
         axes.plot(100 * clean, 100 * robust, marker, color=colour, markersize=8, label=_short(name))
-    axes.set(xlabel="clean, %", ylabel="robust, %")
+    axes.set(xlabel=f"clean, %\n(hypervolume {hypervolume(best):.3f})", ylabel="robust, %")
     axes.margins(0.12)
     axes.set_title(_lines(title), loc="left", fontsize=11)
     axes.grid(alpha=0.3)
@@ -305,6 +306,15 @@ def pareto(path: str | Path, points: dict[str, tuple[float, float]], title: str)
     figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     rows = [[name, *point, point in best] for name, point in points.items()]
     return _write(path, figure, ["name", "clean", "robust", "undominated"], rows)
+
+
+def hypervolume(points: list[tuple[float, float]]) -> float:
+    """The area that points (clean, robust), fractions, dominate from (0, 0) on: 1 is both everywhere right."""
+    area, reached = 0.0, 0.0
+    for clean, robust in sorted(points, key=lambda point: -point[1]):
+        area += max(clean - reached, 0.0) * robust
+        reached = max(reached, clean)
+    return area
 
 
 def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:

@@ -62,6 +62,14 @@ def test_a_record_holds(recorded, tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "again" / "repro.json").read_text())["holds"]
 
 
+def test_a_record_from_before_some_switches_were_noted_still_counts_verdict_by_verdict(recorded, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("verdicts need not be the same on a GPU")
+    path = copied(recorded, tmp_path, lambda record: record["env"].pop("sdpa"))
+    assert run("repro", path, "--out", tmp_path / "again") == 0
+    assert "holds: here every verdict must be the same" in capsys.readouterr().out
+
+
 def test_on_the_same_machine_every_verdict_counts(recorded, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("verdicts need not be the same on a GPU")

@@ -13,7 +13,7 @@ from PIL import Image
 from rvlm import cli
 from rvlm.data.base import Data
 from rvlm.evaluation import evaluate, write_evaluation
-from rvlm.report import facts, figures, gather, pareto, result_tables, training_curves
+from rvlm.report import facts, figures, gather, hypervolume, pareto, result_tables, training_curves
 from rvlm.report.tables import Table, csv_text, latex
 
 
@@ -99,6 +99,8 @@ def test_curves_over_radii_begin_at_the_clean_accuracy(tmp_path, record):
 def test_pareto_and_training_curves_keep_their_numbers(tmp_path):
     png = pareto(tmp_path / "p.png", {"a": (0.9, 0.1), "b": (0.8, 0.5), "c": (0.7, 0.4)}, "t")
     assert Image.open(png).size[0] > 600
+    assert hypervolume([(0.9, 0.1), (0.8, 0.5), (0.7, 0.4)]) == pytest.approx(0.8 * 0.5 + 0.1 * 0.1)
+    assert hypervolume([(1.0, 1.0), (0.5, 0.5)]) == 1 and hypervolume([]) == 0
     assert png.with_suffix(".csv").read_text().splitlines()[1:] == [
         "a,0.9,0.1,True",
         "b,0.8,0.5,True",
