@@ -104,8 +104,10 @@ def test_gain(kind, name, batch, classifiers, device, compare, benchmark):
     if kind.startswith("scheduling"):
         peer, library = partial(ours, model, best="adv"), "rvlm best=adv"
 
+    synchronize(device)
     began = time.perf_counter()
     attack(x, y)
+    synchronize(device)
     first = time.perf_counter() - began
     mine, theirs = (fooled(model, one, all_x, all_y, batch) for one in (attack, peer))
     differing = (mine != theirs).sum().item()

@@ -11,7 +11,8 @@ import statistics
 
 # What makes two machines two, and what else times depend on.
 MACHINE = ("device", "cuda", "driver", "cores", "threads")
-VERSIONS = ("commit", "python", "torch", "triton", "rvlm", "torchattacks", "open_clip_torch", "liger_kernel", "numpy")
+PACKAGES = ("torch", "triton", "rvlm", "torchattacks", "open_clip_torch", "liger_kernel", "numpy")
+VERSIONS = ("commit", "python", *PACKAGES)
 
 SOME = 3  # cells without a partner that are named
 

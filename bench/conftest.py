@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # not a package: the files here import each other by name
 
+from compare import PACKAGES
 from measure import QUICK, quartiles, seconds_per_call, synchronize
 
 _began = time.monotonic()
@@ -53,7 +54,6 @@ def versions() -> dict:
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("torch", "triton", "rvlm", "torchattacks", "open_clip_torch", "liger_kernel", "numpy")
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
@@ -64,7 +64,7 @@ def versions() -> dict:
         "cores": os.cpu_count(),
         "load": [round(load, 2) for load in os.getloadavg()],
         "quick": QUICK,
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in PACKAGES},
     }
 
 

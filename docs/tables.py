@@ -26,6 +26,7 @@ from typing import Any
 
 from rvlm.methods import MethodConfig, list_methods, method_class
 from rvlm.methods.prompts import PromptConfig
+from rvlm.units import Eps
 
 DOCS = Path(__file__).parent
 PART = re.compile(r"(<!-- (methods|settings|presets|results)(?:: (.*?))? -->\n).*?(<!-- end -->)", re.S)
@@ -247,11 +248,11 @@ def results(what: str) -> str:
     folder, _, more = folder.partition(" + ")
     attack, strong, data = RUNS[folder]
     rows = runs(folder)
-    radii = sorted({key.partition(" ")[2] for row in rows for key in row if re.fullmatch(r"pgd \S+", key)}, key=_number)
+    radii = sorted({key.partition(" ")[2] for row in rows for key in row if re.fullmatch(r"pgd \S+", key)}, key=Eps)
     columns = {"clean": "clean"}
     for eps in radii:
         columns |= {f"pgd {eps}": f"{attack} {eps}", f"autoattack {eps}": f"{strong} {eps}"}
-        for extra in ["transfer", *more.split(", ")] if more else ["transfer"]:
+        for extra in ["transfer", *filter(None, more.split(", "))]:
             columns["proxy on its images " + eps if extra == "proxy" else f"{extra} {eps}"] = f"{extra} {eps}"
     wanted = [name.strip() for name in names.split(";")]
     mine = {name: [row for row in rows if row["name"] == name] for name in wanted}
@@ -333,11 +334,6 @@ def _mean(rows: list[dict[str, Any]], key: str) -> str:
     if not found:
         return "-"
     return f"{statistics.mean(found):.1f}" + (f" ±{(max(found) - min(found)) / 2:.1f}" if len(found) > 1 else "")
-
-
-def _number(eps: str) -> float:
-    upper, _, lower = eps.partition("/")
-    return float(upper) / float(lower or 1)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@
 
 Phases nest. On the CPU a steady clock is enough; work on a CUDA device is timed by events on its stream, whose times
 are read after one synchronisation when they are asked for. What the CPU does while the device is busy costs no time by
-these events, what the device waits for does. Outside `record()` a phase costs one attribute check.
+these events, what the device waits for does. Outside `record()` a phase costs one look-up of a context variable.
 
 `record(ranges=True)` also shows the phases to torch.profiler, as ranges around the ops; `record(flops=True)` counts the
 floating-point operations of matrix products and convolutions in every phase (two for a product and its sum), attention
@@ -171,13 +171,13 @@ class Recording:
         if "" not in totals:
             raise RuntimeError("spans() of a recording that has not ended: ask behind the with block")
         found: list[Span] = []
-        self._flops[()] = 0 if self._counter is None else self._counter.flops
+        flops = self._flops | {(): 0 if self._counter is None else self._counter.flops}
 
         def visit(path: tuple[str, ...]) -> None:
             seconds, calls = totals[BETWEEN.join(path)]
             inside = [below for below in self._images if below[:-1] == path]
             own = seconds - sum(totals[BETWEEN.join(below)][0] for below in inside)
-            found.append(Span(path, seconds, own, calls, self._images.get(path, 0), self._flops.get(path, 0)))
+            found.append(Span(path, seconds, own, calls, self._images.get(path, 0), flops.get(path, 0)))
             for below in inside:
                 visit(below)
 

@@ -21,7 +21,7 @@ def write_figures(folder: Path) -> None:
         if not (folder / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             figure = draw()
-            figure.savefig(folder / name, dpi=150, bbox_inches="tight", facecolor="white", metadata={})
+            figure.savefig(folder / name, dpi=150, bbox_inches="tight", facecolor="white")
             plt.close(figure)
 
 

@@ -63,11 +63,12 @@ def write_pages() -> None:
     _write(FOLDER / "commands.md", _commands())
     _write(FOLDER / "methods.md", _method_settings())
     _write(FOLDER / "protocols.md", _protocols())
-    for file, page in copies().items():
+    shown = copies()
+    for file, page in shown.items():
         text = file.read_text()
         if page.name == "index.md":
             text += "\n```{toctree}\n:glob:\n:caption: Results\n\n*\n```\n"
-        _write(page, relinked(text, file, page, DOCS, copies()))
+        _write(page, relinked(text, file, page, DOCS, shown))
 
 
 def copies() -> dict[Path, Path]:
@@ -106,9 +107,7 @@ def _api(modules: tuple[str, ...]) -> str:
 
 def _module(module: str, underline: str) -> str:
     lines = [module, underline * len(module), "", f".. automodule:: {module}", ""]
-    names = sorted(
-        public_names(module), key=lambda name: inspect.isclass(getattr(importlib.import_module(module), name))
-    )
+    names = sorted(public_names(module), key=lambda name: inspect.isclass(_value(module, name)))
     if names:
         lines += [f".. currentmodule:: {module}", "", ".. autosummary::", "   :nosignatures:", ""]
         lines += [*(f"   {name}" for name in names), ""]
@@ -122,6 +121,7 @@ def _member(module: str, name: str) -> list[str]:
     if inspect.ismodule(value):  # has a place of its own
         return []
     if inspect.isclass(value):
+        # "function" is how APGD, CW, FAB ... name what they call; it has an entry of its own
         return [f".. autoclass:: {name}", "   :members:", "   :exclude-members: function", ""]
     return [f".. autofunction:: {name}", ""] if callable(value) else [f".. autodata:: {name}", "   :no-value:", ""]
 

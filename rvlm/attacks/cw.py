@@ -26,6 +26,8 @@ from rvlm.attacks.search import Attack, check_choices, check_count, search
 
 __all__ = ["CW", "cw"]
 
+ROUNDS_L2 = 9  # of the search for the trade-off, unless told otherwise
+
 INSIDE = 0.999999  # tanh reaches the walls of the box at infinity, so x is drawn this near to them
 LARGEST_L2, LARGEST_LINF = 1e10, 20.0  # weights c
 SHRINK, SMALLEST = 0.9, 1 / 256  # of the threshold t, the latter in pixel ranges
@@ -109,7 +111,7 @@ class CW(Attack):
         """The verdict on x and on what is kept, and a gradient for each step of every round. In Linf without `rounds`
         there are as many as it takes to double c up to its end; samples that are fooled go on longer than others."""
         const = _first_weight(given["const"], norm)
-        usual = 9 if norm == "l2" else math.ceil(math.log2(LARGEST_LINF / const))
+        usual = ROUNDS_L2 if norm == "l2" else math.ceil(math.log2(LARGEST_LINF / const))
         gradients = given["steps"] * (usual if given["rounds"] is None else given["rounds"])
         return Passes(gradients + 2, gradients)
 
@@ -199,7 +201,7 @@ class _Rounds:
 class _L2(_Rounds):
     def __init__(self, objective: Objective, ball: Ball, settings: _Settings) -> None:
         super().__init__(objective, ball, settings)
-        self.most = 9 if settings.rounds is None else settings.rounds
+        self.most = ROUNDS_L2 if settings.rounds is None else settings.rounds
         self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
 
     def over(self) -> Tensor:

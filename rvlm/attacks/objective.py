@@ -58,8 +58,8 @@ class Scores(Rows):
 
 @dataclasses.dataclass
 class Count:
-    """Images that went through the model, how many gradients were zero in every pixel (on the device), how often the
-    model was called by eager code, and the classes of its outputs, once it has been asked."""
+    """Images that went through the model, how many gradients were zero in every pixel (on the device), how often it
+    was asked outside regions and graphs, and the classes of its outputs, once it has been asked."""
 
     forwards: int = 0
     backwards: int = 0

@@ -26,7 +26,7 @@ from rvlm import ops
 from rvlm.attacks.ball import normal
 from rvlm.attacks.checks import check_images
 from rvlm.attacks.contract import scoring
-from rvlm.attacks.mifgsm import DRAWS, Ask, Now, Transform, mifgsm
+from rvlm.attacks.mifgsm import DRAWS, MIFGSM, Ask, Now, Transform, mifgsm
 from rvlm.attacks.objective import AttackResult, Passes, Scores
 from rvlm.attacks.search import Attack
 
@@ -195,7 +195,8 @@ class SGA(Attack):
     @staticmethod
     def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
         """Every run: for each step a gradient at x and at each scale, and the loss at the end."""
-        return _of_mifgsm(given, 1 + len(given["scales"]))
+        chain = [Scales(given["scales"])]
+        return MIFGSM.passes(classes, norm, steps=given["steps"], restarts=given["restarts"], transforms=chain)
 
 
 class CoAttack(Attack):
@@ -206,7 +207,7 @@ class CoAttack(Attack):
     @staticmethod
     def _passes(classes: int, norm: str, given: dict[str, Any]) -> Passes:
         """The clean embedding; every run: a gradient for each step, and the loss at the end."""
-        return Passes(1) + _of_mifgsm(given, 1)
+        return Passes(1) + MIFGSM.passes(classes, norm, steps=given["steps"], restarts=given["restarts"])
 
 
 def caption_sets(embeddings: Tensor, images: Tensor, count: int) -> Tensor:
@@ -234,11 +235,6 @@ def caption_sets(embeddings: Tensor, images: Tensor, count: int) -> Tensor:
     sets = embeddings.new_zeros(count, int(size.max()), embeddings.shape[1])
     sets[images[order], place] = embeddings[order]
     return sets
-
-
-def _of_mifgsm(given: dict[str, Any], asks: int) -> Passes:
-    gradients = given["steps"] * asks
-    return Passes(gradients + 1, gradients).times(given["restarts"])
 
 
 def _share(eps: Any, share: float) -> Any:

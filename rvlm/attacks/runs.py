@@ -48,7 +48,7 @@ class Starts:
         noise_of: noise_of(number of the run, ids); None: nothing is drawn.
         x_init: start of the first run.
         random: starts are noise.
-        on_sphere, scale: as in `search`.
+        on_sphere, scale: `on_sphere` and `start_scale` of `search`.
     """
 
     ball: Ball
@@ -130,7 +130,7 @@ class Runs:
         judge: of a cascade, else None.
         fixed: batches of another size are slow at first.
         scored: the scores of what runs keep are needed.
-        starts, survivors, slots: as in `search`.
+        restarts, survivors, slots: as in `search`.
     """
 
     run: Run

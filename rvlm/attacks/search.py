@@ -149,7 +149,7 @@ def search(
             aims = likeliest_wrong(objective, x, targets, parts) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
             if runs + 2 * cascade > MAX_RUNS:
-                raise ValueError(f"restarts times target classes must be at most {MAX_RUNS}, got {runs}")
+                raise ValueError(f"restarts times target classes must be at most {MAX_RUNS - 2 * cascade}, got {runs}")
             starts = Starts(
                 ball, ids=torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device),
                 noise_of=(own_noise or functools.partial(Noise, seed)) if draws else None,

@@ -118,11 +118,11 @@ def in_slots(
         idle = slots - len(items) if static else 0
         if idle:
             climb = climb.at(torch.tensor([0] * idle + list(range(len(items)))))
-        of_items, around = part(items[:1] * idle + items)
+        standing = items[:1] * idle + items
+        of_items, around = part(standing)
         while True:
             climb.look(of_items, around)
-            numbers = [number for _, number in items[:1] * idle + items]
-            steps = [number * climb.steps + k for number, k in zip(numbers, climb.k, strict=True)]
+            steps = [number * climb.steps + k for (_, number), k in zip(standing, climb.k, strict=True)]
             of_items.note(steps, climb.scores)
             looks += 1
             over = _true(climb.ended[idle:])

@@ -103,10 +103,10 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
     """Recall on images with captions, clean and attacked: a record for each radius."""
     from rvlm.data.captions import load_captions
     from rvlm.evaluation import retrieve, write_retrieval
-    from rvlm.evaluation.retrieval import retrieval_cost
+    from rvlm.evaluation.retrieval import parse_retrieval_attack, retrieval_cost
     from rvlm.models import load_clip
 
-    retrieval_cost(0, args.attack)  # an unknown attack is named before anything is loaded
+    parse_retrieval_attack(args.attack)  # an unknown attack is named before anything is loaded
     if args.precision != EvalArgs.precision:
         raise ValueError(f"attacks on captions run in fp32: leave --precision {args.precision} out")
     with together(args) as ranks:
@@ -245,7 +245,7 @@ def _costs(args: EvalArgs, protocol, there: list[tuple[Any, Any]], models, ranks
 
 
 def _measured(
-    args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: "Run | None", costs: dict[str, Any]
+    args: EvalArgs, protocol, part, data, models, ranks: Ranks, run: Run | None, costs: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Rows of one data set of a protocol; records that an earlier attempt wrote are taken as they are."""
     from rvlm.data.captions import Captions

@@ -30,8 +30,7 @@ def measure(
     x: Tensor,
     classes: int,
     batch_sizes: list[int],
-    rounds: int = 20,
-    progress: bool = True,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """Times forward passes without gradients, in eval mode.
 
@@ -41,7 +40,6 @@ def measure(
         classes: fewest columns of the logits.
         batch_sizes: images of a pass.
         rounds: how often each defended model and the plain one are timed, in turn; at least 2.
-        progress: show a bar.
 
     Returns:
         A row per batch size and model: name, batch, latency_ms (median of the passes; _q1 and _q3 are quartiles),
@@ -65,9 +63,7 @@ def measure(
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(scoring(model))
-        bar = stack.enter_context(
-            tqdm(total=len(batch_sizes) * rounds, desc="inference", disable=None if progress else True, unit="round")
-        )
+        bar = stack.enter_context(tqdm(total=len(batch_sizes) * rounds, desc="inference", disable=None, unit="round"))
         for size in batch_sizes:
             batch = x[:size]
             peaks = {name: _peak(model, batch) for name, model in models.items()}

@@ -62,6 +62,8 @@ def load_data(
         raise ValueError("limit and shots both choose the samples: give one of them")
     if draw not in DRAWS:
         raise ValueError(f"draw must be {' or '.join(DRAWS)}, got {draw!r}")
+    if draw != "rvlm" and shots is None:
+        raise ValueError(f"draw={draw!r} draws so many samples of every class: say how many, as shots")
     spec, halved, part = spec.partition("+classes=")
     kind, _, path = spec.partition(":")
     if spec == "digits":

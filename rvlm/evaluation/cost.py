@@ -26,7 +26,7 @@ from rvlm.attacks.stages import Stage
 __all__ = ["WARM_UP", "Cost", "Forecast", "Speed", "describe", "earlier_shares", "estimate", "measure_speed"]
 
 HALF = 0.5
-WARM_UP = 3 + BACKWARD  # passes of a batch that `measure_speed` takes, a backward one counted as two
+WARM_UP = 3 + BACKWARD  # passes of a batch that `measure_speed` takes (with a source two more), a backward one as two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cost:
 
     Attributes:
         images: N. attack: its name.
-        stages: by name, what an image costs in each; twice in it means twice.
+        stages: name of each stage in turn and what an image costs in it; a name may stand there twice.
         extra: passes beside, on the first chunk.
         shares: of the images that are expected to enter each stage. assumes: where they come from, in words.
         speed: None while nothing was timed. processes: that share the work.
@@ -132,8 +132,8 @@ def measure_speed(
     source: what is attacked, if that is another model.
     """
     with torch.random.fork_rng([x.device] if x.is_cuda else []):  # a model that draws numbers draws the same ones after
-        score = _timed(lambda: _forward(classifier, x), warm=lambda: _forward(classifier, x))
-        forward = score if source is None else _timed(lambda: _forward(source, x), warm=lambda: _forward(source, x))
+        score = _timed(lambda: _forward(classifier, x), warm=True)
+        forward = score if source is None else _timed(lambda: _forward(source, x), warm=True)
         there_and_back = _timed(lambda: _gradient(source or classifier, x))
     return Speed(*(seconds / len(x) for seconds in (score, forward, max(there_and_back - forward, 0.0))))
 
@@ -227,9 +227,9 @@ def _gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> None:
             torch.autograd.grad(output, leaf, allow_unused=True)
 
 
-def _timed(work: Callable[[], None], warm: Callable[[], None] | None = None) -> float:
-    if warm is not None:
-        warm()
+def _timed(work: Callable[[], None], warm: bool = False) -> float:
+    if warm:
+        work()
     _settle()
     began = time.perf_counter()
     work()

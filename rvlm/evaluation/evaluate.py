@@ -31,7 +31,7 @@ from rvlm.attacks.search import PRECISIONS, check_choices
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.cost import Cost, Forecast, estimate
-from rvlm.evaluation.metrics import reliability, wilson
+from rvlm.evaluation.metrics import reliability, rounding, wilson
 from rvlm.evaluation.resume import Keeper, Tally
 from rvlm.evaluation.saved import SavedImages
 from rvlm.ranks import Ranks
@@ -39,9 +39,7 @@ from rvlm.units import Eps
 
 __all__ = ["Evaluation", "evaluate", "parse_attack"]
 
-ZERO_GRADIENTS = (
-    0.1  # share of a stage's gradients from which on it is repeated on the margin loss, and the record says so
-)
+ZERO_GRADIENTS = 0.1  # share of a stage's gradients above which it is repeated on the margin loss; the record says so
 BLACK_BOX_GAIN = 0.002  # AutoAttack's threshold
 AHEAD, CHUNKS = 4, 4  # batches of a chunk at most, and as many chunks at least, so that processes can share them
 RANDOM = 1e-4  # of the largest logit, by which two passes of a deterministic model may differ
@@ -345,8 +343,7 @@ def evaluate(
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
         bar.total = bar.n
     result.losses = tally.losses
-    slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * shape.numel()}[norm]  # an ulp of every pixel
-    result.checks = _checks(result, tally, slack)
+    result.checks = _checks(result, tally, rounding(norm, shape.numel()))
     if images is not None and not white_box:
         result.checks.append(images.as_transfer(result.broken_by != -2))
     if precision in ("bf16", "cascade"):

@@ -6,7 +6,6 @@ which weights, which class names and prompts, which samples, which threat, which
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -25,6 +24,7 @@ import rvlm
 from rvlm.data import Data, Fit
 from rvlm.data.captions import Captions
 from rvlm.data.images import Reader
+from rvlm.data.prompts import fingerprint
 from rvlm.evaluation.evaluate import Evaluation
 from rvlm.evaluation.metrics import wilson
 from rvlm.evaluation.resume import COLUMNS
@@ -348,7 +348,7 @@ def _describe(
     classifier: Callable[[Tensor], Tensor], data: Data, resolution: list[int], method: str | None
 ) -> dict[str, Any]:
     """The sections model, input and text of a record; what cannot be seen of a foreign callable is None."""
-    names = _sha(data.class_names)
+    names = fingerprint(data.class_names)
     if not isinstance(classifier, ZeroShotClassifier):
         name = getattr(classifier, "__qualname__", type(classifier).__name__)
         model = {"source": "callable", "name": name, "sha256": weights_of(classifier), "method": method}
@@ -360,7 +360,7 @@ def _describe(
             "classnames_sha": names,
             "templates": classifier.templates,
             "n_templates": len(classifier.templates),
-            "templates_sha": _sha(classifier.templates),
+            "templates_sha": fingerprint(classifier.templates),
             "logit_scale": clip.logit_scale.item(),
         },
     }
@@ -499,10 +499,6 @@ def _git() -> dict[str, Any]:
         return {"git": commit, "dirty": bool(run(["git", "status", "--porcelain", "-uno"]).stdout)}
     except (OSError, subprocess.CalledProcessError):
         return {"git": None, "dirty": None}
-
-
-def _sha(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _peak_megabytes() -> float | None:

@@ -6,7 +6,6 @@ replaced as a whole, so that a crash or a full disk leaves the last one.
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from rvlm.attacks.stages import Stage
+from rvlm.data.prompts import fingerprint
 from rvlm.files import whole_file
 from rvlm.models.weights import settings_of, weights_sha
 
@@ -150,9 +150,5 @@ def _name(model: Any) -> str | None:
     if model is None:
         return None
     name = getattr(model, "__qualname__", type(model).__qualname__)
-    prompts = _sha(json.dumps(getattr(model, "templates", [])).encode())
+    prompts = fingerprint(getattr(model, "templates", []))
     return f"{name} {weights_sha(model)} {prompts}" if isinstance(model, nn.Module) else name
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -27,7 +27,7 @@ from rvlm.attacks.retrieval import SGA, CoAttack, caption_sets, coattack, sga
 from rvlm.data.captions import Captions
 from rvlm.evaluation.cost import Cost
 from rvlm.evaluation.evaluate import progress_bar
-from rvlm.evaluation.metrics import effective_size, wilson
+from rvlm.evaluation.metrics import effective_size, rounding, wilson
 from rvlm.models import Clip
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
@@ -90,7 +90,7 @@ class Retrieval:
 
     @property
     def checks(self) -> list[dict]:
-        slack = {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * 3 * self.resolution[0] * self.resolution[1]}[self.norm]
+        slack = rounding(self.norm, 3 * self.resolution[0] * self.resolution[1])
         over = (self.distance - float(self.eps)).max().item()
         return [
             {"id": "eps_respected", "ok": over <= slack, "detail": f"largest excess over eps {over:.2e}"},

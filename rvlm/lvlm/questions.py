@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rvlm.data.images import Reader
 from rvlm.data.registry import data_root
+from rvlm.data.rows import Places
 from rvlm.lvlm.layouts import CAPTION, LAYOUTS, Line
 
 __all__ = ["CAPTION", "Questions", "load_questions"]
@@ -63,10 +64,11 @@ class Questions:
         Raises:
             ValueError: some are not there.
         """
-        place = {number: row for row, number in enumerate(self.index.tolist())}
-        if lacks := [number for number in index if number not in place]:
+        wanted = torch.tensor(index)
+        rows = Places(self.index)(wanted)
+        if lacks := wanted[rows < 0].tolist():
             raise ValueError(f"{self.name} lacks {len(lacks)} of {len(index)} questions, such as number {lacks[0]}")
-        return self.subset(torch.tensor([place[number] for number in index]))
+        return self.subset(rows)
 
     def subset(self, rows: Tensor) -> "Questions":
         """The questions at `rows`, which keep their numbers."""

@@ -23,6 +23,7 @@ from rvlm.units import Eps
 
 __all__ = ["RecordedAnswers", "read_recorded_answers"]
 
+# What answers were made with where neither a record nor its config.yaml says so: frozen, whatever the defaults are now.
 SETTINGS = {"attack": "pgd-10", "aim": None, "max_tokens": 20, "batch_size": 8, "seed": 0, "quantize": None}
 
 

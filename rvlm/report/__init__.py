@@ -1,7 +1,7 @@
 """Reports: tables, plots with their numbers as CSV beside them, and a self-contained HTML page."""
 
 from rvlm.report.card import model_card
-from rvlm.report.flame import frames, write_flame
+from rvlm.report.flame import Frame, frames, write_flame
 from rvlm.report.gather import Found, gather
 from rvlm.report.html import write_html
 from rvlm.report.leaderboard import Entry, leaderboards, load_entries
@@ -36,6 +36,7 @@ from rvlm.report.tables import (
 __all__ = [
     "Entry",
     "Found",
+    "Frame",
     "Table",
     "accuracy_over_eps",
     "accuracy_over_steps",

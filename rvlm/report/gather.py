@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from rvlm.evaluation.compare import run_of, setting
+from rvlm.evaluation.compare import setting
 from rvlm.evaluation.records import SCHEMA, record_rows
 
 __all__ = ["Case", "Found", "cases", "differences", "gather", "shared_means"]
@@ -214,7 +214,7 @@ def _read_record(found: Found, record: dict[str, Any], file: Path, run: str) -> 
     if record["schema"] == SCHEMA:  # records of before have none of these
         metrics, examples = record["metrics"], record.get("examples")
         about |= {"over_steps": metrics.get("over_steps"), "calibration": metrics.get("calibration")}
-        about["examples"] = examples and examples | {"images": run_of(file) / examples["images"]}
+        about["examples"] = examples and examples | {"images": _run_folder(file) / examples["images"]}
     for row in rows:
         row["source"] = "" if row["target"] == "white-box" else row.get("source") or source or ""
         found.rows.append(row | about)

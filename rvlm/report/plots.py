@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -49,9 +50,7 @@ def accuracy_over_eps(
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xticks([float(Eps(tick)) for tick in ticks], ticks)
     axes.set(xlabel="eps (pixel range [0, 1])", ylabel="accuracy, %", ylim=(-3, 103))
-    axes.set_title(_lines(title), loc="left", fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    _finish(title, axes)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     rows = [[name, *point] for name, points in curves.items() for point in points]
     return _write(path, figure, ["name", "eps", "accuracy", "ci_low", "ci_high"], rows)
@@ -78,11 +77,8 @@ def accuracy_over_steps(path: str | Path, curves: dict[str, list[tuple]], title:
             lower.plot([p[1] for p in own], [p[3] for p in own], linewidth=1.5, **look)
     upper.set(ylabel="accuracy, %", ylim=(-3, 103))
     lower.set(xlabel="steps of the attack", ylabel="mean loss")
-    upper.set_title(_lines(title), loc="left", fontsize=11)
-    for axes in (upper, lower):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    upper.xaxis.get_major_locator().set_params(integer=True)  # lower shares it
+    _finish(title, upper, lower)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     rows = [[name, *point] for name, points in curves.items() for point in points]
     return _write(path, figure, ["name", "stage", "step", "accuracy", "mean_loss"], rows)
@@ -270,9 +266,7 @@ def bars(path: str | Path, values: dict[str, list[float]], names: list[str], tit
         axes.bar(places, heights, width, color=_look(k)[0], edgecolor="white", hatch=hatch, label=_short(label))
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right")
     axes.set(ylabel=ylabel)
-    axes.set_title(_lines(title), loc="left", fontsize=11)
-    axes.grid(alpha=0.3, axis="y")
-    axes.spines[["top", "right"]].set_visible(False)
+    _finish(title, axes, grid="y")
     if len(values) > 1:
         figure.legend(frameon=False, loc="outside lower center", ncols=min(len(values), 4))
     rows = [[name, *(heights[j] for heights in values.values())] for j, name in enumerate(names)]
@@ -300,9 +294,7 @@ def pareto(path: str | Path, points: dict[str, tuple[float, float]], title: str)
         axes.plot(100 * clean, 100 * robust, marker, color=colour, markersize=8, label=_short(name))
     axes.set(xlabel=f"clean, %\n(hypervolume {hypervolume(best):.3f})", ylabel="robust, %")
     axes.margins(0.12)
-    axes.set_title(_lines(title), loc="left", fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    _finish(title, axes)
     figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     rows = [[name, *point, point in best] for name, point in points.items()]
     return _write(path, figure, ["name", "clean", "robust", "undominated"], rows)
@@ -346,11 +338,8 @@ def training_curves(path: str | Path, histories: dict[str, list[dict]], title: s
         lower.plot([], [], styles[key], color="#555555", label=key)
     upper.set(ylabel="loss")
     lower.set(xlabel="epoch", ylabel="accuracy, %", ylim=(-3, 103))
-    upper.set_title(_lines(title), loc="left", fontsize=11)
-    for axes in (upper, lower):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    upper.xaxis.get_major_locator().set_params(integer=True)  # lower shares it
+    _finish(title, upper, lower)
     figure.legend(frameon=False, loc="outside lower center", ncols=4, fontsize=9)
     rows = [
         [name, j + 1, row.get("name", row.get("stage", "")), row.get("loss"), *(row.get(key) for key in seen)]
@@ -382,6 +371,14 @@ def maps(path: str | Path, rows: dict[str, list[Tensor]], columns: list[str], ti
         axes.set_title(column, fontsize=9)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return _write(path, figure, ["row", "column", "line", "values"], table)
+
+
+def _finish(title: str, *axes: Axes, grid: str = "both") -> None:
+    """A title over the first, on all of them a light grid and no frame above and on the right."""
+    axes[0].set_title(_lines(title), loc="left", fontsize=11)
+    for own in axes:
+        own.grid(alpha=0.3, axis=grid)
+        own.spines[["top", "right"]].set_visible(False)
 
 
 def _look(k: int) -> tuple[str, str]:

@@ -40,17 +40,17 @@ def toy(gaps):
 
 
 ATTACKS = [
-    (pgd, {"steps": 8, "random_start": False}, 8),
-    (pgd, {"steps": 8, "best": "adv", "early_stop": "freeze"}, 8),
-    (apgd, {"steps": 8}, 9),
-    (mifgsm, {"steps": 8}, 8),
-    (square, {"queries": 40}, None),
+    (pgd, {"steps": 8, "random_start": False}),
+    (pgd, {"steps": 8, "best": "adv", "early_stop": "freeze"}),
+    (apgd, {"steps": 8}),
+    (mifgsm, {"steps": 8}),
+    (square, {"queries": 40}),
 ]
 
 
-@pytest.mark.parametrize("attack, given, passes", ATTACKS, ids=[attack.__name__ for attack, *_ in ATTACKS])
+@pytest.mark.parametrize("attack, given", ATTACKS, ids=[attack.__name__ for attack, _ in ATTACKS])
 @pytest.mark.parametrize("slip", [-3.0, 0.0])
-def test_cascade_counts_fp32_verdicts_alone(attack, given, passes, slip):
+def test_cascade_counts_fp32_verdicts_alone(attack, given, slip):
     """eps reaches gaps up to 0.04, two units of margin less in bf16 (slip < 0: it believes that it has fooled more)."""
     x, y = toy([0.02, 0.035, 0.055, 0.2])
     model = Coarse(slip)

@@ -123,6 +123,7 @@ def test_our_own_draw_is_what_it_was(root):
     (dict(seed=0), "at least 1 shot and seeds from 1 on, got 2 shots, seed 0"),
     (dict(shots=0), "at least 1 shot"),
     (dict(draw="dassl"), "draw must be rvlm or coop, got 'dassl'"),
+    (dict(shots=None), "say how many, as shots"),
     (dict(limit=3), "limit and shots both choose the samples"),
 ])  # fmt: skip
 def test_what_is_no_draw_of_coops_is_refused(root, given, message):
