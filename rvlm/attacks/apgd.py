@@ -199,7 +199,7 @@ class _AutoSteps:
         for k in range(climb.steps):
             climb.look(objective, ball)
             objective.note(done + k, climb.scores, counts)
-            if self.compact and climb.hit is not None and (left := roll.call(climb.fooled, k)) is not None:
+            if self.compact and climb.done is not None and (left := roll.call(climb.done, k)) is not None:
                 if not roll.dismiss(climb.hit, left):
                     return roll.kept
                 objective, ball, climb = objective.at(left), ball.at(left), climb.at(left)
@@ -252,8 +252,9 @@ class _Climb(Rows):
         return [k == self.steps for k in self.k]
 
     @property
-    def fooled(self) -> Tensor:
-        return self.hit.fooled
+    def done(self) -> Tensor | None:
+        """Who has been fooled."""
+        return None if self.hit is None else self.hit.fooled
 
     def look(self, objective: Objective, ball: Ball) -> None:
         """Evaluates the iterates. At a checkpoint some become their best point."""

@@ -29,14 +29,15 @@ FULL = 32  # rows from which on, on a CPU, an image costs about the same in a la
 class Climb(Protocol):
     """Where runs stand: Rows of B of them, those that have just begun last.
 
-    steps: of a run. k: those made. ended: whether these are all. scores: of the iterates. fooled: bool [B].
+    steps: of a run. k: those made. ended: whether these are all. scores: of the iterates. done: bool [B], who need not
+    go on for another reason, such as being fooled; None: nobody leaves early.
     """
 
     steps: int
     scores: Scores
     k: list[int]
     ended: list[bool]
-    fooled: Tensor
+    done: Tensor | None
 
     def at(self, rows: Tensor) -> Self: ...
 
@@ -126,10 +127,11 @@ def in_slots(
             of_items.note(steps, climb.scores)
             looks += 1
             over = _true(climb.ended[idle:])
-            if stop and (device.type != "cuda" or looks % 8 == 0 or over):  # asking a GPU waits for it
-                fooled = _true(climb.fooled[idle:].tolist())
-                if over or 8 * len(fooled) >= len(items):
-                    over |= fooled
+            # asking a GPU waits for it
+            if climb.done is not None and (device.type != "cuda" or looks % 8 == 0 or over):
+                done = _true(climb.done[idle:].tolist())
+                if over or 8 * len(done) >= len(items):
+                    over |= done
             if over:
                 break
             climb.move(around)

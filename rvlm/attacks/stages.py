@@ -45,6 +45,7 @@ ATTACKS = {
     "pgd": PGD, "mifgsm": MIFGSM, "apgd": APGD, "fab": FAB, "fmn": FMN, "square": Square,
     "cw": CW, "deepfool": DeepFool,
 }  # fmt: skip
+REFILLED = ("apgd",)  # whose batches can be kept full (`rvlm.attacks.slots`)
 CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
     "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",
@@ -83,7 +84,7 @@ class Stage:
     @property
     def refills(self) -> bool:
         """Whether its batches are kept full, so that it may be given more images than go through the model at once."""
-        return self.attack == "apgd" and not self.settings.get("larger_eps")
+        return self.attack in REFILLED and not self.settings.get("larger_eps")
 
     def __call__(
         self,
