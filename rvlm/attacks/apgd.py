@@ -26,7 +26,8 @@ from torch import Tensor
 
 from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, rowwise
-from rvlm.attacks.kept import Kept, Roll
+from rvlm.attacks.climb import in_step
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores, most_targets
 from rvlm.attacks.rows import Rows
@@ -94,7 +95,7 @@ def apgd(
             target, take the places of those that are over, so that batches stay full, and x may be as large as memory
             allows; with "compile" and "cudagraph" all batches have that size. For a loss by name; best="adv" goes with
             early_stop="compact". The same verdicts as run after run: where several runs fool a sample, the image may be
-            another one's. Without y the model is asked about all of x at once.
+            another one's.
 
     Returns:
         As `pgd`.
@@ -123,6 +124,7 @@ def apgd(
         aimed=isinstance(loss, str) and loss in AIMED, targets=targets, random_start=random_start, on_sphere=True,
         start_scale=RADII[0] if larger_eps else 1.0,
         restarts=restarts, x_init=x_init, survivors=best == "adv" and isinstance(loss, str), slots=slots,
+        queue=slots is not None,
         generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
         model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
@@ -176,7 +178,7 @@ class _AutoSteps:
             start = scaled.nearest_(start)
             rule = _Sparsity.of(scaled, objective, steps, self.first_step, start)
             last = radius == RADII[-1]  # success in a larger ball is none
-            climb = _Climb.of(rule, objective, start, steps, adversarial=last and self.best == "adv")
+            climb = _Climb.of(rule, objective, start, steps, last and self.best == "adv", self.compact)
             best = self._run(objective, scaled, climb, used, done, last)
             start, done = best.x_adv.clone(), done + steps
         return best, used
@@ -186,30 +188,13 @@ class _AutoSteps:
             rule = _Sparsity.of(ball, objective, self.steps, self.first_step)
         else:
             rule = _Halving.of(ball, objective, self.steps, self.first_step, self.rho)
-        return _Climb.of(rule, objective, start, self.steps, adversarial=self.best == "adv")
+        return _Climb.of(rule, objective, start, self.steps, self.best == "adv", self.compact)
 
     def _run(
         self, objective: Objective, ball: Ball, climb: "_Climb", used: Tensor, done: int = 0, counts: bool = True
     ) -> Kept:
-        """What one run keeps; counts its steps in `used`, and notes them behind those done.
-
-        counts: whether fooling the model does.
-        """
-        roll = Roll()
-        for k in range(climb.steps):
-            climb.look(objective, ball)
-            objective.note(done + k, climb.scores, counts)
-            if self.compact and climb.done is not None and (left := roll.call(climb.done, k)) is not None:
-                if not roll.dismiss(climb.hit, left):
-                    return roll.kept
-                objective, ball, climb = objective.at(left), ball.at(left), climb.at(left)
-            if self.callback is not None:
-                self.callback(k, ball.as_seen(climb.x_adv), climb.scores.loss)
-            climb.move(ball)
-            used[roll.rows] += 1
-        climb.look(objective, ball)
-        objective.note(done + climb.steps, climb.scores, counts)
-        return roll.close(climb.kept())
+        how = {"callback": self.callback, "before": done, "counts": counts}
+        return in_step(climb, objective, ball, used, leave=self.compact, **how)
 
 
 @dataclasses.dataclass
@@ -232,18 +217,19 @@ class _Climb(Rows):
     best: Kept
     best_grad: Tensor
     hit: Kept | None
+    leave: bool
     k: list[int]
 
     @classmethod
-    def of(cls, rule, objective: Objective, start: Tensor, steps: int, adversarial: bool) -> "_Climb":
-        """adversarial: keep such iterates."""
+    def of(cls, rule, objective: Objective, start: Tensor, steps: int, adversarial: bool, leave: bool) -> "_Climb":
+        """adversarial: keep such iterates; leave: who has one is done."""
         rows, device = len(start), start.device
         loss, pred = torch.full((rows,), torch.nan, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
         none = Scores(loss, None if objective.labels is None else pred.bool(), pred)
         hit = Kept(start.clone(), none) if adversarial and objective.labels is not None else None
         return cls(
             steps, rule, start, start.clone(), torch.zeros_like(start), none, Kept(start.clone(), none),
-            torch.zeros_like(start), hit, [0] * rows,
+            torch.zeros_like(start), hit, leave, [0] * rows,
         )  # fmt: skip
 
     @property
@@ -254,7 +240,7 @@ class _Climb(Rows):
     @property
     def done(self) -> Tensor | None:
         """Who has been fooled."""
-        return None if self.hit is None else self.hit.fooled
+        return self.hit.fooled if self.leave and self.hit is not None else None
 
     def look(self, objective: Objective, ball: Ball) -> None:
         """Evaluates the iterates. At a checkpoint some become their best point."""
@@ -273,11 +259,12 @@ class _Climb(Rows):
             ops.keep_best_(self.x_adv, self.best.x_adv, back)
             self.grad = ops.keep_best_(grad.clone(), self.best_grad, back)
 
-    def move(self, ball: Ball) -> None:
+    def move(self, ball: Ball) -> int:
         """One step."""
         with profiling.phase("step", len(self.x_adv)):
             self.rule.step(self.x_prev, self.x_adv, self.grad, ball, self._old)
         self.x_prev, self.x_adv, self.k = self.x_adv, self.x_prev, [k + 1 for k in self.k]
+        return 1
 
     def kept(self) -> Kept:
         if self.hit is not None:

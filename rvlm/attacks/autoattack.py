@@ -103,7 +103,7 @@ def autoattack(
 
     def scored(images: Tensor, labels: Tensor | None) -> tuple[Scores, Objective]:
         with untouched(model, model_mode), torch.no_grad(), arithmetic(model, x.device, precision and "fp32"):
-            objective = Objective(model, x, labels, "margin")
+            objective = Objective(model, x, labels, "margin", slots=slots)
             return objective.score(images), objective
 
     with drawn_seed(generator, True) as seed:

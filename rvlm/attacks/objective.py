@@ -111,6 +111,8 @@ class Objective:
         eot: evaluations that a gradient is the mean of (for models that draw random numbers); the loss is their mean,
             too, and an image counts as fooled if most of them say so.
         engine: what runs gradients in place of eager code (`rvlm.attacks.engines`).
+        slots: the largest batch that the model is asked about at once; a larger one is cut. None: any.
+        static: with slots, all of these batches have that size: rows without work repeat one.
 
     Attributes:
         target: int64 [B], class that an untargeted attack aims at with a loss of AIMED; set it before the first use.
@@ -128,7 +130,10 @@ class Objective:
         targeted: bool = False,
         eot: int = 1,
         engine: Compiled | Replayed | None = None,
+        slots: int | None = None,
+        static: bool = False,
     ) -> None:
+        self.slots, self.static = slots, static
         self.model, self.targeted, self.batch, self.eot, self.engine = model, targeted, len(x), eot, engine
         self.count, self.target, self.watched, self.labels = Count(), None, False, None
         self.trace: Trace | None = None
@@ -168,6 +173,8 @@ class Objective:
 
     def score(self, x: Tensor) -> Scores:
         """Scores of x, without a gradient."""
+        if self._to_cut(x):
+            return self._in_parts(x, lambda part, rows: part.score(x[rows]))
         with torch.no_grad():
             return _mean([self._evaluate(x) for _ in range(self.eot)])
 
@@ -176,6 +183,8 @@ class Objective:
 
         before: differentiable map of the pixels that stands in front of the model.
         """
+        if self._to_cut(x):
+            return self._in_parts(x, lambda part, rows: part.gradient(x[rows], before))
         scores, grad = self._gradient(x, before)
         if self.eot == 1:
             return scores, grad
@@ -188,6 +197,8 @@ class Objective:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] of x, without a gradient, in float32 or float64."""
+        if self._to_cut(x):
+            return self._in_parts(x, lambda part, rows: part.logits(x[rows]))
         with torch.no_grad(), profiling.phase("forward", len(x)):
             output = self.model(x)
         self.count.forwards += len(x)
@@ -217,6 +228,8 @@ class Objective:
         """z_c - z_y [B, K] at x for classes [B, K], the gradient of each column (a list of K tensors like x), and the
         predicted classes [B].
         """
+        if self._to_cut(x):
+            return self._in_parts(x, lambda part, rows: part.differences(x[rows], classes[rows]))
         leaf = x.detach().requires_grad_()
         with profiling.phase("forward", len(x)):
             output = self._ask(leaf)
@@ -233,6 +246,21 @@ class Objective:
             ]
         self.count.backwards += len(grads) * len(x)
         return gaps.detach().to(x.dtype), grads, z.detach().argmax(1)
+
+    def _to_cut(self, x: Tensor) -> bool:
+        return self.slots is not None and (len(x) > self.slots or (self.static and 0 < len(x) < self.slots))
+
+    def _in_parts(self, x: Tensor, ask: Callable[["Objective", Tensor], Any]) -> Any:
+        """ask(objective, rows) for parts of x that fit, joined."""
+        found = []
+        for rows in torch.arange(len(x), device=x.device).split(self.slots):
+            n = len(rows)
+            if self.static:
+                rows = torch.cat([rows, rows[:1].expand(self.slots - n)])
+            part = self.at(rows)
+            part.slots = None
+            found.append((n, ask(part, rows)))
+        return _joined(found)
 
     def _gradient(self, x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Scores, Tensor]:
         found = None if before is not None else self._by_engine(x)
@@ -399,6 +427,18 @@ NO_GRADIENT = (
     "the loss does not depend on the images: the model's output carries no gradient. Remove detach(), no_grad(), "
     ".data, numpy or argmax from the model's forward pass."
 )
+
+
+def _joined(parts: list[tuple[int, Any]]) -> Any:
+    """Answers to parts of a batch as one, of each part its first n rows."""
+    answers = [answer for _, answer in parts]
+    if answers[0] is None:
+        return None
+    if isinstance(answers[0], Tensor):
+        return torch.cat([answer[:n] for n, answer in parts])
+    if isinstance(answers[0], Scores):
+        return Scores(*_joined([(n, (a.loss, a.fooled, a.pred)) for n, a in parts]))
+    return type(answers[0])(_joined([(n, a[i]) for n, a in parts]) for i in range(len(answers[0])))
 
 
 def _mean(draws: list[Scores]) -> Scores:

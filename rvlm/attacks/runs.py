@@ -7,7 +7,7 @@ In a cascade runs search in bf16; what they keep is scored in fp32, and who is n
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import Objective, Scores
 from rvlm.attacks.slots import in_slots
 
-__all__ = ["Disagreement", "Judge", "Run", "Runs", "Starts", "left_over", "likeliest_wrong"]
+__all__ = ["Disagreement", "Judge", "Run", "Runs", "Starts", "left_over"]
 
 
 class Run(Protocol):
@@ -105,13 +105,10 @@ class Judge:
         self.in_float32, self.disagreement, self.trace = in_float32, disagreement, objective.trace
         self.cut = torch.zeros_like(objective.labels, dtype=torch.bool)
 
-    def __call__(self, objective: Objective, kept: Kept, rows: Tensor | None, idle: int = 0) -> Kept:
-        """What was kept of these samples (None: of all), which stand behind so many idle rows."""
+    def __call__(self, objective: Objective, kept: Kept, rows: Tensor | None) -> Kept:
+        """What was kept of these samples; None: of all."""
         with self.in_float32():
             scores = objective.score(kept.x_adv)
-        if idle:
-            theirs = torch.arange(idle, len(kept.x_adv))
-            kept, scores = kept.at(theirs), scores.at(theirs)
         rows = torch.arange(len(self.cut), device=self.cut.device) if rows is None else rows
         wrongly = self.disagreement.settle(kept, scores)
         self.cut[rows[wrongly]] = True
@@ -128,9 +125,9 @@ class Runs:
         runs: how many, restarts times classes that are aimed at.
         aims: these classes, [B, runs / restarts]; None for a loss that does not aim.
         judge: of a cascade, else None.
-        fixed: batches of another size are slow at first.
+        queued: they share a batch that a queue keeps full.
         scored: the scores of what runs keep are needed.
-        restarts, survivors, slots: as in `search`.
+        restarts, survivors: as in `search`.
     """
 
     run: Run
@@ -142,8 +139,7 @@ class Runs:
     aims: Tensor | None
     judge: Judge | None
     survivors: bool
-    slots: int | None
-    fixed: bool
+    queued: bool
     scored: bool
 
     def in_turn(self) -> tuple[Kept, Tensor]:
@@ -186,10 +182,10 @@ class Runs:
 
         return in_slots(
             self.run, self.objective, self.ball, start_of, None if self.aims is None else aim, self.runs,
-            slots=self.slots, stop=self.survivors, static=self.fixed, judge=self.judge,
+            stop=self.survivors, judge=self.judge,
         )  # fmt: skip
 
-    def go_on(self, chosen: Kept, steps_used: Tensor, parts: Sequence[Tensor]) -> None:
+    def go_on(self, chosen: Kept, steps_used: Tensor) -> None:
         """The end of a cascade, to be called in fp32: who is not fooled goes on from its best image.
 
         For a quarter of the steps; for all of them whom bf16 took for fooled, since it may have left early.
@@ -201,19 +197,17 @@ class Runs:
             noise = self.starts.noise(self.runs + whole)
             self._note_next_run()
             if self.aims is not None:
-                self.objective.target = likeliest_wrong(self.objective, chosen.x_adv, 1, parts)[:, 0]
+                self.objective.target = self.objective.runners_up(chosen.x_adv, 1)[:, 0]
             run, objective, ball = self.run.continued(whole), self.objective, self.ball
             start = chosen.x_adv.clone()
             if self._may_shrink:
                 objective, ball, start = objective.at(left), ball.at(left), start[left]
                 noise = noise and noise.at(left)
-            if self.slots is None:
-                kept, steps = run(objective, ball, start, True, noise)
+            if self.queued:
+                starts = lambda _, rows, at=start: at[rows]  # noqa: E731
+                kept, steps = in_slots(run, objective, ball, starts, None, 1, stop=self.survivors)
             else:
-                kept, steps = in_slots(
-                    run, objective, ball, lambda _, rows, at=start: at[rows], None, 1,
-                    slots=self.slots, stop=self.survivors, static=self.fixed,
-                )  # fmt: skip
+                kept, steps = run(objective, ball, start, True, noise)
             if not self._may_shrink:
                 kept, steps = kept.at(left), steps[left]
             steps_used[left] += steps
@@ -222,13 +216,8 @@ class Runs:
     @property
     def _may_shrink(self) -> bool:
         """Whether a run may be given some of the samples: a loss of the caller's own may know the whole batch."""
-        return self.objective.named and (self.slots is not None or not self.fixed)
+        return self.objective.named and (self.objective.slots is not None or not self.objective.static)
 
     def _note_next_run(self) -> None:
         if self.objective.trace is not None:
             self.objective.trace.next_run()
-
-
-def likeliest_wrong(objective: Objective, x: Tensor, most: int | None, parts: Sequence[Tensor]) -> Tensor:
-    """The classes that are likeliest on x but for the labels, asked part by part: [B, most]."""
-    return torch.cat([objective.at(rows).runners_up(x[rows], most) for rows in parts])

@@ -19,8 +19,8 @@ from rvlm.attacks.checks import AttackWarning, check_grid, check_images, check_r
 from rvlm.attacks.contract import MODEL_MODES, arithmetic, untouched
 from rvlm.attacks.engines import ENGINES, FIXED, engine_for
 from rvlm.attacks.losses import AIMED
-from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
-from rvlm.attacks.runs import Disagreement, Judge, Run, Runs, Starts, likeliest_wrong
+from rvlm.attacks.objective import AttackResult, Objective, Passes
+from rvlm.attacks.runs import Disagreement, Judge, Run, Runs, Starts
 from rvlm.attacks.trace import Trace
 
 __all__ = [
@@ -62,6 +62,7 @@ def search(
     x_init: Tensor | None = None,
     survivors: bool = False,
     slots: int | None = None,
+    queue: bool = False,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -87,8 +88,10 @@ def search(
         on_sphere: random starts touch the ball's surface.
         start_scale: starts lie in a ball that many times as large.
         survivors: a later run is for the samples that no earlier one has fooled.
-        slots: how many runs go through the model at once (`rvlm.attacks.slots`); the run must have `begin`. None: all
-            samples, one run after the other.
+        slots: how many samples or runs go through the model at once, at most; with an engine of FIXED always as many.
+            None: all samples.
+        queue: with slots, runs need not stand at one step (`rvlm.attacks.slots`); the run must have `begin`. Else one
+            run after the other.
         generator: one that has a method `noise(run, sample_ids) -> Noise` hands out the noise of every run itself
             (`rvlm.compat`, where draws are those of other libraries).
         eot: gradients of each iterate, averaged.
@@ -132,21 +135,21 @@ def search(
         ball = Ball(x, radius, norm, bounds, strict_eps, quantize, low_frequency)
         draws = draws or (random_start and (x_init is None or restarts > 1 or aimed))
         own_noise = getattr(generator, "noise", None)
-        parts = torch.arange(len(x), device=x.device).split(slots or len(x))
         disagreement = Disagreement(x.device)
         with (
             arithmetic(model, x.device, precision) as in_float32,
             drawn_seed(generator, draws and own_noise is None) as seed,
         ):
             with in_float32() if cascade else nullcontext():  # the model's own predictions may be the labels
-                objective = Objective(model, x, y, loss, targeted, eot, engine_for(engine, model, x))
+                how = engine_for(engine, model, x), slots, engine in FIXED
+                objective = Objective(model, x, y, loss, targeted, eot, *how)
             objective.watched = return_info
             objective.trace = Trace(len(x), x.device) if return_info else None
             if survivors and objective.labels is None:
                 raise ValueError("early_stop needs labels or targets y: int64 [B]")
             if cascade and objective.labels is None:
                 raise ValueError("precision='cascade' needs labels or targets y, int64 [B]: what is not fooled goes on")
-            aims = likeliest_wrong(objective, x, targets, parts) if aimed else None
+            aims = objective.runners_up(x, targets) if aimed else None
             runs = restarts * (aims.shape[1] if aimed else 1)
             if runs + 2 * cascade > MAX_RUNS:
                 raise ValueError(f"restarts times target classes must be at most {MAX_RUNS - 2 * cascade}, got {runs}")
@@ -159,19 +162,18 @@ def search(
             work = Runs(
                 run, objective, ball, starts, runs=runs, restarts=restarts, aims=aims,
                 judge=Judge(in_float32, disagreement, objective) if cascade else None,
-                survivors=survivors, slots=slots, fixed=engine in FIXED, scored=return_info or runs > 1 or cascade,
+                survivors=survivors, queued=queue, scored=return_info or runs > 1 or cascade,
             )  # fmt: skip
-            chosen, steps_used = work.in_turn() if slots is None else work.in_slots()
+            chosen, steps_used = work.in_slots() if queue else work.in_turn()
             if cascade:
                 with in_float32():
-                    work.go_on(chosen, steps_used, parts)
+                    work.go_on(chosen, steps_used)
         if not return_info:
             return chosen.x_adv
         verdict = chosen.scores
         if precision is not None and not cascade:
             with arithmetic(model, x.device, "fp32"):  # also where the caller's is another one
-                scores = [objective.at(rows).score(chosen.x_adv[rows]) for rows in parts]
-            verdict = functools.reduce(Scores.join, scores)
+                verdict = objective.score(chosen.x_adv)
             if distances:
                 verdict.loss = chosen.scores.loss
             if precision == "bf16":

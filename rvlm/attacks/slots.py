@@ -7,49 +7,24 @@ the sample is begun. Runs of one sample go side by side only where no other samp
 full enough. What a run finds does not depend on its neighbours, so the verdicts are those of one run after the other;
 which run is the first to fool a sample, and so its image, may differ.
 
-With static shapes the model sees batches of one size alone: slots without work repeat a row, and nobody looks at it.
+With static shapes the model still sees batches of one size alone (`Objective`).
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rvlm.attacks.ball import Ball
+from rvlm.attacks.climb import Climb
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import Objective, Scores
 from rvlm.attacks.work import work_queue
 
-__all__ = ["Climb", "in_slots"]
+__all__ = ["in_slots"]
 
 FULL = 32  # rows from which on, on a CPU, an image costs about the same in a larger batch
-
-
-class Climb(Protocol):
-    """Where runs stand: Rows of B of them, those that have just begun last.
-
-    steps: of a run. k: those made. ended: whether these are all. scores: of the iterates. done: bool [B], who need not
-    go on for another reason, such as being fooled; None: nobody leaves early.
-    """
-
-    steps: int
-    scores: Scores
-    k: list[int]
-    ended: list[bool]
-    done: Tensor | None
-
-    def at(self, rows: Tensor) -> Self: ...
-
-    def join(self, other: Self) -> Self: ...
-
-    def look(self, objective: Objective, ball: Ball) -> None:
-        """Evaluates the iterates."""
-
-    def move(self, ball: Ball) -> None:
-        """One step."""
-
-    def kept(self) -> Kept: ...
 
 
 def in_slots(
@@ -60,30 +35,25 @@ def in_slots(
     aim: Callable[[Tensor, Tensor], Tensor] | None,
     runs: int,
     *,
-    slots: int,
     stop: bool,
-    static: bool,
-    judge: Callable[[Objective, Kept, Tensor, int], Kept] | None = None,
+    judge: Callable[[Objective, Kept, Tensor], Kept] | None = None,
 ) -> tuple[Kept, Tensor]:
     """The best run of each sample, and its steps [N] in all of them.
 
     Args:
         run: `run.begin(objective, ball, start)` is a Climb.
-        objective, ball: of all N samples.
+        objective, ball: of all N samples; objective.slots is the largest batch.
         start_of: start_of(number of the run, samples) is where they start.
         aim: aim(samples, numbers) are the classes that runs aim at.
         runs: of each sample.
-        slots: the largest batch.
         stop: a fooled sample is done with.
-        static: all batches are of that size.
-        judge: judge(objective, kept, samples, idle) is what runs have kept of these samples, behind so many idle rows,
-            with the scores that count.
+        judge: judge(objective, kept, samples) is what runs have kept of these samples, with the scores that count.
     """
-    device, queue = ball.x.device, work_queue()
+    device, slots, queue = ball.x.device, objective.slots, work_queue()
     for number in range(runs):
         for sample in range(len(ball.x)):
             queue.push(sample, number)
-    full = slots if static or device.type == "cuda" else min(slots, FULL)
+    full = slots if objective.static or device.type == "cuda" else min(slots, FULL)
     none = torch.full((len(ball.x),), -1, device=device)
     chosen = Kept(ball.x.clone(), Scores(torch.full((len(none),), torch.nan, device=device), none == 0, none))
     used = torch.zeros_like(none)
@@ -116,31 +86,25 @@ def in_slots(
         if fresh:
             fresh.sort(key=lambda item: item[1])
             climb, items = begun(fresh) if climb is None else climb.join(begun(fresh)), items + fresh
-        idle = slots - len(items) if static else 0
-        if idle:
-            climb = climb.at(torch.tensor([0] * idle + list(range(len(items)))))
-        standing = items[:1] * idle + items
-        of_items, around = part(standing)
+        of_items, around = part(items)
         while True:
             climb.look(of_items, around)
-            steps = [number * climb.steps + k for (_, number), k in zip(standing, climb.k, strict=True)]
+            steps = [number * climb.steps + k for (_, number), k in zip(items, climb.k, strict=True)]
             of_items.note(steps, climb.scores)
             looks += 1
-            over = _true(climb.ended[idle:])
+            over = _true(climb.ended)
             # asking a GPU waits for it
             if climb.done is not None and (device.type != "cuda" or looks % 8 == 0 or over):
-                done = _true(climb.done[idle:].tolist())
+                done = _true(climb.done.tolist())
                 if over or 8 * len(done) >= len(items):
                     over |= done
             if over:
                 break
             climb.move(around)
-        rows, those = sorted(over), [items[row] for row in sorted(over)]
-        spare = slots - len(rows) if static and judge is not None else 0
-        kept = climb.at(idle + torch.tensor(rows[:1] * spare + rows)).kept()
+        those = [items[row] for row in sorted(over)]
+        kept = climb.at(torch.tensor(sorted(over))).kept()
         if judge is not None:
-            samples = torch.tensor([sample for sample, _ in those], device=device)
-            kept = judge(part(those[:1] * spare + those)[0], kept, samples, spare)
+            kept = judge(part(those)[0], kept, torch.tensor([sample for sample, _ in those], device=device))
         settle(those, kept)
         gone = {those[row][0] for row in _true(kept.fooled.tolist())} if stop else set()
         for sample in gone:
@@ -148,8 +112,8 @@ def in_slots(
         stay = [row for row, (sample, _) in enumerate(items) if row not in over and sample not in gone]
         for row in set(range(len(items))).difference(stay):
             queue.end(items[row][0])
-            used[items[row][0]] += climb.k[idle + row]
-        climb, items = climb.at(idle + torch.tensor(stay, dtype=torch.int64)), [items[row] for row in stay]
+            used[items[row][0]] += climb.k[row]
+        climb, items = climb.at(torch.tensor(stay, dtype=torch.int64)), [items[row] for row in stay]
         if items:
             climb.move(part(items)[1])
     return chosen, used
