@@ -26,13 +26,13 @@ from torch import Tensor
 
 from rvlm import ops, profiling
 from rvlm.attacks.ball import Ball, rowwise
-from rvlm.attacks.climb import in_step
+from rvlm.attacks.climb import Climb, in_step, unscored
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.losses import AIMED
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores, most_targets
-from rvlm.attacks.rows import Rows
+from rvlm.attacks.rows import Rows, on_device
 from rvlm.attacks.runs import left_over
-from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, search
+from rvlm.attacks.search import Attack, check_choices, check_count, check_slots, check_stop, search
 
 __all__ = ["APGD", "apgd"]
 
@@ -146,14 +146,11 @@ class APGD(Attack):
 
 
 def _check_slots(best: str, early_stop: str | None, loss: Any, larger_eps: bool, callback: Any) -> None:
-    if callable(loss):
-        raise ValueError("slots needs a loss by name: one of your own may know the whole batch")
+    check_slots(loss, callback)
     if best == "adv" and early_stop != "compact":
         raise ValueError("slots with best='adv' needs early_stop='compact': fooled samples make room for others")
     if larger_eps:
         raise ValueError("slots is not for larger_eps=True, whose runs change their balls")
-    if callback is not None:
-        raise ValueError("slots has no callback: its batches hold runs at different steps")
 
 
 class _AutoSteps:
@@ -169,73 +166,57 @@ class _AutoSteps:
         return _AutoSteps(steps, self.rho, self.first_step, self.best, self.compact, False, self.callback)
 
     def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
-        used = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+        how = {"leave": self.compact, "callback": self.callback}
         if not self.larger_eps:
-            return self._run(objective, ball, self.begin(objective, ball, start), used), used
+            return in_step(self.begin(objective, ball, start), objective, ball, **how)
+        used = torch.zeros(len(start), dtype=torch.int64, device=start.device)
         counts, done = [math.ceil(share * self.steps) for share in SHARES[:2]], 0
         for radius, steps in zip(RADII, (*counts, self.steps - sum(counts)), strict=True):
             scaled = ball.scaled(radius)
             start = scaled.nearest_(start)
             rule = _Sparsity.of(scaled, objective, steps, self.first_step, start)
             last = radius == RADII[-1]  # success in a larger ball is none
-            climb = _Climb.of(rule, objective, start, steps, last and self.best == "adv", self.compact)
-            best = self._run(objective, scaled, climb, used, done, last)
-            start, done = best.x_adv.clone(), done + steps
+            climb = _Ascent.of(rule, objective, start, steps, last and self.best == "adv", self.compact)
+            best, moved = in_step(climb, objective, scaled, before=done, counts=last, **how)
+            start, done, used = best.x_adv.clone(), done + steps, used + moved
         return best, used
 
-    def begin(self, objective: Objective, ball: Ball, start: Tensor) -> "_Climb":
+    def begin(self, objective: Objective, ball: Ball, start: Tensor) -> "_Ascent":
         if ball.norm == "l1":
             rule = _Sparsity.of(ball, objective, self.steps, self.first_step)
         else:
             rule = _Halving.of(ball, objective, self.steps, self.first_step, self.rho)
-        return _Climb.of(rule, objective, start, self.steps, self.best == "adv", self.compact)
-
-    def _run(
-        self, objective: Objective, ball: Ball, climb: "_Climb", used: Tensor, done: int = 0, counts: bool = True
-    ) -> Kept:
-        how = {"callback": self.callback, "before": done, "counts": counts}
-        return in_step(climb, objective, ball, used, leave=self.compact, **how)
+        return _Ascent.of(rule, objective, start, self.steps, self.best == "adv", self.compact)
 
 
 @dataclasses.dataclass
-class _Climb(Rows):
-    """Where runs stand, each after k steps of its own; those that have made none come last.
+class _Ascent(Climb):
+    """Where runs stand.
 
     Attributes:
-        grad: of the loss at x_adv.
-        scores: of x_adv.
-        best, best_grad: the iterate with the best loss so far, and the gradient there.
-        hit: the last adversarial iterate; None if nobody asks for it.
+    grad: of the loss at x_adv.
+    best, best_grad: the iterate with the best loss so far, and the gradient there.
+    hit: the last adversarial iterate; None if nobody asks for it.
+    leave: who has one is done.
     """
 
-    steps: int
     rule: "_Halving | _Sparsity"
-    x_adv: Tensor
     x_prev: Tensor
     grad: Tensor
-    scores: Scores
     best: Kept
     best_grad: Tensor
     hit: Kept | None
     leave: bool
-    k: list[int]
 
     @classmethod
-    def of(cls, rule, objective: Objective, start: Tensor, steps: int, adversarial: bool, leave: bool) -> "_Climb":
-        """adversarial: keep such iterates; leave: who has one is done."""
-        rows, device = len(start), start.device
-        loss, pred = torch.full((rows,), torch.nan, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-        none = Scores(loss, None if objective.labels is None else pred.bool(), pred)
+    def of(cls, rule, objective: Objective, start: Tensor, steps: int, adversarial: bool, leave: bool) -> "_Ascent":
+        """adversarial: keep such iterates."""
+        none, zeros = unscored(start, objective), torch.zeros_like(start)
         hit = Kept(start.clone(), none) if adversarial and objective.labels is not None else None
         return cls(
-            steps, rule, start, start.clone(), torch.zeros_like(start), none, Kept(start.clone(), none),
-            torch.zeros_like(start), hit, leave, [0] * rows,
+            steps, start, none, [0] * len(start), torch.zeros_like(none.pred),
+            rule, start.clone(), zeros, Kept(start.clone(), none), zeros.clone(), hit, leave,
         )  # fmt: skip
-
-    @property
-    def ended(self) -> list[bool]:
-        """Whether all steps are made."""
-        return [k == self.steps for k in self.k]
 
     @property
     def done(self) -> Tensor | None:
@@ -251,30 +232,25 @@ class _Climb(Rows):
         elif self.hit is not None:
             self.hit.take(scores.fooled, seen, scores)
         rose = objective.better(scores.loss, self.best.scores.loss)
-        rose[self._old :] = True
+        rose[self.begun :] = True
         self.best.take(rose, seen, scores)
         ops.keep_best_(self.best_grad, grad, rose)
-        back = self.rule.look(self.k, self._old, scores, self.best, objective, ball)
+        back = self.rule.look(self.k, self.begun, scores, self.best, objective, ball)
         if back is not None:
             ops.keep_best_(self.x_adv, self.best.x_adv, back)
             self.grad = ops.keep_best_(grad.clone(), self.best_grad, back)
 
-    def move(self, ball: Ball) -> int:
+    def move(self, ball: Ball) -> None:
         """One step."""
         with profiling.phase("step", len(self.x_adv)):
-            self.rule.step(self.x_prev, self.x_adv, self.grad, ball, self._old)
+            self.rule.step(self.x_prev, self.x_adv, self.grad, ball, self.begun)
         self.x_prev, self.x_adv, self.k = self.x_adv, self.x_prev, [k + 1 for k in self.k]
-        return 1
+        self.moved += 1
 
     def kept(self) -> Kept:
         if self.hit is not None:
             self.best.take(self.hit.fooled, self.hit.x_adv, self.hit.scores)
         return self.best
-
-    @property
-    def _old(self) -> int:
-        """How many have made a step."""
-        return len(self.k) - self.k.count(0)
 
 
 @dataclasses.dataclass
@@ -333,7 +309,7 @@ class _Halving(Rows):
         spans = [self.spans[steps] for steps in k]
         if not any(spans):
             return None
-        span = _on(self.rises.device, spans)
+        span = on_device(self.rises.device, spans)
         here, many = span > 0, self.rises > self.rho * span
         stuck = ~self.halved & ~objective.better(best.scores.loss, self.best_loss)
         self.halved = torch.where(here, ~many | stuck, self.halved)
@@ -352,13 +328,6 @@ def _spans(steps: int) -> tuple[int, ...]:
         spans[last] = interval
         interval = max(interval - shrink, shortest)
     return tuple(spans)
-
-
-def _on(device: torch.device, values: list) -> Tensor:
-    """Values as a tensor, without an upload where all are the same."""
-    if values.count(values[0]) == len(values):
-        return torch.full((len(values),), values[0], device=device)
-    return torch.tensor(values, device=device)
 
 
 def _first_size(first_step: float, ball: Ball, objective: Objective) -> Tensor:
@@ -398,7 +367,7 @@ class _Sparsity(Rows):
         here = [steps > 0 and steps % self.interval == 0 for steps in k]
         if not any(here):
             return None
-        here, differ = _on(self.size.device, here), _differing(best.x_adv, ball)
+        here, differ = on_device(self.size.device, here), _differing(best.x_adv, ball)
         sparser = differ / self.differ < 0.95
         self.top = torch.where(here, differ / self.pixels / 1.5, self.top)
         self.differ = torch.where(here, differ, self.differ)

@@ -6,54 +6,65 @@ the velocity belongs to it: "sign" keeps it in {-1, 0, 1}, so that the pair retu
 real numbers and does not; APGD changes its steps, VMI and DI draw or remember, L2 and L1 have no grid.
 """
 
-import copy
+import dataclasses
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from rvlm.attacks.rows import Rows, on_device
 
 __all__ = ["Cycle"]
 
 RENEWED = 1.25  # sooner finds a cycle sooner after its start, and only shorter ones
 
 
-class Cycle:
-    """Finds, per sample, when a trajectory has returned (Brent's algorithm).
+@dataclasses.dataclass
+class Cycle(Rows):
+    """Finds, per trajectory, when it has returned (Brent's algorithm).
 
     The state is compared with a stored one that is renewed at steps 1, 2, 3, 4, 6, 8, 11, 14, 18, ... Once they are
     equal, all later states repeat with the period found, so only (steps left) mod period more steps are needed to
     land on that of the last step. All iterates of the cycle have been scored by then.
 
-    Args:
-        steps: of the run.
-        state: at its start, tensors [B, ...].
-
     Attributes:
+        steps: of a run.
+        anchor, anchor_step: the stored state, tensors [B, ...], and when it was stored.
+        found: bool [B], who has returned.
         last_step: int64 [B], where to stop.
     """
 
-    def __init__(self, steps: int, *state: Tensor) -> None:
-        self.steps, self.anchor, self.anchor_step = steps, [part.clone() for part in state], 0
+    steps: int
+    anchor: tuple[Tensor, ...]
+    anchor_step: list[int]
+    found: Tensor
+    last_step: Tensor
+
+    @classmethod
+    def of(cls, steps: int, *state: Tensor) -> Self:
+        """Trajectories that begin in a state."""
         rows, device = len(state[0]), state[0].device
-        self.last_step = torch.full((rows,), steps, device=device)
-        self.found = torch.zeros(rows, dtype=torch.bool, device=device)
+        found = torch.zeros(rows, dtype=torch.bool, device=device)
+        return cls(
+            steps,
+            tuple(part.clone() for part in state),
+            [0] * rows,
+            found,
+            torch.full_like(found, steps, dtype=torch.int64),
+        )
 
-    def at(self, rows: Tensor) -> Self:
-        """Of some samples."""
-        part = copy.copy(self)
-        part.anchor = [stored[rows] for stored in self.anchor]
-        part.last_step, part.found = self.last_step[rows], self.found[rows]
-        return part
-
-    def look(self, step: int, *state: Tensor) -> None:
-        """The state after so many steps."""
+    def look(self, k: list[int], *state: Tensor) -> None:
+        """The state after so many steps, of each trajectory one at least."""
         same = ~self.found
         for part, stored in zip(state, self.anchor, strict=True):
             same = same & (part == stored).flatten(1).all(1)
-        remaining = (self.steps - step) % (step - self.anchor_step)
-        self.last_step = torch.where(same, step + remaining, self.last_step)
-        self.found |= same
-        if step > self.anchor_step * RENEWED:
+        periods = [step - at for step, at in zip(k, self.anchor_step, strict=True)]
+        last = [step + (self.steps - step) % period for step, period in zip(k, periods, strict=True)]
+        self.last_step = torch.where(same, on_device(same.device, last), self.last_step)
+        self.found = self.found | same
+        renew = [step > at * RENEWED for step, at in zip(k, self.anchor_step, strict=True)]
+        if any(renew):
+            rows = slice(None) if all(renew) else on_device(same.device, [row for row, new in enumerate(renew) if new])
             for part, stored in zip(state, self.anchor, strict=True):
-                stored.copy_(part)
-            self.anchor_step = step
+                stored[rows] = part[rows]
+            self.anchor_step = [step if new else at for step, at, new in zip(k, self.anchor_step, renew, strict=True)]

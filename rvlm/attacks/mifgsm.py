@@ -287,7 +287,7 @@ class _Momentum:
         alpha = -alpha if objective.targeted else alpha
         now = Now(ball, torch.zeros_like(x_adv), alpha, self.mu, None, {})
         used = torch.zeros(len(x_adv), dtype=torch.int64, device=x_adv.device)
-        cycle = Cycle(self.steps, *self._state(x_adv, now)) if self.early_stop == "cycle" else None
+        cycle = Cycle.of(self.steps, *self._state(x_adv, now)) if self.early_stop == "cycle" else None
         asked, roll, active = objective, Roll(), None
         for k in range(self.steps):
             if cycle is not None:
@@ -308,7 +308,7 @@ class _Momentum:
             with profiling.phase("step", len(x_adv)):
                 self._step(x_adv, grad, now, active)
             if cycle is not None:
-                cycle.look(k + 1, *self._state(x_adv, now))
+                cycle.look([k + 1] * len(x_adv), *self._state(x_adv, now))
         x_adv = roll.close(Kept(x_adv, None)).x_adv
         seen = ball.as_seen(ball.nearest_(x_adv) if ball.strict_eps else x_adv)
         return Kept(seen, objective.score(seen) if scored else None), used

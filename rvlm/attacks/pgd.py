@@ -10,6 +10,7 @@ From the same start it gives the images of torchattacks.PGD and foolbox's PGD, b
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,16 +21,18 @@ from torch import Tensor
 from rvlm import profiling
 from rvlm.attacks.ball import Ball
 from rvlm.attacks.checks import check_radius
+from rvlm.attacks.climb import Climb, in_step, unscored
 from rvlm.attacks.cycle import Cycle
 from rvlm.attacks.engines import FIXED
-from rvlm.attacks.kept import Kept, Roll
+from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import AttackResult, Objective, Passes, Scores
+from rvlm.attacks.rows import on_device
 from rvlm.attacks.runs import left_over
-from rvlm.attacks.search import Attack, check_choices, check_count, check_stop, search
+from rvlm.attacks.search import Attack, check_choices, check_count, check_slots, check_stop, search
 
 __all__ = ["PGD", "pgd"]
 
-STOPS = (None, "freeze", "compact", "cycle")
+STOPS = (None, "freeze", "compact", "cycle", "compact+cycle")
 
 
 def pgd(
@@ -50,6 +53,7 @@ def pgd(
     bounds: tuple[float, float] = (0.0, 1.0),
     best: str = "last",
     early_stop: str | None = None,
+    slots: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -93,7 +97,12 @@ def pgd(
             draws no random numbers (eot > 1 is refused): Linf with a fixed alpha moves on a finite grid, and the
             iterate of the last step follows from the period. With a loss by name and in eager mode such samples leave
             the batch, too; then models whose last bits depend on the batch's size may, for those that stay, give
-            gradients with other last bits than the full run's.
+            gradients with other last bits than the full run's. "compact+cycle" ends a sample for either reason: the
+            verdicts and images of "compact".
+        slots: the largest batch that the model is asked about at once, so that x may be larger and batches stay full
+            when samples leave; restarts of one sample go side by side where there is room (`rvlm.attacks.slots`). With
+            "compile" and "cudagraph" all batches have that size, and samples may leave. For a loss by name, without a
+            callback. Where several restarts fool a sample, the image may be another one's than without slots.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
         precision: None runs the model as it is (under the caller's autocast, if any); "fp32" turns autocast off; "tf32"
@@ -129,27 +138,32 @@ def pgd(
     """
     check_choices(best=(best, ("last", "loss", "adv")), early_stop=(early_stop, STOPS))
     check_count("steps", steps, 0)
-    check_stop(early_stop, engine, loss)
+    stops = early_stop.split("+") if early_stop else []
+    check_stop(early_stop, "auto" if slots else engine, loss)
+    if slots is not None:
+        check_slots(loss, callback)
     if low_frequency is not None:
         if not 0 < low_frequency < math.inf:
             raise ValueError(f"low_frequency must be a finite number of DFT bins above 0, got {low_frequency}")
         if isinstance(x, Tensor) and x.dim() != 4:
             raise ValueError(f"low_frequency needs images [B, C, H, W], got {list(x.shape)}")
-    if early_stop == "cycle" and norm != "linf":
-        raise ValueError("early_stop='cycle' is exact for norm='linf' only; use 'compact', 'freeze' or None")
-    if early_stop == "cycle" and eot > 1:
+    if "cycle" in stops and norm != "linf":
+        raise ValueError(f"early_stop={early_stop!r} is exact for norm='linf' only; use 'compact', 'freeze' or None")
+    if "cycle" in stops and eot > 1:
         raise ValueError(
             f"eot={eot} is for models that draw random numbers, whose trajectories do not repeat for good: "
-            "early_stop='cycle' would cut the attack short; use 'compact', 'freeze' or None"
+            f"early_stop={early_stop!r} would cut the attack short; use 'compact', 'freeze' or None"
         )
     if alpha is not None and isinstance(x, Tensor):
         check_radius("alpha", alpha, len(x), norm, bounds)
-    leave = early_stop == "compact" or (early_stop == "cycle" and engine not in FIXED and not callable(loss))
-    run = _Steps(alpha, steps, best, early_stop, leave, callback)
+    shrinks = isinstance(loss, str) and (slots is not None or engine not in FIXED)
+    leave = "compact" in stops or ("cycle" in stops and shrinks)
+    run = _Steps(alpha, steps, best, stops, leave, callback)
     return search(
         "pgd", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted,
-        random_start=random_start, restarts=restarts, x_init=x_init, survivors=early_stop in ("freeze", "compact"),
-        generator=generator, sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
+        random_start=random_start, restarts=restarts, x_init=x_init, survivors="freeze" in stops or "compact" in stops,
+        slots=slots, queue=slots is not None and restarts > 1 and "freeze" not in stops, generator=generator,
+        sample_ids=sample_ids, precision=precision, strict_eps=strict_eps, quantize=quantize,
         low_frequency=low_frequency, model_mode=model_mode, engine=engine, eot=eot, return_info=return_info,
     )  # fmt: skip
 
@@ -157,8 +171,8 @@ def pgd(
 class _Steps:
     """One run: a fixed number of steps of a fixed size."""
 
-    def __init__(self, alpha, steps, best, early_stop, leave, callback) -> None:
-        self.alpha, self.steps, self.best, self.early_stop, self.callback = alpha, steps, best, early_stop, callback
+    def __init__(self, alpha, steps, best, stops, leave, callback) -> None:
+        self.alpha, self.steps, self.best, self.stops, self.callback = alpha, steps, best, stops, callback
         self.leave = leave  # whether samples that are done leave the batch
         self.planned = steps
 
@@ -168,69 +182,88 @@ class _Steps:
         run.steps = left_over(self.steps, whole)
         return run
 
-    def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
+    def __call__(self, objective: Objective, ball: Ball, start: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
+        walk = self.begin(objective, ball, start)
+        walk.score_last = scored or self.leave
+        return in_step(walk, objective, ball, leave=self.leave, callback=self.callback)
+
+    def begin(self, objective: Objective, ball: Ball, start: Tensor) -> "_Walk":
         if self.alpha is None:
             alpha = ball.like(2.5 * ball.radius / max(self.planned, 1))
         else:
             alpha = ball.per_sample(self.alpha)
-        alpha = -alpha if objective.targeted else alpha
-        kept: Kept | None = None
-        roll = Roll()
-        active = None if self.early_stop is None else torch.ones(len(x_adv), dtype=torch.bool, device=x_adv.device)
-        cycle = Cycle(self.steps, x_adv) if self.early_stop == "cycle" else None
-        used = torch.zeros(len(x_adv), dtype=torch.int64, device=x_adv.device)
-        for k in range(self.steps):
-            seen = ball.as_seen(x_adv)
-            scores, grad = objective.gradient(seen)
-            objective.note(k, scores)
-            kept = self._keep(kept, seen, scores, objective)
-            if self.callback is not None:
-                self.callback(k, seen, scores.loss)
-            if cycle is not None:
-                active = cycle.last_step > k
-            elif active is not None:
-                if scores.fooled is None:
-                    raise ValueError(f"early_stop={self.early_stop!r} needs a model that returns logits [B, C]")
-                active = active & ~scores.fooled
-            if self.leave:
-                if (left := roll.call(~active, k)) is not None:
-                    if not roll.dismiss(kept or Kept(seen, scores), left):
-                        return roll.kept, used
-                    objective, ball, kept = objective.at(left), ball.at(left), kept and kept.at(left)
-                    x_adv, grad, active = x_adv[left], grad[left], active[left]
-                    alpha = alpha[left] if alpha.numel() > 1 else alpha
-                    cycle = cycle and cycle.at(left)
-            elif active is not None and self._all_done(active, k):
-                break
-            used[roll.rows] += 1 if active is None else active
-            with profiling.phase("step", len(x_adv)):
-                ball.step(x_adv, ball.of_iterate(grad), alpha, active)
-            if cycle is not None:
-                cycle.look(k + 1, x_adv)
-        seen = ball.as_seen(x_adv)
-        if not scored and self.best == "last" and roll.kept is None:
-            return Kept(seen, None), used
-        scores = objective.score(seen)
-        objective.note(self.steps, scores)
-        return roll.close(
-            Kept(seen, scores) if self.best == "last" else self._keep(kept, seen, scores, objective)
-        ), used
+        alpha = (-alpha if objective.targeted else alpha).expand(len(start))
+        none, fooled_leave = unscored(start, objective), "freeze" in self.stops or "compact" in self.stops
+        return _Walk(
+            self.steps, start, none, [0] * len(start), torch.zeros_like(none.pred),
+            self.best, fooled_leave, True, alpha, torch.zeros_like(start),
+            Kept(start if self.best == "last" else start.clone(), none),
+            torch.zeros_like(none.pred, dtype=torch.bool) if self.stops else None,
+            Cycle.of(self.steps, start) if "cycle" in self.stops else None,
+        )  # fmt: skip
 
-    def _keep(self, kept: Kept | None, x_adv: Tensor, scores: Scores, objective: Objective) -> Kept | None:
+
+@dataclasses.dataclass
+class _Walk(Climb):
+    """Where runs stand.
+
+    Attributes:
+    fooled_leave: who has been fooled is done.
+    score_last: the iterate of the last step is scored in any case.
+    grad: of the loss at what the model saw last.
+    chosen: the iterate that counts so far.
+    """
+
+    best: str
+    fooled_leave: bool
+    score_last: bool
+    alpha: Tensor
+    grad: Tensor
+    chosen: Kept
+    over: Tensor | None
+    cycle: Cycle | None
+
+    @property
+    def done(self) -> Tensor | None:
+        """Who has been fooled or has returned, if either ends a run."""
+        return self.over
+
+    def look(self, objective: Objective, ball: Ball) -> None:
+        """Evaluates the iterates, without a gradient if all are of the last step."""
+        seen = ball.as_seen(self.x_adv)
+        if not all(self.ended):
+            self.scores, self.grad = objective.gradient(seen)
+        else:
+            self.scores = objective.score(seen) if self.score_last or self.best != "last" else None
         if self.best == "last":
-            return None
-        if kept is None:
-            return Kept(x_adv.clone(), scores)
-        rows = objective.better(scores.loss, kept.scores.loss)
-        if self.best == "adv" and scores.fooled is not None:
-            rows = scores.fooled | (rows & ~kept.fooled)
-        kept.take(rows, x_adv, scores)
-        return kept
+            self.chosen = Kept(seen, self.scores)
+        else:
+            self._choose(seen, self.scores, objective)
+        if self.fooled_leave and self.scores is not None:
+            if self.scores.fooled is None:
+                raise ValueError("early_stop needs a model that returns logits [B, C]")
+            self.over = self.over | self.scores.fooled
 
-    @staticmethod
-    def _all_done(active: Tensor, k: int) -> bool:
-        # Asking waits for the device: on a GPU only now and then, steps of rows that are done change nothing.
-        return (not active.is_cuda or k % 8 == 7) and not active.any().item()
+    def _choose(self, seen: Tensor, scores: Scores, objective: Objective) -> None:
+        rows = objective.better(scores.loss, self.chosen.scores.loss)
+        if self.best == "adv" and scores.fooled is not None:
+            rows = scores.fooled | (rows & ~self.chosen.fooled)
+        rows[self.begun :] = True
+        self.chosen.take(rows, seen, scores)
+
+    def move(self, ball: Ball) -> None:
+        """One step of who is not done."""
+        active = None if self.over is None else ~self.over
+        with profiling.phase("step", len(self.x_adv)):
+            ball.step(self.x_adv, ball.of_iterate(self.grad), self.alpha, active)
+        self.k = [k + 1 for k in self.k]
+        self.moved += 1 if active is None else active
+        if self.cycle is not None:
+            self.cycle.look(self.k, self.x_adv)
+            self.over = self.over | (self.cycle.last_step <= on_device(self.over.device, self.k))
+
+    def kept(self) -> Kept:
+        return self.chosen
 
 
 class PGD(Attack):

@@ -8,11 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "on_device"]
 
 
 class Rows:
-    """Base of dataclasses whose fields are tensors [B, ...], lists of B or Rows of the same samples; others are shared.
+    """Base of dataclasses whose fields are tensors [B, ...], tuples of those, lists of B or Rows of the same samples;
+    others are shared.
 
     A list is for what the host must know without waiting for a device.
     """
@@ -23,6 +24,8 @@ class Rows:
         def some(value: Any) -> Any:
             if isinstance(value, list):
                 return [value[row] for row in rows.tolist()]
+            if isinstance(value, tuple):
+                return tuple(part[rows] for part in value)
             return value.at(rows) if isinstance(value, Rows) else value[rows]
 
         return self._each(some)
@@ -33,6 +36,8 @@ class Rows:
         def joined(mine: Any, others: Any) -> Any:
             if isinstance(mine, list):
                 return mine + others
+            if isinstance(mine, tuple):
+                return tuple(torch.cat(pair) for pair in zip(mine, others, strict=True))
             return mine.join(others) if isinstance(mine, Rows) else torch.cat([mine, others])
 
         return self._each(joined, other)
@@ -41,6 +46,14 @@ class Rows:
         part = copy.copy(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor | list | Rows):
+            tensors = isinstance(value, tuple) and all(isinstance(item, Tensor) for item in value)
+            if tensors or isinstance(value, Tensor | list | Rows):
                 setattr(part, field.name, change(value, *(getattr(other, field.name) for other in others)))
         return part
+
+
+def on_device(device: torch.device, values: list) -> Tensor:
+    """Values as a tensor, without an upload where all are the same."""
+    if values.count(values[0]) == len(values):
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values, device=device)

@@ -28,6 +28,7 @@ __all__ = [
     "Attack",
     "check_choices",
     "check_count",
+    "check_slots",
     "check_stop",
     "drawn_seed",
     "empty_result",
@@ -243,12 +244,23 @@ def check_choices(**given: tuple[Any, tuple]) -> None:
 
 def check_stop(early_stop: str | None, engine: str, loss: Any = None) -> None:
     """Raises where samples cannot leave the batch."""
-    if early_stop == "compact" and engine in FIXED:
+    if early_stop is None or "compact" not in early_stop:
+        return
+    if engine in FIXED:
         raise ValueError(
-            f"early_stop='compact' changes the batch size, for which engine={engine!r} begins anew: not both"
+            f"early_stop={early_stop!r} changes the batch size, for which engine={engine!r} begins anew: not both, or "
+            "with slots"
         )
-    if early_stop == "compact" and callable(loss):
-        raise ValueError("early_stop='compact' needs a loss by name: one of your own may know the whole batch")
+    if callable(loss):
+        raise ValueError(f"early_stop={early_stop!r} needs a loss by name: one of your own may know the whole batch")
+
+
+def check_slots(loss: Any, callback: Any) -> None:
+    """Raises where the batch cannot be cut, or runs cannot stand at different steps."""
+    if callable(loss):
+        raise ValueError("slots needs a loss by name: one of your own may know the whole batch")
+    if callback is not None:
+        raise ValueError("slots has no callback: its batches hold runs at different steps")
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -110,9 +110,11 @@ def in_slots(
         for sample in gone:
             queue.drop(sample)
         stay = [row for row, (sample, _) in enumerate(items) if row not in over and sample not in gone]
-        for row in set(range(len(items))).difference(stay):
+        leave = sorted(set(range(len(items))).difference(stay))
+        for row in leave:
             queue.end(items[row][0])
-            used[items[row][0]] += climb.k[row]
+        samples = torch.tensor([items[row][0] for row in leave], device=device)
+        used.index_add_(0, samples, climb.moved[torch.tensor(leave)])
         climb, items = climb.at(torch.tensor(stay, dtype=torch.int64)), [items[row] for row in stay]
         if items:
             climb.move(part(items)[1])

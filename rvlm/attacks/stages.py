@@ -45,7 +45,7 @@ ATTACKS = {
     "pgd": PGD, "mifgsm": MIFGSM, "apgd": APGD, "fab": FAB, "fmn": FMN, "square": Square,
     "cw": CW, "deepfool": DeepFool,
 }  # fmt: skip
-REFILLED = ("apgd",)  # whose batches can be kept full (`rvlm.attacks.slots`)
+REFILLED = ("pgd", "apgd")  # whose batches can be kept full (`rvlm.attacks.slots`)
 CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
     "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",
@@ -94,6 +94,7 @@ class Stage:
         *,
         transfer: bool = False,
         slots: int | None = None,
+        repeats: bool = False,
         **more: Any,
     ) -> AttackResult:
         """Runs it.
@@ -101,6 +102,7 @@ class Stage:
         Args:
             transfer: the images will be scored on another model, so this model's verdict decides nothing.
             slots: the largest batch of a stage that `refills`; None: as many as there are images.
+            repeats: the model says the same of the same images again, so that a trajectory that has returned is over.
         """
         if "precision" in more:
             more["precision"] = self.precision(more["precision"])
@@ -109,10 +111,12 @@ class Stage:
         keeps = {"slots": slots or len(x)} if self.refills and len(x) else {}
         if self.attack in ("pgd", "apgd") and transfer:
             keeps["best"] = "last" if self.attack == "pgd" else "loss"
-        elif self.attack in ("pgd", "apgd"):
-            keeps |= {"best": "adv", "early_stop": "compact"}
-            if more.get("engine") in FIXED and not self.refills:  # batches that may not shrink
-                keeps["early_stop"] = "freeze" if self.attack == "pgd" else None
+        elif self.attack == "pgd":
+            returns = repeats and more.get("norm", "linf") == "linf"
+            keeps |= {"best": "adv", "early_stop": "compact+cycle" if returns else "compact"}
+        elif self.attack == "apgd":
+            shrinks = self.refills or more.get("engine") not in FIXED
+            keeps |= {"best": "adv", "early_stop": "compact" if shrinks else None}
         function = ATTACKS[self.attack].function
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing

@@ -296,6 +296,7 @@ def evaluate(
                 y.to(device),
                 transfer=not white_box,
                 slots=batch_size,
+                repeats=tally.varies == 0,
                 eps=float(eps),
                 norm=norm,
                 # One seed per restart; stages that differ in the loss alone start from the same points.

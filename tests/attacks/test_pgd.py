@@ -245,6 +245,15 @@ def test_samples_whose_cycle_is_known_leave_the_batch(build):
     torch.testing.assert_close(left.x_adv, whole.x_adv)
 
 
+def one_by_one(seed, rows):
+    """A random model that takes one sample after the other, so that no bit depends on who is still in the batch."""
+    generator = fixed(seed)
+    first, second = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = torch.rand(rows, 1, 2, 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 4, (rows,), generator=generator)
+    return lambda x: torch.stack([second[:, :4] @ (first @ row).sin() for row in x.flatten(1)]), x, y
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
@@ -253,14 +262,102 @@ def test_samples_whose_cycle_is_known_leave_the_batch(build):
     best=st.sampled_from(["last", "loss"]),
 )
 def test_cycle_is_exact_on_random_models(seed, steps, k, best):
-    """Models that take one sample after the other, so that no bit depends on who is still in the batch."""
-    generator = fixed(seed)
-    first, second = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    model = lambda x: torch.stack([second[:, :4] @ (first @ row).sin() for row in x.flatten(1)])  # noqa: E731
-    x = torch.rand(3, 1, 2, 3, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, 4, (3,), generator=generator)
+    model, x, y = one_by_one(seed, rows=3)
     settings = dict(eps=0.1, alpha=0.1 / k, steps=steps, best=best, random_start=False)
     assert torch.equal(pgd(model, x, y, early_stop="cycle", **settings), pgd(model, x, y, **settings))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.integers(0, 70),
+    k=st.sampled_from([1, 2, 3, 5]),
+    best=st.sampled_from(["last", "loss", "adv"]),
+    slots=st.sampled_from([None, 1, 3, 20]),
+)
+def test_leaving_for_either_reason_is_as_exact_as_leaving_when_fooled(seed, steps, k, best, slots):
+    model, x, y = one_by_one(seed, rows=7)
+    settings = dict(eps=0.1, alpha=0.1 / k, steps=steps, best=best, random_start=False, return_info=True)
+    compact, both = (pgd(model, x, y, early_stop=stop, **settings) for stop in ("compact", "compact+cycle"))
+    if slots is not None:
+        both = pgd(model, x, y, early_stop="compact+cycle", slots=slots, **settings)
+    assert torch.equal(both.x_adv, compact.x_adv) and torch.equal(both.success, compact.success)
+    assert (both.steps_used <= compact.steps_used).all()
+
+
+def test_leaving_for_either_reason_is_cheaper(build):
+    model = build()
+    x = torch.rand(32, 3, 8, 8, generator=fixed(3), dtype=torch.float64)
+    settings = dict(eps=0.1, alpha=0.025, steps=100, best="adv", random_start=False, return_info=True)
+    found = {
+        stop: pgd(model, x, model(x).argmax(1), early_stop=stop, **settings)
+        for stop in ("compact", "cycle", "compact+cycle")
+    }
+    assert 0 < found["compact"].success.sum() < 32
+    assert all(torch.equal(result.success, found["compact"].success) for result in found.values())
+    both = found.pop("compact+cycle")
+    assert all(both.backwards < 0.5 * result.backwards for result in found.values())
+
+
+@pytest.mark.parametrize("stop", [None, "freeze", "compact", "cycle", "compact+cycle"])
+@pytest.mark.parametrize("best", ["last", "adv"])
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("slots", [1, 4, 40])
+def test_slots_say_the_same(stop, best, restarts, slots):
+    """The model never sees more than slots; where several restarts fool a sample the image may be another one's."""
+    model, x, _ = one_by_one(11, rows=9)
+    y, eps = model(x).argmax(1), 0.3 * torch.linspace(1.5, 0.01, 9)
+    settings = dict(eps=eps, alpha=eps / 3, steps=15, best=best, restarts=restarts, early_stop=stop, return_info=True)
+    plain, sizes = pgd(model, x, y, generator=fixed(), **settings), []
+
+    def counted(x):
+        sizes.append(len(x))
+        return model(x)
+
+    found = pgd(counted, x, y, slots=slots, generator=fixed(), **settings)
+    assert max(sizes) <= slots and torch.equal(found.success, plain.success)
+    assert found.success.any() and not found.success.all()
+    same = ~found.success if restarts > 1 and stop in ("freeze", "compact", "compact+cycle") else slice(None)
+    assert torch.equal(found.x_adv[same], plain.x_adv[same]) and torch.equal(found.loss[same], plain.loss[same])
+    assert torch.equal(found.steps_used[same], plain.steps_used[same])
+    assert torch.equal(model(found.x_adv).argmax(1) != y, found.success)
+
+
+def test_restarts_share_the_batch():
+    """As long as it is not full without them."""
+    model, x, _ = one_by_one(11, rows=3)
+    y, sizes = model(x).argmax(1), []
+
+    def counted(x):
+        sizes.append(len(x))
+        return model(x)
+
+    pgd(counted, x, y, eps=0.01, steps=5, restarts=4, early_stop="compact", best="adv", slots=12, generator=fixed())
+    assert sizes[:6] == [12] * 6 and sum(sizes) == 12 * 6
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_slots_keep_their_shape_when_compiled(build, batch, monkeypatch, restarts):
+    """And samples may leave."""
+    model, (x, _) = build("mlp"), batch()
+    y = model(x).argmax(1)
+    sizes = []
+
+    def compiled(function, **_):
+        def run(*given):
+            sizes.append(len(given[-1]))
+            return function(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    settings = dict(eps=0.05 * torch.linspace(1.5, 0.05, 6), steps=20, best="adv", early_stop="compact", slots=4)
+    settings |= dict(restarts=restarts, return_info=True)
+    found = pgd(model, x, y, engine="compile", generator=fixed(), **settings)
+    assert len(sizes) > 20 and set(sizes) == {4}
+    eager = pgd(model, x, y, generator=fixed(), **settings)
+    assert torch.equal(found.success, eager.success) and found.success.any() and not found.success.all()
+    assert (found.x_adv - eager.x_adv)[~found.success].abs().max() < 1e-9
 
 
 def test_targeted_lowers_the_loss_of_the_target(model, batch):
