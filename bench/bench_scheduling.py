@@ -4,6 +4,8 @@
     slots      the same runs in slots that a queue refills
     cycle      `pgd` that ends a sample when its trajectory has returned to an earlier image
     compact    `pgd` that ends a sample when it is fooled
+    both       for either reason
+    restarts   `pgd` with restarts that share a batch, against restarts one after the other
 
 Before any timing run after run and slots, and PGD with and without an exit, must leave the same samples robust, and
 peers as many, up to one or 2 %. Undefended models are broken at once, and nearly all of a peer's work is what fooled
@@ -27,8 +29,9 @@ AIMED = [  # model, eps in 1/255, steps, samples
     ("digits-vit-tecoa", 8, 10, 8),
 ]
 LONG = [("digits-vit", 8, 100, 64), ("digits-rn", 8, 100, 64), ("digits-vit-tecoa", 8, 100, 64)]
+RESTARTS = [("digits-vit", 4, 10, 8), ("digits-rn", 2, 10, 8), ("digits-vit-tecoa", 8, 10, 8)]
 if QUICK:
-    AIMED, LONG = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in (AIMED, LONG))
+    AIMED, LONG, RESTARTS = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in (AIMED, LONG, RESTARTS))
 IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
 
 
@@ -74,21 +77,37 @@ def test_targets(peer, case, load, compare, device, benchmark):
 
 
 @pytest.mark.parametrize("case", LONG, ids=IDS)
-@pytest.mark.parametrize("exit", ["compact", "cycle"])
+@pytest.mark.parametrize("exit", ["compact", "cycle", "compact+cycle"])
 @pytest.mark.benchmark(group="pgd-100 exits")
 def test_exits(exit, case, load, compare, benchmark):
     torchattacks = pytest.importorskip("torchattacks", reason="install rvlm[oracles]")
     name, eps, steps, samples = case
     model, x, y = load(name, samples)
     settings = dict(eps=eps / 255, alpha=2 / 255, steps=steps, random_start=False)
-    best = "adv" if exit == "compact" else "last"
+    best = "last" if exit == "cycle" else "adv"
     attack = partial(pgd, model, best=best, early_stop=exit, **settings)
     peer = torchattacks.PGD(model, **settings)
     left = [robust(model, find(x, y), y) for find in (attack, partial(pgd, model, best=best, **settings), peer)]
     assert torch.equal(left[0], left[1])
-    if exit == "compact":  # fooled at any step, of which torchattacks looks at the last alone
+    if exit != "cycle":  # fooled at any step, of which torchattacks looks at the last alone
         assert not (left[0] & ~left[2]).any() or QUICK
     assert abs(int(left[0].sum() - left[2].sum())) <= max(1, 0.02 * len(x)), left
     info = {"impl": f"rvlm, {exit}", "peer": "torchattacks"}
     info |= {"case": f"{name} eps {eps}/255 N={samples}, {steps} steps", "robust": int(left[0].sum())}
     compare(lambda: attack(x, y), lambda: peer(x, y), round_seconds=0.02, **info)
+
+
+@pytest.mark.parametrize("case", RESTARTS, ids=IDS)
+@pytest.mark.benchmark(group="pgd's restarts in slots")
+def test_restarts(case, load, compare, benchmark):
+    name, eps, steps, samples = case
+    model, x, y = load(name, samples)
+    settings = dict(eps=eps / 255, steps=steps, restarts=10, best="adv", early_stop="compact")
+
+    def attack(slots: int | None):
+        return pgd(model, x, y, slots=slots, generator=torch.Generator().manual_seed(0), **settings)
+
+    left = [robust(model, attack(slots), y) for slots in (64, None)]
+    assert torch.equal(*left)
+    info = {"impl": "rvlm in slots", "peer": "turns", "case": f"{name} eps {eps}/255 N={samples}, 10 x {steps} steps"}
+    compare(lambda: attack(64), lambda: attack(None), round_seconds=0.02, **info, robust=int(left[0].sum()))

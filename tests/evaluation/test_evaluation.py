@@ -76,7 +76,8 @@ def test_stages_see_survivors_only(data):
     assert sum(int((found.broken_by == k).sum()) for k in range(4)) == 4
 
 
-def test_apgd_gets_several_batches_at_once(data, monkeypatch):
+@pytest.mark.parametrize("attack", ["pgd-10", "apgd-ce-10"])
+def test_stages_that_refill_get_several_batches_at_once(attack, data, monkeypatch):
     """So that samples of later ones take the places of those that are fooled; the model sees no larger batch."""
     sizes = []
 
@@ -85,7 +86,7 @@ def test_apgd_gets_several_batches_at_once(data, monkeypatch):
             sizes.append(len(x))
             return super().forward(x)
 
-    settings = dict(attack="apgd-ce-10", eps="8/255", progress=False, batch_size=4)
+    settings = dict(attack=attack, eps="8/255", progress=False, batch_size=4)
     found = evaluate(Spy(), data, **settings)
     assert max(sizes) == 4 and 0 < found.robust < found.clean
     spent = len(sizes)
@@ -93,6 +94,20 @@ def test_apgd_gets_several_batches_at_once(data, monkeypatch):
     together = evaluate(Spy(), data, **settings)
     assert max(sizes) == 4 and len(sizes) - spent < spent
     assert torch.equal(found.broken_by, together.broken_by) and found.backwards == together.backwards
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_trajectories_that_return_are_over_where_the_model_repeats_itself(data, noise):
+    """And only there: what a random model has said of an image is no promise. It says it by its own numbers, too."""
+    draws = torch.Generator().manual_seed(0)
+
+    class Jittery(Threshold):
+        def forward(self, x):
+            return super().forward(x) + noise * torch.rand(len(x), 1, generator=draws)
+
+    found = evaluate(Jittery(), data, attack="pgd-50@alpha=2/255", eps="8/255", progress=False)
+    left = int((found.broken_by == -1).sum())
+    assert left == 5 and (found.backwards < 20 * left if noise == 0 else found.backwards >= 50 * left)
 
 
 def test_no_survivors_end_the_evaluation(data):
