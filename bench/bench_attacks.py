@@ -19,9 +19,17 @@ EPS = 4 / 255
 CASES = [4] if QUICK else [32, 8]
 PARTS = {"apgd-ce": 10, "apgd-t": 5, "fab-t": 5, "square": 100}  # steps, queries
 OTHERS = {"mifgsm": 10, "vmifgsm": 3, "tifgsm": 10, "cw": 30, "deepfool": 8, "fmn": 20}
-WHOLE = {"apgd-ce": 20, "apgd-t": 20, "fab-t": 20, "square": 200}
+STANDARD = {"apgd-ce": 100, "apgd-t": 100, "fab-t": 100, "square": 5000}
+SHORT = {"apgd-ce": 20, "apgd-t": 20, "fab-t": 20, "square": 200}
 if QUICK:
-    PARTS, OTHERS, WHOLE = (dict.fromkeys(table, 2) for table in (PARTS, OTHERS, WHOLE))
+    PARTS, OTHERS, STANDARD, SHORT = (dict.fromkeys(table, 2) for table in (PARTS, OTHERS, STANDARD, SHORT))
+WHOLE = [  # model, eps in 1/255, steps and queries
+    ("digits-vit", 8, STANDARD),
+    ("digits-rn", 8, STANDARD),
+    ("digits-vit", 8, SHORT),
+    ("digits-vit-tecoa", 24, SHORT),
+    ("digits-vit-tecoa", 8, SHORT),
+]
 PEERS = {"cw": "foolbox", "deepfool": "foolbox", "fmn": "foolbox"}  # of OTHERS; else torchattacks
 
 
@@ -81,17 +89,17 @@ def peer(name: str, n: int, model, x, y):
     return attack(model, eps=EPS, alpha=EPS / 4, steps=n)(x, y)
 
 
-def ours_whole(eps: float, model, x, y):
-    stages = [f"{name}-{n}" for name, n in WHOLE.items()]
+def ours_whole(eps: float, counts: dict, model, x, y):
+    stages = [f"{name}-{n}" for name, n in counts.items()]
     return autoattack(
         model, x, y, eps=eps, version="custom", attacks=stages, generator=torch.Generator().manual_seed(0)
     )
 
 
-def torchattacks_whole(eps: float, model, x, y):
+def torchattacks_whole(eps: float, counts: dict, model, x, y):
     import torchattacks as ta
 
-    ce, t, f, s = WHOLE.values()
+    ce, t, f, s = counts.values()
     given = {"eps": eps, "seed": 0}
     parts = [
         ta.APGD(model, steps=ce, **given),
@@ -102,11 +110,11 @@ def torchattacks_whole(eps: float, model, x, y):
     return ta.MultiAttack(parts)(x, y)
 
 
-def original_whole(eps: float, model, x, y):
+def original_whole(eps: float, counts: dict, model, x, y):
     from pyautoattack.autoattack import AutoAttack
 
     attack = AutoAttack(model, norm="Linf", eps=eps, seed=0, device=x.device)
-    attack.apgd.n_iter, attack.apgd_targeted.n_iter, attack.fab.n_iter, attack.square.n_queries = WHOLE.values()
+    attack.apgd.n_iter, attack.apgd_targeted.n_iter, attack.fab.n_iter, attack.square.n_queries = counts.values()
     return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
 
@@ -118,10 +126,10 @@ def classifiers(device):
     from rvlm.models import ZeroShotClassifier, load_clip
 
     data = load_data("digits", "test")
-    names = dict.fromkeys(("digits-vit", "digits-vit-tecoa"), "tiny-vit") if QUICK else {}
+    names = dict.fromkeys(("digits-vit", "digits-rn", "digits-vit-tecoa"), "tiny-vit") if QUICK else {}
     loaded = {
         name: ZeroShotClassifier(load_clip(names.get(name, name), device), data.class_names, data.template)
-        for name in ("digits-vit", "digits-vit-tecoa")
+        for name in ("digits-vit", "digits-rn", "digits-vit-tecoa")
     }
     return {name: model.to(device).eval() for name, model in loaded.items()}, data
 
@@ -183,17 +191,17 @@ def test_other(impl, name, batch, classifiers, device, compare, benchmark):
 
 
 @pytest.mark.parametrize("library", ["torchattacks", "pyautoattack"])
-@pytest.mark.parametrize(
-    "name, eps", [("digits-vit", 8 / 255), ("digits-vit-tecoa", 24 / 255), ("digits-vit-tecoa", 8 / 255)]
-)
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]['square']}")
 @pytest.mark.benchmark(group="autoattack whole")
-def test_whole(library, name, eps, classifiers, device, compare, benchmark):
+def test_whole(library, case, classifiers, device, compare, benchmark):
     pytest.importorskip(library, reason="install rvlm[oracles]")
     models, data = classifiers
+    name, eps, counts = case
     model = models[name]
     x, y = samples(data, CASES[0], device)
     theirs = torchattacks_whole if library == "torchattacks" else original_whole
-    left = [robust(model, attack(eps, model, x, y), y) for attack in (ours_whole, theirs)]
+    mine, peers = (partial(whole, eps / 255, counts, model) for whole in (ours_whole, theirs))
+    left = [robust(model, attack(x, y), y) for attack in (mine, peers)]
     assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
-    info = {"impl": "rvlm", "peer": library, "case": f"{name} eps {eps * 255:.0f}/255 N={len(x)}", "robust": left[0]}
-    compare(lambda: ours_whole(eps, model, x, y), lambda: theirs(eps, model, x, y), round_seconds=0.02, **info)
+    info = {"impl": "rvlm", "peer": library, "case": f"{name} eps {eps}/255 N={len(x)}, {counts['apgd-ce']} steps"}
+    compare(lambda: mine(x, y), lambda: peers(x, y), round_seconds=0.02, **info, robust=left[0])
