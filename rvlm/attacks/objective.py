@@ -135,7 +135,7 @@ class Objective:
     ) -> None:
         self.slots, self.static = slots, static
         self.model, self.targeted, self.batch, self.eot, self.engine = model, targeted, len(x), eot, engine
-        self.count, self.target, self.watched, self.labels = Count(), None, False, None
+        self.count, self.watched, self.target, self.y, self.labels = Count(), False, None, None, None
         self.trace: Trace | None = None
         self._rows = torch.arange(len(x), device=x.device)  # in the whole batch
         self.named = isinstance(loss, str)

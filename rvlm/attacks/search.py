@@ -173,6 +173,7 @@ def search(
             return chosen.x_adv
         verdict = chosen.scores
         if precision is not None and not cascade:
+            objective.target = aims[:, -1] if aimed else None
             with arithmetic(model, x.device, "fp32"):  # also where the caller's is another one
                 verdict = objective.score(chosen.x_adv)
             if distances:
@@ -255,7 +256,7 @@ def check_stop(early_stop: str | None, engine: str, loss: Any = None) -> None:
         raise ValueError(f"early_stop={early_stop!r} needs a loss by name: one of your own may know the whole batch")
 
 
-def check_slots(loss: Any, callback: Any) -> None:
+def check_slots(loss: Any, callback: Any = None) -> None:
     """Raises where the batch cannot be cut, or runs cannot stand at different steps."""
     if callable(loss):
         raise ValueError("slots needs a loss by name: one of your own may know the whole batch")

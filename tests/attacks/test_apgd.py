@@ -217,6 +217,18 @@ def test_slots_say_the_same_as_run_after_run(build, batch, kind, norm, eps, loss
         assert (found.x_adv - turns.x_adv)[left].abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+def test_no_batch_is_larger_than_slots(build, batch, loss):
+    """Nor the one whose predictions are the labels, nor the verdict's."""
+    (x, _), model, sizes = batch(torch.float32, n=7), build("mlp", torch.float32), []
+    counted = lambda v: sizes.append(len(v)) or model(v)  # noqa: E731
+    settings = dict(steps=3, loss=loss, early_stop="compact", precision="bf16", return_info=True)
+    found = apgd(counted, x, slots=3, generator=fixed(), **settings)
+    assert sorted(set(sizes)) == [1, 3] and torch.equal(found.pred, model(found.x_adv).argmax(1))
+    turns = apgd(model, x, generator=fixed(), **settings)
+    assert torch.equal(found.success, turns.success)
+
+
 @pytest.mark.parametrize("settings", [dict(early_stop="compact"), dict(best="loss"), dict(best="loss", targeted=True)])
 def test_one_run_in_slots_is_itself(build, batch, settings):
     """Bit for bit, wherever it stands in a batch and whoever was there before; images of fooled samples, too."""
