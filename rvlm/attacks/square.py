@@ -29,7 +29,7 @@ from rvlm.attacks.ball import NORMS, ORDER, Ball, Noise, rowwise
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import AttackResult, Objective, Passes
 from rvlm.attacks.runs import left_over
-from rvlm.attacks.search import Attack, check_choices, check_count, search
+from rvlm.attacks.search import Attack, check_choices, check_count, check_slots, search
 
 __all__ = ["Square", "square"]
 
@@ -51,6 +51,7 @@ def square(
     rescale: bool = False,
     restarts: int = 1,
     bounds: tuple[float, float] = (0.0, 1.0),
+    slots: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
     precision: str | None = None,
@@ -70,7 +71,12 @@ def square(
         p_init: share of an image that the first windows cover, in (0, 1].
         rescale: stretch the schedule of window sizes, made for 10,000 queries, to `queries`.
         restarts: with a named loss a later run is for the samples that no earlier one has fooled.
-        callback: called as callback(query, proposals, loss), for the samples that are not fooled yet.
+        slots: the largest batch that goes through the model; None: all of x. All samples are at one query, and at every
+            one those that are left are cut anew into batches, of which all but the last are full: x may be as large as
+            memory allows. With "compile" and "cudagraph" all batches have that size. For a loss by name. A sample's
+            proposals do not depend on it.
+        callback: called as callback(query, proposals, loss), for the samples that are not fooled yet, in one call
+            whatever `slots` is.
 
     Returns:
         As `pgd`: the first image that fooled the model, else the one with the best loss. `steps_used` counts queries.
@@ -87,10 +93,12 @@ def square(
     if isinstance(x, Tensor) and (x.dim() != 4 or (norm != "linf" and min(x.shape[2:]) < 5)):
         least = "" if norm == "linf" else " with sides of at least 5"
         raise ValueError(f"square needs images [B, C, H, W]{least}, got {list(x.shape)}")
+    if slots is not None:
+        check_slots(loss)
     run = _Squares(queries, p_init, rescale, callback)
     return search(
         "square", run, model, x, y, eps=eps, norm=norm, loss=loss, bounds=bounds, targeted=targeted, own_start=True,
-        restarts=restarts, survivors=isinstance(loss, str), generator=generator, sample_ids=sample_ids,
+        restarts=restarts, survivors=isinstance(loss, str), slots=slots, generator=generator, sample_ids=sample_ids,
         precision=precision, strict_eps=strict_eps, quantize=quantize, model_mode=model_mode, engine=engine,
         return_info=return_info,
     )  # fmt: skip

@@ -45,7 +45,7 @@ ATTACKS = {
     "pgd": PGD, "mifgsm": MIFGSM, "apgd": APGD, "fab": FAB, "fmn": FMN, "square": Square,
     "cw": CW, "deepfool": DeepFool,
 }  # fmt: skip
-REFILLED = ("pgd", "apgd")  # whose batches can be kept full (`rvlm.attacks.slots`)
+REFILLED = ("pgd", "apgd", "square")  # whose batches can be kept full (`rvlm.attacks.slots`)
 CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
     "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",

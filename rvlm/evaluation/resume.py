@@ -22,7 +22,7 @@ from rvlm.models.weights import settings_of, weights_sha
 
 __all__ = ["COLUMNS", "Keeper", "Tally"]
 
-SCHEMA = "rvlm.state/3"
+SCHEMA = "rvlm.state/4"
 COLUMNS = (
     "pred_clean", "pred_adv", "broken_by", "fooled_at", "top_clean", "top_adv", "prob_clean", "prob_adv", "linf",
     "distance", "margin",

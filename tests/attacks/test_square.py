@@ -136,6 +136,89 @@ def test_targeted_and_quantized(images):
     assert ((x_adv * 255).round() / 255 - x_adv).abs().max() < 1e-12
 
 
+class Rowwise(nn.Module):
+    """Logits whose bits do not depend on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 363, generator=fixed(2)))
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        weight = self.weight.to(x.dtype)
+        return torch.stack([(weight * one).sum(1) for one in x.flatten(1)])
+
+
+@pytest.fixture
+def many():
+    """23 images, of which two are wrong when clean, and radii that fool some of the others."""
+    x, model = torch.randint(40, 216, (23, 3, 11, 11), generator=fixed(1)).float() / 255, Rowwise().eval()
+    y = model(x).argmax(1)
+    y[3:5] = (y[3:5] + 1) % 5
+    model.sizes.clear()
+    return model, x, y, torch.linspace(1.5, 0.01, 23)
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.04), ("l2", 0.6), ("l1", 6.0)])
+def test_slots_change_nothing_but_the_batches(many, norm, eps):
+    """To the bit; all batches of a query are full but the last, however many have been fooled."""
+    model, x, y, radii = many
+    settings = dict(eps=eps * radii, norm=norm, queries=40, return_info=True)
+    whole = square(model, x, y, generator=fixed(), **settings)
+    assert 5 < whole.success.sum() < 18, "otherwise this shows little"
+    for slots in (1, 4, 23, 40):
+        model.sizes.clear()
+        found = square(model, x, y, slots=slots, generator=fixed(), **settings)
+        for name in ("x_adv", "success", "loss", "pred", "steps_used"):
+            assert torch.equal(getattr(found, name), getattr(whole, name)), name
+        assert torch.equal(found.trace.fooled_at, whole.trace.fooled_at) and found.forwards == whole.forwards
+        left = [23, *((found.steps_used > query).sum().item() for query in range(40))]
+        batches = [min(slots, n - first) for n in left for first in range(0, n, slots)]
+        assert model.sizes == batches
+
+
+@pytest.mark.parametrize("more", [
+    dict(restarts=3), dict(precision="cascade"), dict(precision="cascade", restarts=2), dict(y=None),
+])  # fmt: skip
+def test_slots_of_restarts_and_cascades(many, more):
+    model, x, y, radii = many
+    seen = {None: [], 5: []}
+    whole, found = (
+        square(model, x, slots=slots, generator=fixed(), callback=lambda *of, to=seen[slots]: to.append(of),
+               **dict(y=y, eps=0.03 * radii, queries=30, return_info=True) | more)
+        for slots in seen
+    )  # fmt: skip
+    assert whole.success.any() and not whole.success.all()
+    assert torch.equal(found.x_adv, whole.x_adv) and torch.equal(found.steps_used, whole.steps_used)
+    assert len(seen[5]) == len(seen[None])
+    for (query, proposals, loss), (same_query, same_proposals, same_loss) in zip(*seen.values(), strict=True):
+        assert query == same_query and torch.equal(proposals, same_proposals) and torch.equal(loss, same_loss)
+
+
+def test_no_batch_is_larger_than_slots(many):
+    """Nor the one whose predictions are the labels, nor the verdict's."""
+    model, x, *_ = many
+    square(model, x, slots=5, queries=3, precision="bf16", return_info=True)
+    assert max(model.sizes) == 5
+
+
+@pytest.mark.parametrize("more", [{}, dict(restarts=2), dict(precision="cascade"), dict(precision="bf16")])
+def test_slots_keep_their_shape_when_compiled(many, monkeypatch, more):
+    """Idle ones repeat a row, and change nothing."""
+    model, x, y, radii = many
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda work, **_: compiled.append(work) or work)
+    settings = dict(eps=0.03 * radii, queries=30, slots=5, return_info=True) | more
+    eager = square(model, x, y, generator=fixed(), **settings)
+    model.sizes.clear()
+    found = square(model, x, y, engine="compile", generator=fixed(), **settings)
+    assert compiled and set(model.sizes) == {5} and found.forwards == sum(model.sizes) > eager.forwards
+    for name in ("x_adv", "success", "loss", "steps_used"):
+        assert torch.equal(getattr(found, name), getattr(eager, name)), name
+    assert eager.success.any() and not eager.success.all()
+
+
 def test_class(images):
     model, x, y = images
     attack = Square(model, eps=4 / 255, queries=5)
@@ -149,6 +232,8 @@ def test_class(images):
     (dict(x=torch.rand(2, 12)), r"images \[B, C, H, W\], got \[2, 12\]"),
     (dict(x=torch.rand(2, 3, 4, 9), norm="l2", eps=1.0), "sides of at least 5"),
     (dict(norm="l0"), "'linf', 'l2', 'l1'"),
+    (dict(slots=0), "slots must be an integer >= 1"),
+    (dict(slots=1, loss=lambda out, y: out.sum(1)), "slots needs a loss by name"),
 ])  # fmt: skip
 def test_bad_input(change, message):
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rvlm.attacks import AttackWarning
+from rvlm.attacks.stages import Stage
 from rvlm.data import load_data
 from rvlm.data.base import Data
 from rvlm.evaluation import evaluate, parse_attack, wilson, write_evaluation, write_json
@@ -76,7 +77,7 @@ def test_stages_see_survivors_only(data):
     assert sum(int((found.broken_by == k).sum()) for k in range(4)) == 4
 
 
-@pytest.mark.parametrize("attack", ["pgd-10", "apgd-ce-10"])
+@pytest.mark.parametrize("attack", ["pgd-10", "apgd-ce-10", "square-60"])
 def test_stages_that_refill_get_several_batches_at_once(attack, data, monkeypatch):
     """So that samples of later ones take the places of those that are fooled; the model sees no larger batch."""
     sizes = []
@@ -86,7 +87,7 @@ def test_stages_that_refill_get_several_batches_at_once(attack, data, monkeypatc
             sizes.append(len(x))
             return super().forward(x)
 
-    settings = dict(attack=attack, eps="8/255", progress=False, batch_size=4)
+    settings = dict(attack=attack, eps="12/255", progress=False, batch_size=4)
     found = evaluate(Spy(), data, **settings)
     assert max(sizes) == 4 and 0 < found.robust < found.clean
     spent = len(sizes)
@@ -108,6 +109,31 @@ def test_trajectories_that_return_are_over_where_the_model_repeats_itself(data, 
     found = evaluate(Jittery(), data, attack="pgd-50@alpha=2/255", eps="8/255", progress=False)
     left = int((found.broken_by == -1).sum())
     assert left == 5 and (found.backwards < 20 * left if noise == 0 else found.backwards >= 50 * left)
+
+
+def test_no_stage_shows_the_model_more_than_a_batch(monkeypatch):
+    """Whatever it is given: some stages get several batches."""
+    given, shown, attacked = {}, {}, Stage.__call__
+    pixels = torch.randint(0, 256, (40, 3, 6, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).eval()
+
+    def noted(stage, model, x, y, **settings):
+        sizes = shown.setdefault(stage.name, [])
+        given[stage.name] = max(given.get(stage.name, 0), len(x))
+        return attacked(stage, lambda v: sizes.append(len(v)) or model(v), x, y, **settings)
+
+    monkeypatch.setattr(Stage, "__call__", noted)
+    y = net(pixels / 255).argmax(1)
+    data = Data("toy", "test", list("abcd"), y, torch.arange(40), lambda i: pixels[i], n_total=40)
+    stages = ["pgd-3", "apgd-ce-3", "apgd-t-3", "fab-t-2", "square-9"]
+    for precision in ("fp32", "cascade"):
+        found = evaluate(
+            net, data, attack=",".join(stages), eps="0.1/255", batch_size=4, precision=precision, progress=False
+        )
+        assert found.robust > 0.9 and list(shown) == stages
+        assert {name: max(sizes) for name, sizes in shown.items()} == dict.fromkeys(stages, 4)
+        assert min(given[name] for name in stages if name != "fab-t-2") > 4
 
 
 def test_no_survivors_end_the_evaluation(data):

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 net = Net().eval()
 """
-ATTACK = "pgd-3x1,square-10"
+ATTACK = "pgd-3x1,square-10"  # of which square gets two batches at once
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def command(tmp_path):
         words = [
             sys.executable, *(launcher if processes > 1 else []), "-m", "rvlm", "eval", "--model",
             f"{tmp_path / 'net.py'}:net", "--data", f"npz:{tmp_path / 'data.npz'}", "--attack", ATTACK,
-            "--eps", "1/255", "--batch-size", "16", "--out", str(tmp_path / out), *more,
+            "--eps", "1/255", "--batch-size", "4", "--out", str(tmp_path / out), *more,
         ]  # fmt: skip
         env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"} | env
         return subprocess.run(words, capture_output=True, text=True, env=env, timeout=300)
@@ -88,7 +88,7 @@ def test_two_processes_say_what_one_says(command, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_were_killed_go_on_as_one(command, tmp_path):
-    killed = command(2, "run", FORWARDS="9")
+    killed = command(2, "run", FORWARDS="100")
     assert killed.returncode != 0 and (tmp_path / "run" / "state").exists(), killed.stderr
     again = command(1, "run")
     assert again.returncode == 0, again.stderr

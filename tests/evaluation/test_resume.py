@@ -70,17 +70,18 @@ def same(first, second):
     assert first.stages == second.stages
 
 
-@pytest.mark.parametrize("left", [0, 3, 5, 20, 60, 100, 150])
-def test_a_run_that_is_cut_anywhere_ends_the_same(data, tmp_path, monkeypatch, left):
+@pytest.mark.parametrize("batch_size, left", [*((8, left) for left in (0, 3, 5, 20, 60, 100, 150)), (2, 650), (2, 900)])
+def test_a_run_that_is_cut_anywhere_ends_the_same(data, tmp_path, monkeypatch, batch_size, left):
+    """With batches of two some stages get four of them at once."""
     monkeypatch.setattr("rvlm.evaluation.resume.Keeper.save_now_and_then", lambda keeper: keeper.save())
-    whole = run(Net(), data)
+    whole = run(Net(), data, batch_size=batch_size)
     path = tmp_path / "state.npz"
     with pytest.raises(KeyboardInterrupt):
-        run(Killed(left), data, state=path)
-    again = run(Net(), data, state=path)
+        run(Killed(left), data, state=path, batch_size=batch_size)
+    again = run(Net(), data, state=path, batch_size=batch_size)
     same(again, whole)
     calls = Killed(10**6)
-    same(run(calls, data, state=path), whole)
+    same(run(calls, data, state=path, batch_size=batch_size), whole)
     assert calls.left == 10**6, "a complete state asks the model nothing"
 
 
