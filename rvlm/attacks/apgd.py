@@ -309,7 +309,7 @@ class _Halving(Rows):
         spans = [self.spans[steps] for steps in k]
         if not any(spans):
             return None
-        span = on_device(self.rises.device, spans)
+        span = on_device(self.rises, spans)
         here, many = span > 0, self.rises > self.rho * span
         stuck = ~self.halved & ~objective.better(best.scores.loss, self.best_loss)
         self.halved = torch.where(here, ~many | stuck, self.halved)
@@ -367,7 +367,7 @@ class _Sparsity(Rows):
         here = [steps > 0 and steps % self.interval == 0 for steps in k]
         if not any(here):
             return None
-        here, differ = on_device(self.size.device, here), _differing(best.x_adv, ball)
+        here, differ = on_device(self.size, here), _differing(best.x_adv, ball)
         sparser = differ / self.differ < 0.95
         self.top = torch.where(here, differ / self.pixels / 1.5, self.top)
         self.differ = torch.where(here, differ, self.differ)

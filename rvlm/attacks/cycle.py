@@ -60,11 +60,11 @@ class Cycle(Rows):
             same = same & (part == stored).flatten(1).all(1)
         periods = [step - at for step, at in zip(k, self.anchor_step, strict=True)]
         last = [step + (self.steps - step) % period for step, period in zip(k, periods, strict=True)]
-        self.last_step = torch.where(same, on_device(same.device, last), self.last_step)
+        self.last_step = torch.where(same, on_device(same, last), self.last_step)
         self.found = self.found | same
         renew = [step > at * RENEWED for step, at in zip(k, self.anchor_step, strict=True)]
         if any(renew):
-            rows = slice(None) if all(renew) else on_device(same.device, [row for row, new in enumerate(renew) if new])
+            rows = slice(None) if all(renew) else on_device(same, [row for row, new in enumerate(renew) if new])
             for part, stored in zip(state, self.anchor, strict=True):
                 stored[rows] = part[rows]
             self.anchor_step = [step if new else at for step, at, new in zip(k, self.anchor_step, renew, strict=True)]

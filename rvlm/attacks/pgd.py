@@ -260,7 +260,7 @@ class _Walk(Climb):
         self.moved += 1 if active is None else active
         if self.cycle is not None:
             self.cycle.look(self.k, self.x_adv)
-            self.over = self.over | (self.cycle.last_step <= on_device(self.over.device, self.k))
+            self.over = self.over | (self.cycle.last_step <= on_device(self.over, self.k))
 
     def kept(self) -> Kept:
         return self.chosen

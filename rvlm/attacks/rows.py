@@ -52,8 +52,10 @@ class Rows:
         return part
 
 
-def on_device(device: torch.device, values: list) -> Tensor:
-    """Values as a tensor, without an upload where all are the same."""
+def on_device(like: Tensor, values: list) -> Tensor:
+    """Numbers or flags as a tensor where another one is; the host does not wait for it."""
     if values.count(values[0]) == len(values):
-        return torch.full((len(values),), values[0], device=device)
-    return torch.tensor(values, device=device)
+        return torch.full((len(values),), values[0], device=like.device)
+    if not like.is_cuda:
+        return torch.tensor(values, device=like.device)
+    return torch.tensor(values, pin_memory=True).to(like.device, non_blocking=True)

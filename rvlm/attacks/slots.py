@@ -53,7 +53,7 @@ def in_slots(
     for number in range(runs):
         for sample in range(len(ball.x)):
             queue.push(sample, number)
-    full = slots if objective.static or device.type == "cuda" else min(slots, FULL)
+    full = slots if objective.static or ball.x.is_cuda else min(slots, FULL)
     none = torch.full((len(ball.x),), -1, device=device)
     chosen = Kept(ball.x.clone(), Scores(torch.full((len(none),), torch.nan, device=device), none == 0, none))
     used = torch.zeros_like(none)
@@ -94,7 +94,7 @@ def in_slots(
             looks += 1
             over = _true(climb.ended)
             # asking a GPU waits for it
-            if climb.done is not None and (device.type != "cuda" or looks % 8 == 0 or over):
+            if climb.done is not None and (not ball.x.is_cuda or looks % 8 == 0 or over):
                 done = _true(climb.done.tolist())
                 if over or 8 * len(done) >= len(items):
                     over |= done

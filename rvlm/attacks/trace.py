@@ -6,6 +6,8 @@ Step 0 is the start; the steps of later runs count on from those of earlier ones
 import torch
 from torch import Tensor
 
+from rvlm.attacks.rows import on_device
+
 __all__ = ["Trace"]
 
 NEVER = 2**62
@@ -44,13 +46,12 @@ class Trace:
 
     def note(self, rows: Tensor, steps: int | list[int], loss: Tensor, fooled: Tensor | None) -> None:
         """An iterate's loss and verdict, for samples in `rows`; steps: one for all, or of each."""
-        if isinstance(steps, list) and steps.count(steps[0]) == len(steps):
-            steps = steps[0]  # no upload
-        self.last = max(self.last, self._before + (steps if isinstance(steps, int) else max(steps)))
+        if isinstance(steps, int):
+            steps = [steps] * len(rows)
+        self.last = max(self.last, self._before + max(steps))
         while self.last >= self._losses.shape[1]:
             self._losses = torch.cat([self._losses, torch.full_like(self._losses, torch.nan)], 1)
-        own = isinstance(steps, list)
-        at = (torch.tensor(steps, device=rows.device) if own else torch.full_like(rows, steps)) + self._before
+        at = on_device(rows, steps) + self._before
         self._losses[rows, at] = loss.detach().to(self._losses.dtype)
         if fooled is not None:
             self._at.scatter_reduce_(0, rows, torch.where(fooled, at, NEVER), "amin")
