@@ -6,10 +6,12 @@
     compact    `pgd` that ends a sample when it is fooled
     both       for either reason
     restarts   `pgd` with restarts that share a batch, against restarts one after the other
+    together   `square` on all samples at one query, in batches that are cut anew, against one batch after the other
 
-Before any timing run after run and slots, and PGD with and without an exit, must leave the same samples robust, and
-peers as many, up to one or 2 %. Undefended models are broken at once, and nearly all of a peer's work is what fooled
-samples still do; on robust ones every side makes the same passes, and what scheduling can bring is fuller batches.
+Before any timing run after run and slots, Square together and batch by batch, and PGD with and without an exit, must
+leave the same samples robust, and peers as many, up to one or 2 %. Undefended models are broken at once, and nearly
+all of a peer's work is what fooled samples still do; on robust ones every side makes the same passes, and what
+scheduling can bring is fuller batches.
 """
 
 from functools import partial
@@ -18,7 +20,7 @@ import pytest
 import torch
 from measure import QUICK
 
-from rvlm.attacks import apgd, pgd
+from rvlm.attacks import apgd, pgd, square
 
 AIMED = [  # model, eps in 1/255, steps, samples
     ("digits-vit", 8, 100, 64),
@@ -30,8 +32,17 @@ AIMED = [  # model, eps in 1/255, steps, samples
 ]
 LONG = [("digits-vit", 8, 100, 64), ("digits-rn", 8, 100, 64), ("digits-vit-tecoa", 8, 100, 64)]
 RESTARTS = [("digits-vit", 4, 10, 8), ("digits-rn", 2, 10, 8), ("digits-vit-tecoa", 8, 10, 8)]
+BLACK_BOX = [
+    ("digits-rn", 12, 300, 64),
+    ("digits-vit", 24, 300, 64),
+    ("digits-vit-tecoa", 48, 300, 64),
+    ("digits-vit-tecoa", 8, 100, 64),
+]
+SLOTS = 16
 if QUICK:
-    AIMED, LONG, RESTARTS = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in (AIMED, LONG, RESTARTS))
+    every = (AIMED, LONG, RESTARTS, BLACK_BOX)
+    AIMED, LONG, RESTARTS, BLACK_BOX = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in every)
+    SLOTS = 2
 IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
 
 
@@ -111,3 +122,23 @@ def test_restarts(case, load, compare, benchmark):
     assert torch.equal(*left)
     info = {"impl": "rvlm in slots", "peer": "turns", "case": f"{name} eps {eps}/255 N={samples}, 10 x {steps} steps"}
     compare(lambda: attack(64), lambda: attack(None), round_seconds=0.02, **info, robust=int(left[0].sum()))
+
+
+@pytest.mark.parametrize("case", BLACK_BOX, ids=IDS)
+@pytest.mark.benchmark(group="square in slots")
+def test_square(case, load, compare, device, benchmark):
+    name, eps, queries, samples = case
+    model, x, y = load(name, samples)
+    ids = torch.arange(samples, device=device)
+
+    def attack(rows, slots=None):
+        draws = {"generator": torch.Generator().manual_seed(0), "sample_ids": rows}
+        return square(model, x[rows], y[rows], eps=eps / 255, queries=queries, slots=slots, **draws)
+
+    together = lambda: attack(ids, SLOTS)  # noqa: E731
+    in_turn = lambda: torch.cat([attack(rows) for rows in ids.split(SLOTS)])  # noqa: E731
+    left = [robust(model, find(), y) for find in (together, in_turn)]
+    assert torch.equal(*left)
+    info = {"impl": "rvlm, together", "peer": f"batches of {SLOTS}"}
+    info |= {"case": f"{name} eps {eps}/255 N={samples}, {queries} queries", "robust": int(left[0].sum())}
+    compare(together, in_turn, round_seconds=0.02, **info)
