@@ -34,6 +34,7 @@ COLUMNS = {
     "autoattack by one import": ("peer", "robust"),
     "apgd-t in slots": ("peer", "robust"),
     "square in slots": ("peer", "robust"),
+    "pgd's restarts in slots": ("peer", "robust"),
     "pgd-100 exits": ("robust",),
     "training": (),
     "gains": ("peer", "fooled", "images", "verdicts_differing", "over_eager", "compile_seconds", "break_even"),
