@@ -18,6 +18,7 @@ SUITE = {
     "pgd-compact": part(pgd, steps=4, best="adv", early_stop="compact"),
     "apgd-ce": part(apgd, steps=4),
     "apgd-compact": part(apgd, steps=6, early_stop="compact"),
+    "apgd-slots": part(apgd, steps=6, early_stop="compact", slots=4),
     "apgd-t": part(apgd, steps=3, loss="dlr-targeted", targets=2),
     "apgd-eot": part(apgd, steps=3, eot=2),
     "fab": part(fab, steps=3, aimed=False),
@@ -26,6 +27,7 @@ SUITE = {
     "cw": part(cw, steps=4, rounds=2, norm="linf"),
     "deepfool": part(deepfool, steps=3, norm="linf"),
     "square": part(square, queries=6),
+    "square-slots": part(square, queries=6, slots=4),
     "mifgsm": part(mifgsm, steps=2, transforms=["vmi", "ni", "si", "di", "ti"]),
     "autoattack": part(autoattack, version="custom", attacks=["apgd-ce-3", "fab-t-2", "square-3"]),
 }

@@ -75,6 +75,8 @@ LOOPS = [
     (pgd, {"early_stop": "freeze"}, "steps", 8),
     (pgd, {"early_stop": "compact", "best": "adv"}, "steps", 8),
     (pgd, {"early_stop": "cycle"}, "steps", 8),
+    (pgd, {"early_stop": "compact", "slots": 4, "restarts": 2, "return_info": True}, "steps", 8),
+    (pgd, {"early_stop": "compact+cycle", "slots": 4, "restarts": 2}, "steps", 8),
     (apgd, {}, "steps", None),
     (apgd, {"norm": "l2", "best": "loss"}, "steps", None),
     (apgd, {"norm": "l1", "larger_eps": True}, "steps", None),

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 net = Net().eval()
 """
-ATTACK = "pgd-3x1,square-10"  # of which square gets two batches at once
+ATTACK = "pgd-3x1,square-10"  # which get several batches of four at once
 
 
 @pytest.fixture
