@@ -173,7 +173,8 @@ def search(
             return chosen.x_adv
         verdict = chosen.scores
         if precision is not None and not cascade:
-            objective.target = aims[:, -1] if aimed else None
+            if aims is not None:
+                objective.target = aims[:, -1]  # of a run in turn it is already; in slots each has its own
             with arithmetic(model, x.device, "fp32"):  # also where the caller's is another one
                 verdict = objective.score(chosen.x_adv)
             if distances:

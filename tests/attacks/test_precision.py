@@ -104,6 +104,16 @@ def test_cascade_aims_at_every_target(build, batch):
         assert torch.equal(result.success, model(result.x_adv).argmax(1) != y) and result.success.any()
 
 
+@pytest.mark.parametrize("slots", [None, 3])
+def test_the_verdict_of_an_attack_that_aims_at_every_target(slots, build, batch):
+    model, (x, _) = build("vit", torch.float32), batch(torch.float32)
+    y = model(x).argmax(1)
+    given = {"eps": 8 / 255, "steps": 5, "loss": "dlr-targeted", "early_stop": "compact", "slots": slots}
+    result = apgd(model, x, y, precision="bf16", return_info=True, **given)
+    with scoring(model):
+        assert torch.equal(result.success, model(result.x_adv).argmax(1) != y) and result.success.any()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "cascade"])
 def test_weights_are_cast_once_and_back(precision, build, batch):
     model, (x, y) = build("vit", torch.float32), batch(torch.float32)
