@@ -277,13 +277,19 @@ class Replayed:
         return Answer(*(t.clone() for t in found))
 
 
-def cuda_graph(work: Callable[[], Answer]) -> tuple[Callable[[], None], Answer]:
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all attacks: cuBLAS keeps a workspace of its own for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def cuda_graph(device: torch.device, work: Callable[[], Answer]) -> tuple[Callable[[], None], Answer]:
     """Runs work once, for what is set up at a first call, and captures it.
 
-    Not by torch.cuda.graph, which collects garbage and empties the allocator's cache first: too slow for every attack.
+    Not by torch.cuda.graph, which empties the allocator's cache first: too slow for every attack.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, caller = _side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(caller)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         work()
@@ -292,7 +298,7 @@ def cuda_graph(work: Callable[[], Answer]) -> tuple[Callable[[], None], Answer]:
             found = work()
         finally:
             graph.capture_end()
-    torch.cuda.current_stream().wait_stream(side)
+    caller.wait_stream(side)
     return graph.replay, found
 
 
@@ -308,4 +314,4 @@ def engine_for(engine: str, model: Callable, x: Tensor) -> Compiled | Replayed |
         return None
     if not x.is_cuda:
         raise ValueError(f"engine='cudagraph' is for CUDA devices, x is on {x.device}: use 'compile' or 'eager' there")
-    return Replayed(cuda_graph)
+    return Replayed(functools.partial(cuda_graph, x.device))
