@@ -166,7 +166,7 @@ def test_processes_with_different_settings_are_refused(monkeypatch, capsys):
 def test_check_of_a_users_file(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "import torch\nweight = torch.randn(3072, 10, generator=torch.Generator().manual_seed(0))\n"
-        "def model(x):\n    return x.flatten(1) @ weight\n"
+        "def model(x):\n    return x.flatten(1) @ weight.to(x.device)\n"
         "def soft(x):\n    return model(x).softmax(1)\n"
     )
     assert run("check", f"{tmp_path}/mine.py:model") == 0
