@@ -137,7 +137,7 @@ def test_a_gpu_is_not_waited_for(attack, given, count, every, engine, build, bat
             torch.cuda.set_sync_debug_mode("default")
 
     try:
-        attack(model, x, y, engine=engine, callback=watch, **{count: 12}, **given)
+        attack(model, x, y, engine=engine, callback=watch, **{count: 40}, **given)  # a third at a time with larger_eps
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 9 in seen
