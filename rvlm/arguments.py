@@ -426,9 +426,9 @@ class LvlmArgs(Arguments):
     seed: int = 0
     """Seed of the attack's random starts."""
     save_png: bool = False
-    """Also write the adversarial images as PNGs (valid uint8 by the attack)."""
+    """Also write the adversarial images as PNGs (valid uint8 by the attack); such a run begins anew when killed."""
     out: str | None = None
-    """Run folder; default runs/lvlm-DATE."""
+    """Run folder; default runs/lvlm-DATE. Give the folder of a run that was killed to go on with it."""
 
 
 COMMANDS: dict[str, type] = {

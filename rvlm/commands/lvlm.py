@@ -1,8 +1,8 @@
 """lvlm: what an attack does to the answers of an LVLM."""
 
 import os
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def lvlm(args: LvlmArgs) -> int:
         data = load_questions(args.data, model.size, args.limit)
         run = Run("lvlm", args)
         rows = _measured(args, run, model, data, adapter, args.attack, args.eps, args.score, args.seed)
+        shutil.rmtree(run.out / "state", ignore_errors=True)
         return run.finish(rows, _table(rows, args))
     run, mark = Run("lvlm", args), {"name": protocol.name, "sha": protocol.sha}
     rows, missing, broken = [], [], []
@@ -49,6 +50,7 @@ def lvlm(args: LvlmArgs) -> int:
                 rows += _measured(args, run, model, data, adapter, attack, eps, score, protocol.seed, mark)
     run.manifest |= {"protocol": mark, "missing": missing, "broken": broken}
     run.finish(rows, _table(rows, args), status="incomplete" if missing or broken else "complete")
+    shutil.rmtree(run.out / "state", ignore_errors=True)
     return DATA_MISSING if missing else CHECK_FAILED if broken else 0
 
 
@@ -73,21 +75,28 @@ def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, str]]]:
 def _measured(
     args: LvlmArgs, run: Run, model, data, adapter, attack: str, eps: Eps, score: str, seed: int, mark=None
 ) -> list[dict[str, Any]]:
-    """Attacks the model on some questions, and writes what comes of it."""
+    """Attacks the model on some questions, and writes what comes of it; of a protocol, records that an earlier attempt
+    wrote are taken as they are."""
     from rvlm.evaluation.images import write_png
+    from rvlm.evaluation.records import record_stem
     from rvlm.lvlm import evaluate_answers
-    from rvlm.lvlm.records import write_answers
+    from rvlm.lvlm.records import answered_before, write_answers
 
-    began = time.time()
     settings = {
         "attack": attack, "aim": args.aim, "max_tokens": args.max_tokens, "batch_size": args.batch_size, "seed": seed,
         "quantize": 255 if args.save_png else None,
     }  # fmt: skip
-    results = evaluate_answers(model, data, eps=float(eps), adapter=adapter, score=score, **settings)
-    rows = write_answers(
-        run.out, results, model, data, adapter, settings, eps=str(eps), seconds=round(time.time() - began, 2),
-        partial=args.limit is not None, protocol=mark,
+    about = {"eps": str(eps), "partial": args.limit is not None, "protocol": mark}
+    if mark and (rows := answered_before(run.out, model, data, adapter, settings, **about)) is not None:
+        return rows
+    state = run.out / "state" / f"{record_stem(data.name, attack, str(eps))}.npz"
+    results = evaluate_answers(
+        model, data, eps=float(eps), adapter=adapter, score=score, keep_images=args.save_png,
+        state=None if args.save_png else state,  # a run that was killed goes on with the same command
+        **settings,
     )  # fmt: skip
+    rows = write_answers(run.out, results, model, data, adapter, settings, **about)
+    state.unlink(missing_ok=True)
     for result in results if args.save_png else ():
         if result.target != "transfer":
             for answers, pixels in zip(result.rows, result.x_adv, strict=True):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -98,7 +97,7 @@ def _repro_answers(args: ReproArgs) -> int:
     from rvlm.lvlm.records import write_answers
     from rvlm.lvlm.repro import read_recorded_answers
 
-    old, began = read_recorded_answers(args.record), time.time()
+    old = read_recorded_answers(args.record)
     if args.source:
         raise ValueError("images for transfer are made on the LVLM without its adapter: leave --source out")
     if args.adapter and old.adapter is None:
@@ -109,8 +108,8 @@ def _repro_answers(args: ReproArgs) -> int:
     data = old.samples(args.data or old.data)
     run, found = Run("repro", args), old.run(lvlm, data, adapter)
     rows = write_answers(
-        run.out, [found], lvlm, data, adapter, old.settings, eps=old.record["eps"],
-        seconds=round(time.time() - began, 2), partial=about["partial"], protocol=old.record.get("protocol"),
+        run.out, [found], lvlm, data, adapter, old.settings, eps=old.record["eps"], partial=about["partial"],
+        protocol=old.record.get("protocol"),
     )  # fmt: skip
     return _judge(run, args, old.path, old.compare(found), rows)
 

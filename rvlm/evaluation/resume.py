@@ -8,6 +8,7 @@ replaced as a whole, so that a crash or a full disk leaves the last one.
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rvlm.data.prompts import fingerprint
 from rvlm.files import whole_file
 from rvlm.models.weights import settings_of, weights_sha
 
-__all__ = ["COLUMNS", "Keeper", "Tally"]
+__all__ = ["COLUMNS", "Keeper", "State", "Tally"]
 
 SCHEMA = "rvlm.state/4"
 COLUMNS = (
@@ -60,6 +61,53 @@ class Tally:
         self.losses[self.stage] = [sum(pair) for pair in zip(*both, strict=True)]
 
 
+class State:
+    """A state file.
+
+    Args:
+        path: of the file.
+        key: all that decides the result, by name.
+    """
+
+    def __init__(self, path: str | Path, key: dict[str, Any]) -> None:
+        self.path, self.key = Path(path), {"schema": SCHEMA} | key
+        self.saved, self.pause = 0.0, PAUSE
+
+    @property
+    def due(self) -> bool:
+        """Once a second, or, where a state is so large that writing takes long, for a hundredth of the time."""
+        return time.perf_counter() - self.saved > self.pause
+
+    def write(self, known: dict[str, Any], columns: dict[str, np.ndarray] | None = None) -> None:
+        """known: plain values."""
+        began = time.perf_counter()
+        about = json.dumps({"key": self.key, **known}).encode()
+        with whole_file(self.path) as file:
+            np.savez(file, about=np.frombuffer(about, np.uint8), **(columns or {}))
+        self.saved = time.perf_counter()
+        self.pause = max(PAUSE, (self.saved - began) / SHARE)
+
+    def read(self, columns: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """What was written; None where there is no file.
+
+        Raises:
+            ValueError: it is something else, or of another evaluation.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                known = json.loads(file["about"].tobytes())
+                theirs, ours = known.pop("key"), json.loads(json.dumps(self.key))
+                found = {name: file[name] for name in columns} if theirs == ours else {}
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.path} is no state of an evaluation ({error}): remove it to begin anew") from None
+        if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+            what = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differ)
+            raise ValueError(f"{self.path} belongs to another evaluation ({what}): remove it, or write elsewhere")
+        return known, found
+
+
 class Keeper:
     """Saves and restores; without a path it does neither.
 
@@ -72,14 +120,13 @@ class Keeper:
     """
 
     def __init__(self, path: str | Path | None, result, data, models: dict[str, Any], settings: dict[str, Any]) -> None:
-        self.path, self.result = None if path is None else Path(path), result
+        self.state, self.result = None, result
         self.columns = COLUMNS if result.x_adv is None or path is None else (*COLUMNS, "x_adv")
-        self.tally, self.began, self.before, self.saved = Tally(), time.perf_counter(), 0.0, 0.0
-        self.pause = PAUSE
-        if self.path is None:
+        self.tally, self.began, self.before = Tally(), time.perf_counter(), 0.0
+        if path is None:
             return
-        self.key = {
-            "schema": SCHEMA, "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
+        key = {
+            "attack": result.attack, "eps": str(result.eps), "norm": result.norm,
             "target": result.target, "seed": result.seed, "batch_size": result.batch_size, "data": data.name,
             "fingerprint": data.fingerprint, "samples": data.index_sha,
             "first_image": data.first_image, "data_file": data.file_sha,
@@ -87,16 +134,16 @@ class Keeper:
             **{role: _name(model) for role, model in models.items()}, **settings,
             **{f"{role}.{name}": v for role, model in models.items() for name, v in settings_of(model).items()},
         }  # fmt: skip
-        if self.path.exists():
-            self._restore()
+        self.state = State(path, key)
+        if (found := self.state.read(self.columns)) is not None:
+            self.adopt(found[0] | {"columns": found[1]})
 
     def seconds(self) -> float:
         """Spent so far, in all attempts."""
         return self.before + time.perf_counter() - self.began
 
     def save_now_and_then(self) -> None:
-        """Once a second, or, where a state is so large that writing takes long, for a hundredth of the time."""
-        if time.perf_counter() - self.saved > self.pause:
+        if self.state is not None and self.state.due:
             self.save()
 
     def known(self) -> dict[str, Any]:
@@ -119,30 +166,10 @@ class Keeper:
         self.before, self.began = known["seconds"], time.perf_counter()
 
     def save(self) -> None:
-        if self.path is None:
-            return
-        known = self.known()
-        columns, began = known.pop("columns"), time.perf_counter()
-        about = json.dumps({"key": self.key, **known}).encode()
-        with whole_file(self.path) as file:
-            np.savez(file, about=np.frombuffer(about, np.uint8), **columns)
-        self.saved = time.perf_counter()
-        self.pause = max(PAUSE, (self.saved - began) / SHARE)
-
-    def _restore(self) -> None:
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                known = json.loads(file["about"].tobytes())
-                theirs = known.pop("key")
-                if theirs == self.key:
-                    known["columns"] = {name: file[name] for name in self.columns}
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.path} is no state of an evaluation ({error}): remove it to begin anew") from None
-        differ = [name for name in self.key | theirs if self.key.get(name) != theirs.get(name)]
-        if differ:
-            what = "; ".join(f"{name} was {theirs.get(name)!r}, is {self.key.get(name)!r}" for name in differ)
-            raise ValueError(f"{self.path} belongs to another evaluation ({what}): remove it, or write elsewhere")
-        self.adopt(known)
+        if self.state is not None:
+            known = self.known()
+            columns = known.pop("columns")
+            self.state.write(known, columns)
 
 
 def _name(model: Any) -> str | None:

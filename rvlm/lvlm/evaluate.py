@@ -8,8 +8,11 @@ transfer, with images that were made on the model without it.
 """
 
 import dataclasses
+import math
 import re
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,8 @@ from rvlm.attacks import apgd, pgd
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.losses import given
 from rvlm.evaluation.metrics import clustered_interval, effective_size, wilson
-from rvlm.lvlm.model import AnswerLoss, Lvlm
+from rvlm.evaluation.resume import State
+from rvlm.lvlm.model import AnswerLoss, Lvlm, what_answers
 from rvlm.lvlm.questions import Questions
 from rvlm.lvlm.scores import HIGHEST, SCORES, without_articles
 from rvlm.methods.r_adapt import STRENGTH, RAdaptConfig
@@ -27,8 +31,9 @@ from rvlm.models import Adapter
 from rvlm.models.adapter import AdapterConfig
 from rvlm.models.towers import attention_output
 
-__all__ = ["AnswerScores", "evaluate_answers", "white_adapter"]
+__all__ = ["RESULTS", "AnswerScores", "evaluate_answers", "white_adapter"]
 
+RESULTS = (("before", "white-box"), ("after", "white-box"), ("after", "transfer"))  # all but the first with an adapter
 ATTACKS = {"pgd": pgd, "apgd": apgd}
 
 
@@ -43,8 +48,9 @@ class AnswerScores:
         rows: for each sample its image, question, references, answers (clean, adv), their scores (score_clean,
             score_adv) and the attacked loss of both images (loss_clean, loss_adv); with an aim, whether they contain
             its words (aim_clean, aim_adv).
-        x_adv: for each sample its image [3, S, S], on the CPU.
+        x_adv: for each sample its image [3, S, S], on the CPU; empty if they were not kept.
         undefended: mean score of the undefended model on clean images, which relative scores are a share of.
+        seconds: that all results of the evaluation took together, in all attempts.
     """
 
     name: str
@@ -53,6 +59,7 @@ class AnswerScores:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     x_adv: list[Tensor] = dataclasses.field(default_factory=list)
     undefended: float = 0.0
+    seconds: float = 0.0
 
     def mean(self, key: str) -> float:
         return sum(row[key] for row in self.rows) / len(self.rows)
@@ -76,7 +83,7 @@ class AnswerScores:
 def evaluate_answers(
     lvlm: Lvlm, data: Questions, *, attack: str = "pgd-10", eps: float = 4 / 255, adapter: Adapter | None = None,
     score: str = "f1", aim: str | None = None, max_tokens: int = 20, batch_size: int = 8, seed: int = 0,
-    quantize: int | None = None, progress: bool = True,
+    quantize: int | None = None, progress: bool = True, keep_images: bool = True, state: str | Path | None = None,
 ) -> list[AnswerScores]:  # fmt: skip
     """Attacks a model's answers and scores them before and after; with an adapter, those of the adapted model too.
 
@@ -89,12 +96,15 @@ def evaluate_answers(
         max_tokens: of an answer.
         seed: of the random starts, which are keyed by the data's index.
         quantize: 255 for images that survive being saved as PNG.
+        keep_images: keep x_adv, 12 S^2 bytes a sample and result, in memory.
+        state: file to save progress in, at every batch (at most once a second); an evaluation that finds one goes on
+            there, with the same result. Delete it when it is no longer needed. It holds no images.
 
     Returns:
         before; with an adapter also after (white-box) and after (transfer).
 
     Raises:
-        ValueError: an unknown attack or score, or a model with an adapter.
+        ValueError: an unknown attack or score, a model with an adapter, or a state file of another evaluation.
     """
     found = re.fullmatch(r"(pgd|apgd)-([1-9]\d*)", attack)
     if found is None or score not in SCORES:
@@ -104,37 +114,54 @@ def evaluate_answers(
         )
     if lvlm.adapter is not None:
         raise ValueError(f"{lvlm.name} has an adapter: pass it as adapter= to compare the model with it and without")
-    before, after, transfer = (
-        AnswerScores(*names, score)
-        for names in (("before", "white-box"), ("after", "white-box"), ("after", "transfer"))
-    )
+    if state is not None and keep_images:
+        raise ValueError("keep_images holds images, which a state file does not save: choose one")
+    began = time.perf_counter()
+    results = [AnswerScores(*names, score) for names in (RESULTS if adapter is not None else RESULTS[:1])]
+    saved = state and State(state, {
+        "attack": attack, "eps": float(eps), "aim": aim, "max_tokens": max_tokens, "batch_size": batch_size,
+        "seed": seed, "quantize": quantize, "data": data.name, "fingerprint": data.fingerprint,
+        **what_answers(lvlm, adapter),
+    })  # fmt: skip
+    if saved and (stored := saved.read()) is not None:
+        known, _ = stored
+        began -= known["seconds"]
+        for result, rows in zip(results, known["rows"], strict=True):
+            result.rows = rows
     settings = {
         "eps": eps, "steps": int(found[2]), "targeted": aim is not None, "loss": given, "best": "loss",
         "quantize": quantize,
     }  # fmt: skip
     from tqdm import tqdm
 
-    for rows in tqdm(torch.arange(len(data)).split(batch_size), disable=None if progress else True, unit="batch"):
+    batches = torch.arange(len(data)).split(batch_size)
+    done = math.ceil(len(results[0].rows) / batch_size)
+    left = batches[done:]
+    for rows in tqdm(left, total=len(batches), initial=done, disable=None if progress else True, unit="batch"):
         batch = _Batch(lvlm, data, rows, aim, max_tokens)
         x_adv = batch.attacked(ATTACKS[found[1]], settings, seed)
-        batch.keep(before, batch.clean, batch.look(x_adv), x_adv)
-        if adapter is None:
-            continue
-        adapter.attach(lvlm)
-        try:
-            clean, on_adapted = batch.look(batch.x), batch.attacked(ATTACKS[found[1]], settings, seed)
-            batch.keep(after, clean, batch.look(on_adapted), on_adapted)
-            batch.keep(transfer, clean, batch.look(x_adv), x_adv)
-        finally:
-            adapter.detach(lvlm)
-    results = [before] if adapter is None else [before, after, transfer]
+        seen = [(batch.clean, batch.look(x_adv), x_adv)]
+        if adapter is not None:
+            adapter.attach(lvlm)
+            try:
+                clean, on_adapted = batch.look(batch.x), batch.attacked(ATTACKS[found[1]], settings, seed)
+                seen += [(clean, batch.look(on_adapted), on_adapted), (clean, batch.look(x_adv), x_adv)]
+            finally:
+                adapter.detach(lvlm)
+        for result, (clean, adv, images) in zip(results, seen, strict=True):
+            batch.keep(result, clean, adv)
+            if keep_images:
+                result.x_adv.extend(images.cpu())
+        if saved and (saved.due or rows is batches[-1]):
+            saved.write({"rows": [result.rows for result in results], "seconds": time.perf_counter() - began})
     for result in results:
         references = [row["references"] for row in result.rows]
         for which in ("clean", "adv"):
             scores = SCORES[score]([row[which] for row in result.rows], references)
             for row, value in zip(result.rows, scores, strict=True):
                 row[f"score_{which}"] = value
-        result.undefended = before.mean("score_clean")
+        result.undefended = results[0].mean("score_clean")
+        result.seconds = time.perf_counter() - began
     return results
 
 
@@ -166,7 +193,7 @@ class _Batch:
         """What the model, as it is now, says of images, and the attacked loss."""
         return self._answers(images), self._losses(images)
 
-    def keep(self, result: AnswerScores, clean: tuple, adv: tuple, x_adv: Tensor) -> None:
+    def keep(self, result: AnswerScores, clean: tuple, adv: tuple) -> None:
         """Adds rows of what was said of the clean and of the adversarial images."""
         columns: dict[str, list] = {
             "index": self.index.tolist(), "image": self.images, "question": self.questions,
@@ -178,7 +205,6 @@ class _Batch:
             if self.aim is not None:
                 columns[f"aim_{name}"] = [_phrase(self.aim) in _phrase(answer) for answer in answers]
         result.rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        result.x_adv.extend(x_adv.cpu())
 
     def _answers(self, images: Tensor) -> list[str]:
         with scoring(self.lvlm):

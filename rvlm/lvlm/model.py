@@ -8,6 +8,7 @@ left, which attention masks hide, so that answers end together and logits are co
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from rvlm.lvlm.pixels import Pixels, QwenPixels
 from rvlm.models import Adapter
+from rvlm.models.weights import settings_of, weights_sha
 
-__all__ = ["FAMILIES", "AnswerLoss", "Lvlm", "load_lvlm"]
+__all__ = ["FAMILIES", "AnswerLoss", "Lvlm", "load_lvlm", "what_answers"]
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 gradients underflow
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever is stored beside the model
@@ -217,3 +219,11 @@ def load_lvlm(
     if adapter is not None:
         (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)).attach(lvlm)
     return lvlm
+
+
+def what_answers(lvlm: Lvlm, adapter: Adapter | None) -> dict[str, Any]:
+    """A model without its adapter, and the adapter, by their content: as records of answers hold them."""
+    return {
+        "model_sha": weights_sha(lvlm), "model_settings": settings_of(lvlm), "dtype": str(lvlm.model.dtype),
+        "adapter": adapter and dataclasses.asdict(adapter.config), "adapter_sha": adapter and weights_sha(adapter),
+    }  # fmt: skip

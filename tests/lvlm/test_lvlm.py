@@ -23,6 +23,7 @@ from rvlm.lvlm import (
     vqa_accuracy,
     white_adapter,
 )  # fmt: skip
+from rvlm.lvlm import evaluate as answers
 from rvlm.lvlm.pixels import Pixels, QwenPixels
 from rvlm.models import Adapter, apply_adapter
 from rvlm.models.adapter import AdapterConfig
@@ -523,6 +524,62 @@ def test_what_a_protocol_asks_of_lvlms(folders, tmp_path, capsys):
     assert len(json.loads((tmp_path / "broken" / "summary.json").read_text())["rows"]) == 2
     assert cli.main([*argv, str(tmp_path / "no"), "--eps", "2/255"]) == 2
     assert cli.main([*argv[:3], "--protocol", "digits-demo"]) == 2 and "asks LVLMs nothing" in capsys.readouterr().err
+
+
+def comparable(run):
+    """Rows, records and answers of a run, but for times."""
+    rows = json.loads((run / "summary.json").read_text())["rows"]
+    records = [json.loads((run / row["record"]).read_text()) | {"env": None, "seconds": 0} for row in rows]
+    return [row | {"seconds": 0} for row in rows], records, [(run / one["rows"]).read_text() for one in records]
+
+
+@pytest.mark.parametrize("stops_at", [1, 2, 4, 6])
+def test_a_protocol_that_was_interrupted_goes_on_with_the_same_answers(folders, tmp_path, monkeypatch, stops_at):
+    """Six batches: two for each of the captions' radii, then one for each of the questions'."""
+    file, root = write_protocol(tmp_path), write_benchmarks(tmp_path / "root")
+    argv = ["lvlm", "--model", str(folders["llava"]), "--protocol", str(file), "--root", str(root)]
+    argv += ["--adapter", "white", "--batch-size", "2", "--out"]
+    assert cli.main([*argv, str(tmp_path / "once")]) == 0
+    batches, attacked = [], answers._Batch.attacked
+    monkeypatch.setattr("rvlm.evaluation.resume.State.due", True)
+
+    def stops(batch, *args):
+        batches.append(batch)
+        if len(batches) == 2 * stops_at:  # of a batch the model is attacked, then the adapted model
+            raise KeyboardInterrupt
+        return attacked(batch, *args)
+
+    monkeypatch.setattr(answers._Batch, "attacked", stops)
+    run = tmp_path / "twice"
+    assert cli.main([*argv, str(run)]) == 130 and len(list(run.glob("state/*"))) == (stops_at in (2, 4))
+    monkeypatch.setattr(answers._Batch, "attacked", attacked)
+    written = {path: path.stat().st_mtime_ns for path in run.glob("result/*")}
+    again, keep = [], answers._Batch.keep
+    monkeypatch.setattr(answers._Batch, "keep", lambda batch, *args: (again.append(batch), keep(batch, *args))[1])
+    assert cli.main([*argv, str(run)]) == 0
+    assert len(again) == 3 * (7 - stops_at), "what was done is not done again"
+    assert comparable(run) == comparable(tmp_path / "once") and not (run / "state").exists()
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    again.clear()
+    assert cli.main([*argv, str(run), "--adapter", "none"]) == 3 and not again
+    assert cli.main([*argv, str(run), "--limit", "1"]) == 0 and len(again) == 3 * 4, "partial records are others"
+
+
+def test_a_state_of_answers_belongs_to_one_evaluation(folders, tmp_path, monkeypatch):
+    lvlm, data = load_lvlm(str(folders["llava"])), load_questions(write_questions(tmp_path), 32)
+    given = dict(attack="pgd-2", max_tokens=2, batch_size=2, progress=False, keep_images=False)
+    whole = evaluate_answers(lvlm, data, **given)
+    state = tmp_path / "state.npz"
+    assert evaluate_answers(lvlm, data, state=state, **given)[0].rows == whole[0].rows
+    monkeypatch.setattr(answers, "_Batch", None)
+    (found,) = evaluate_answers(lvlm, data, state=state, **given)
+    assert found.rows == whole[0].rows and found.undefended == whole[0].undefended and not found.x_adv
+    with pytest.raises(ValueError, match="belongs to another evaluation .seed was 0, is 1"):
+        evaluate_answers(lvlm, data, state=state, **given | {"seed": 1})
+    with pytest.raises(ValueError, match="belongs to another evaluation .adapter was None"):
+        evaluate_answers(lvlm, data, state=state, adapter=white_adapter(lvlm), **given)
+    with pytest.raises(ValueError, match="keep_images holds images"):
+        evaluate_answers(lvlm, data, state=state, **given | {"keep_images": True})
 
 
 def test_records_of_answers_are_rerun(folders, tmp_path, capsys):
