@@ -8,6 +8,7 @@ from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, DATA_MISSING, LvlmArgs
 from rvlm.commands.shared import Run, device_of
+from rvlm.data.tasks import TASKS, Task
 from rvlm.units import Eps
 
 __all__ = ["lvlm"]
@@ -33,12 +34,13 @@ def lvlm(args: LvlmArgs) -> int:
     if protocol is None:
         data = load_questions(args.data, model.size, args.limit)
         run = Run("lvlm", args)
-        rows = _measured(args, run, model, data, adapter, args.attack, args.eps, args.score, args.seed)
+        task = Task("{}", args.score, args.max_tokens)
+        rows = _measured(args, run, model, data, adapter, args.attack, args.eps, task, args.seed)
         shutil.rmtree(run.out / "state", ignore_errors=True)
         return run.finish(rows, _table(rows, args))
     run, mark = Run("lvlm", args), {"name": protocol.name, "sha": protocol.sha}
     rows, missing, broken = [], [], []
-    for part, spec, score in parts:
+    for part, spec, task in parts:
         try:
             data = protocol.drawn(part, load_questions(spec, model.size)).limited(args.limit, protocol.seed)
         except (FileNotFoundError, ValueError) as error:
@@ -47,18 +49,17 @@ def lvlm(args: LvlmArgs) -> int:
             continue
         for attack, radii in part.attacks.items():
             for eps in map(Eps, radii):
-                rows += _measured(args, run, model, data, adapter, attack, eps, score, protocol.seed, mark)
+                rows += _measured(args, run, model, data, adapter, attack, eps, task, protocol.seed, mark)
     run.manifest |= {"protocol": mark, "missing": missing, "broken": broken}
     run.finish(rows, _table(rows, args), status="incomplete" if missing or broken else "complete")
     shutil.rmtree(run.out / "state", ignore_errors=True)
     return DATA_MISSING if missing else CHECK_FAILED if broken else 0
 
 
-def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, str]]]:
-    """The protocol, and of its parts that an LVLM answers the part, its data and its score; (None, []) without one."""
+def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, Task]]]:
+    """The protocol, and of its parts that an LVLM answers the part, its data and its task; (None, []) without one."""
     from rvlm.data.registry import data_root
     from rvlm.evaluation import load_protocol
-    from rvlm.lvlm.scores import TASKS
 
     if args.protocol is None:
         return None, []
@@ -73,7 +74,7 @@ def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, str]]]:
 
 
 def _measured(
-    args: LvlmArgs, run: Run, model, data, adapter, attack: str, eps: Eps, score: str, seed: int, mark=None
+    args: LvlmArgs, run: Run, model, data, adapter, attack: str, eps: Eps, task: Task, seed: int, mark=None
 ) -> list[dict[str, Any]]:
     """Attacks the model on some questions, and writes what comes of it; of a protocol, records that an earlier attempt
     wrote are taken as they are."""
@@ -83,7 +84,7 @@ def _measured(
     from rvlm.lvlm.records import answered_before, write_answers
 
     settings = {
-        "attack": attack, "aim": args.aim, "max_tokens": args.max_tokens, "batch_size": args.batch_size, "seed": seed,
+        "attack": attack, "aim": args.aim, "max_tokens": task.max_tokens, "batch_size": args.batch_size, "seed": seed,
         "quantize": 255 if args.save_png else None,
     }  # fmt: skip
     about = {"eps": str(eps), "partial": args.limit is not None, "protocol": mark}
@@ -91,7 +92,7 @@ def _measured(
         return rows
     state = run.out / "state" / f"{record_stem(data.name, attack, str(eps))}.npz"
     results = evaluate_answers(
-        model, data, eps=float(eps), adapter=adapter, score=score, keep_images=args.save_png,
+        model, data, eps=float(eps), adapter=adapter, score=task.score, keep_images=args.save_png,
         state=None if args.save_png else state,  # a run that was killed goes on with the same command
         **settings,
     )  # fmt: skip

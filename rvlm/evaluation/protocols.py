@@ -5,8 +5,10 @@
         data = protocol.open(part, root)
 
 A file holds data sets with their splits, prompts and drawn samples, how images are resized, and attacks with their
-radii. Its hash covers all of that; records carry it. A bundled file also holds its hash as `frozen`: what was edited
-needs another name. Samples are lists of row numbers that depend on the seed and the size of the set alone.
+radii. Its hash covers all of that, and of what the file only names, prompts and tasks of LVLMs (`rvlm.data.tasks`), the
+words themselves; prompts that a data set brings along are covered by their hash, `prompts`. Records carry the hash. A
+bundled file also holds it as `frozen`: what was edited needs another name. Samples are lists of row numbers that depend
+on the seed and the size of the set alone.
 """
 
 import dataclasses
@@ -26,13 +28,13 @@ from rvlm.data.images import Reader
 from rvlm.data.load import rooted
 from rvlm.data.prompts import fingerprint, templates
 from rvlm.data.rows import number_text, short_sha
+from rvlm.data.tasks import TASKS
 from rvlm.evaluation.retrieval import parse_retrieval_attack
 from rvlm.plugins import is_own
 from rvlm.units import Eps
 
 __all__ = ["Part", "Protocol", "load_protocol", "protocol_names"]
 
-TASKS = ("captioning", "vqa")
 FOLDER = Path(__file__).parents[1] / "protocols"
 
 
@@ -47,7 +49,7 @@ class Part:
         prompts: hash of the prompts, where it is known.
         index: hash of the drawn row numbers, where the size of the set is known.
         n, attacks: of this set instead of the protocol's.
-        task: "captioning" or "vqa", which LVLMs are asked (`rvlm lvlm --protocol`); then data is a benchmark of
+        task: name in `rvlm.data.tasks`, which LVLMs are asked (`rvlm lvlm --protocol`); then data is a benchmark of
             `rvlm.lvlm.layouts`, attacks are pgd-STEPS and apgd-STEPS, and images have the model's own size.
     """
 
@@ -181,12 +183,22 @@ def load_protocol(name: str | Path) -> Protocol:
     if not isinstance(told, dict) or not {"name", "about", "parts", "attacks"} <= set(told) <= fields:
         raise ValueError(f"{file}: expected name, about, parts, attacks and of {', '.join(sorted(fields))}")
     frozen = told.pop("frozen", None)
-    sha = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    words = _words(told["parts"])
+    sha = short_sha([json.dumps(told | ({"words": words} if words else {}), sort_keys=True).encode()])
     if frozen not in (None, sha):
         raise ValueError(
-            f"{file} was edited: its hash is {sha}, frozen is {frozen}. Give what you changed another name."
+            f"{file}, or what it asks in words, was edited: its hash is {sha}, frozen is {frozen}. Give what you "
+            "changed another name."
         )
     return _checked(file, sha, told)
+
+
+def _words(parts: list[Any]) -> list[Any]:
+    """What stands in the code and parts only name: tasks, and prompts whose hash no part holds."""
+    named = [part for part in parts if isinstance(part, dict)]
+    tasks = [dataclasses.asdict(TASKS[name]) for part in named if (name := str(part.get("task"))) in TASKS]
+    prompts = [part["templates"] for part in named if isinstance(part.get("templates"), str) and "prompts" not in part]
+    return tasks + [templates(name) for name in prompts]
 
 
 def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
@@ -197,7 +209,7 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
             raise ValueError(f"{file}: part {part} must have data, and of {', '.join(sorted(known))}")
         if is_own(part["data"]):
             raise ValueError(f"{file}: {part['data']} may change, and a protocol is frozen: run it by rvlm eval --data")
-        if "task" in part and not (part["task"] in TASKS and part.get("attacks")):
+        if "task" in part and not (str(part["task"]) in TASKS and part.get("attacks")):
             raise ValueError(f"{file}: part {part} must have a task of {', '.join(TASKS)}, and attacks of its own")
     norm = told.get("norm", "linf")
     if norm not in ORDER:

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rvlm.data.tasks import TASKS
+
 __all__ = ["LAYOUTS", "Line"]
 
-SHORT = "{}\nAnswer the question using a single word or phrase."  # as LLaVA-1.5 is asked
-CAPTION = "Provide a one-sentence caption for the provided image."
+CAPTION, SHORT = TASKS["captioning"].prompt, TASKS["vqa"].prompt
 IMAGES = "coco/val2014"
 Line = tuple[str, str, list[str]]  # an image below ROOT, what is asked, and correct answers
 

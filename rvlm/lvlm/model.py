@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rvlm.data.prompts import fingerprint
 from rvlm.lvlm.pixels import Pixels, QwenPixels
 from rvlm.models import Adapter
 from rvlm.models.weights import settings_of, weights_sha
@@ -92,6 +93,11 @@ class Lvlm(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides answers and is no weight: the words around a question, by their hash."""
+        return {"prompt": fingerprint([getattr(self.tokenizer, "chat_template", None) or self.family.prompt])}
 
     def see(self, x: Tensor) -> dict[str, Tensor]:
         """The model's inputs for pixels [B, 3, H, W] in [0, 1], behind the adapter's filter."""

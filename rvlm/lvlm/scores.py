@@ -23,7 +23,7 @@ import string
 from collections import Counter
 from collections.abc import Callable
 
-__all__ = ["HIGHEST", "SCORES", "TASKS", "cider", "token_f1", "vqa_accuracy"]
+__all__ = ["HIGHEST", "SCORES", "cider", "token_f1", "vqa_accuracy"]
 
 NGRAMS, SIGMA = 4, 6.0
 ARTICLES = ("a", "an", "the")
@@ -132,4 +132,3 @@ SCORES: dict[str, Callable[[list[str], list[list[str]]], list[float]]] = {
     "f1": _each(token_f1), "vqa": _each(vqa_accuracy), "cider": cider,
 }  # fmt: skip
 HIGHEST = {"f1": 1.0, "vqa": 1.0, "cider": 10.0}
-TASKS = {"captioning": "cider", "vqa": "vqa"}  # of protocols

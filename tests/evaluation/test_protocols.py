@@ -19,20 +19,21 @@ from PIL import Image
 from rvlm.cli import main
 from rvlm.data import Fit, load_data
 from rvlm.data.make_wds import make_wds
+from rvlm.data.prompts import TEMPLATES
 from rvlm.data.registry import data_root, entries
+from rvlm.data.tasks import TASKS
 from rvlm.evaluation import compare, load_protocol, protocol_names, wilson
 from rvlm.evaluation.compare import mcnemar
 from rvlm.evaluation.protocols import row_sha
 from rvlm.lvlm.layouts import LAYOUTS
-from rvlm.lvlm.scores import TASKS
 from rvlm.models import ZeroShotClassifier, load_clip
 
 # A protocol that must change gets another name: these are what published records carry.
 FROZEN = {
     "coop11-pgd100": "d819a914f1d9508f",
-    "digits-demo": "8819f20f64e32008",
+    "digits-demo": "c945ec1018d3e718",
     "radapt18": "6098e953f2780460",
-    "radapt18-2": "b8c9b35f493ad5d6",
+    "radapt18-2": "39d7d4af3d47cbff",
     "robustbench-in5k": "c56388c642535836",
     "robustvlm-aa1000": "2a9e99948877b3b9",
     "rvlm-fast6": "4d7c75af7a95cbde",
@@ -43,6 +44,7 @@ ABOUT = {"name": "mine", "about": "a test", "attacks": {"pgd-2": ["2/255", "8/25
 
 
 def write_protocol(folder, **change):
+    folder.mkdir(exist_ok=True)
     file = folder / "mine.yaml"
     file.write_text(yaml.safe_dump(ABOUT | change, sort_keys=False))
     return file
@@ -122,8 +124,26 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
     assert row_sha(data) == digits.parts[0].index and digits.mark(digits.parts[0], data)["status"] == "complete"
 
 
+@pytest.mark.parametrize("part, home, name, change", [
+    ({"data": "vqav2", "task": "vqa"}, TASKS, "vqa", {"prompt": "{} In a word."}),
+    ({"data": "vqav2", "task": "vqa"}, TASKS, "vqa", {"max_tokens": 5}),
+    ({"data": "coco-captions", "task": "captioning"}, TASKS, "captioning", {"score": "f1"}),
+    ({"data": "digits", "templates": "tecoa"}, TEMPLATES, "tecoa", ["a {}"]),
+])  # fmt: skip
+def test_a_hash_covers_the_words_that_stand_in_the_code(tmp_path, monkeypatch, part, home, name, change):
+    file = write_protocol(tmp_path, parts=[part | {"attacks": {"pgd-2": ["1/255"]}}, "cifar10@wds"])
+    other = write_protocol(tmp_path / "other", parts=["digits"])
+    before = load_protocol(file).sha, load_protocol(other).sha
+    monkeypatch.setitem(home, name, dataclasses.replace(home[name], **change) if home is TASKS else change)
+    assert load_protocol(file).sha != before[0] and load_protocol(other).sha == before[1]
+    frozen = write_protocol(tmp_path, parts=[part | {"attacks": {"pgd-2": ["1/255"]}}], frozen=before[0])
+    with pytest.raises(ValueError, match="or what it asks in words, was edited"):
+        load_protocol(frozen)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"frozen": "0"}, "was edited: its hash is"),
+    ({"parts": [{"data": "vqav2", "task": ["vqa"], "attacks": {}}]}, "a task of captioning, vqa"),
     ({"parts": []} | {"colour": "red"}, "expected name, about, parts, attacks"),
     ({"parts": [{"split": "test"}]}, "must have data"),
     ({"parts": [{"data": "digits", "limit": 3}]}, "must have data"),

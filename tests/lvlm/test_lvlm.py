@@ -28,7 +28,7 @@ from rvlm.lvlm.pixels import Pixels, QwenPixels
 from rvlm.models import Adapter, apply_adapter
 from rvlm.models.adapter import AdapterConfig
 from rvlm.models.towers import attention_output, tower_of
-from rvlm.models.weights import weights_sha
+from rvlm.models.weights import differing, settings_of, weights_sha
 
 KINDS = ("llava", "qwen2_5_vl", "qwen3_vl")
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
@@ -580,6 +580,13 @@ def test_a_state_of_answers_belongs_to_one_evaluation(folders, tmp_path, monkeyp
         evaluate_answers(lvlm, data, state=state, adapter=white_adapter(lvlm), **given)
     with pytest.raises(ValueError, match="keep_images holds images"):
         evaluate_answers(lvlm, data, state=state, **given | {"keep_images": True})
+
+
+def test_the_words_around_a_question_are_a_setting_of_the_model(folders):
+    lvlm, other = load_lvlm(str(folders["qwen3_vl"]), size=32), load_lvlm(str(folders["qwen3_vl"]), size=32)
+    assert differing(settings_of(lvlm), other) == []
+    other.tokenizer.chat_template = "{{ messages }}"
+    assert ["prompt was" in line for line in differing(settings_of(lvlm), other)] == [True]
 
 
 def test_records_of_answers_are_rerun(folders, tmp_path, capsys):
