@@ -39,7 +39,7 @@ def eval(args: EvalArgs) -> int:
             len(data), args.attack, stages, len(data.class_names), args.norm, batch_size=args.batch_size,
             shares=earlier_shares(args.out, args.model, args.attack, "transfer" if source else "white-box"),
         )  # fmt: skip
-        costs = with_times(args, ranks, [cost] * len(radii), data, model, source)
+        costs = with_times(args, ranks, _in_turn(cost, radii), data, model, source)
         show(args, ranks, costs, f"{args.model} on {data.name}")
         if args.dry_run:
             return 0
@@ -49,7 +49,7 @@ def eval(args: EvalArgs) -> int:
             found = evaluate(
                 model, data, attack=args.attack, eps=eps, norm=args.norm, source=source,
                 batch_size=args.batch_size, seed=args.seed, device=device_of(args.device), precision=args.precision,
-                keep_images=args.examples, cost=cost,
+                keep_images=args.examples, cost=cost, clean=seen[-1] if seen else None,
                 # A run that was killed goes on with the same command.
                 state=run and run.out / "state" / f"{str(eps).replace('/', '-')}.npz",
             )  # fmt: skip
@@ -113,17 +113,17 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
         with ranks.first_before_others():
             data = load_captions(args.data, args.split, size=args.size, limit=args.limit)
             clip, source = (spec and load_clip(spec, device_of(args.device)) for spec in (args.model, args.source))
-        costs = [retrieval_cost(len(data), args.attack)] * len(radii)
+        costs = _in_turn(retrieval_cost(len(data), args.attack), radii)
         costs = with_times(args, ranks, costs, data, clip, source)
         show(args, ranks, costs, f"{args.model} on {data.name}")
         if args.dry_run:
             return 0
         run = Run("eval", args) if ranks.first else None
-        rows, tables = [], []
+        rows, tables, found = [], [], None
         for eps, cost in zip(radii, costs, strict=True):
             found = retrieve(
                 clip, data, attack=args.attack, eps=eps, norm=args.norm, source=source, batch_size=args.batch_size,
-                seed=args.seed, device=device_of(args.device), cost=cost,
+                seed=args.seed, device=device_of(args.device), cost=cost, clean=found,
             )  # fmt: skip
             if run is not None:
                 rows.append(
@@ -132,6 +132,11 @@ def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
                 tables.append(found.markdown(f"{args.model} on {data.name}, {len(data)} images"))
                 warn(found.checks)
         return 0 if run is None else run.finish(rows, "\n\n".join(tables))
+
+
+def _in_turn(cost, radii: list[Eps]) -> list:
+    """Of evaluations at several radii, of which the first one sees the clean images."""
+    return [cost if k == 0 else cost.sharing() for k in range(len(radii))]
 
 
 def _eval_protocol(args: EvalArgs) -> int:
@@ -225,6 +230,7 @@ def _costs(args: EvalArgs, protocol, there: list[tuple[Any, Any]], models, ranks
 
     by_target: dict[str, dict[str, Any]] = {target: {} for target in protocol.targets}
     for part, data in there:
+        first = True
         for attack, _, target, stem in _cells(args, protocol, part, data):
             if args.out and (Path(args.out) / "result" / f"{stem}.json").is_file():
                 continue
@@ -235,7 +241,8 @@ def _costs(args: EvalArgs, protocol, there: list[tuple[Any, Any]], models, ranks
                     len(data), attack, parse_attack(attack, protocol.norm), len(data.class_names), protocol.norm,
                     batch_size=args.batch_size, shares=earlier_shares(args.out, args.model, attack, target),
                 )  # fmt: skip
-            by_target[target][stem] = cost
+            by_target[target][stem] = cost if first else cost.sharing()
+            first = False
     found = {}
     for target, costs in by_target.items():
         source = models[1] if target == "transfer" else None
@@ -253,7 +260,7 @@ def _measured(
     from rvlm.evaluation.records import measured_before
     from rvlm.models import ZeroShotClassifier
 
-    mark, rows, checks = protocol.mark(part, data), [], []
+    mark, rows, checks, found = protocol.mark(part, data), [], [], None
     settings = dict(norm=protocol.norm, batch_size=args.batch_size, seed=protocol.seed, device=device_of(args.device))
     if not isinstance(data, Captions):
         prompts, check = protocol.prompts(part, data)
@@ -265,7 +272,7 @@ def _measured(
         if (row := ranks.share(row)) is not None:
             rows.append(row)
             continue
-        settings |= {"attack": attack, "eps": eps, "source": source, "cost": costs.get(stem)}
+        settings |= {"attack": attack, "eps": eps, "source": source, "cost": costs.get(stem), "clean": found}
         if isinstance(data, Captions):
             found = retrieve(model, data, **settings)
             write = write_retrieval

@@ -1,6 +1,7 @@
 """What an evaluation costs, before it runs: images x survivors x passes of each stage.
 
-    passes   N (1 + sum over stages of s_k (p_k + 1)),   s_k the share of images that enter stage k, p_k its passes
+    passes   N (1 + sum over stages of s_k (p_k + 1)),   s_k the share of images that enter stage k, p_k its passes;
+             without the 1 where an evaluation takes the pass over clean images from another one
     seconds  (forwards x t_f + backwards x t_b) / processes,   t_f and t_b timed on the model at the real batch size
 
 p_k is what an image costs that is never fooled (`rvlm.attacks.search.Attack.passes`), and one pass more scores what
@@ -51,6 +52,7 @@ class Cost:
         extra: passes beside, on the first chunk.
         shares: of the images that are expected to enter each stage. assumes: where they come from, in words.
         speed: None while nothing was timed. processes: that share the work.
+        shared: passes over clean images that another evaluation of the same images makes.
     """
 
     images: int
@@ -61,6 +63,7 @@ class Cost:
     assumes: str
     speed: Speed | None = None
     processes: int = 1
+    shared: int = 0
 
     def attacked(self, shares: Sequence[float]) -> Passes:
         """Passes of the stages, if such shares of the images enter them."""
@@ -69,7 +72,12 @@ class Cost:
 
     def scored(self, shares: Sequence[float]) -> Passes:
         """Passes that score clean images and what comes of each stage."""
-        return Passes(self.images + self.extra + sum(round(share * self.images) for share in shares))
+        return Passes(self.clean - self.shared + sum(round(share * self.images) for share in shares))
+
+    @property
+    def clean(self) -> int:
+        """Passes over clean images."""
+        return self.images + self.extra
 
     @property
     def most(self) -> Passes:
@@ -90,6 +98,10 @@ class Cost:
 
     def timed(self, speed: Speed | None, processes: int = 1) -> "Cost":
         return dataclasses.replace(self, speed=speed, processes=processes)
+
+    def sharing(self) -> "Cost":
+        """Of the same evaluation after another one of the same images."""
+        return dataclasses.replace(self, shared=self.clean)
 
     def record(self) -> dict[str, Any]:
         """What was predicted, in a record."""

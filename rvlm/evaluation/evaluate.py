@@ -72,10 +72,11 @@ class Evaluation:
             keeps its loss of then. Empty where fooled_at is -1 for all.
         checks: list of {"id", "ok", "detail"}.
         quantize: levels of the images' grid, None: floats.
-        cost: what was predicted that it costs.
+        cost: what was predicted that it costs, with the passes over clean images that another evaluation made.
         images: that were made before, if there was no attack.
         precision: of the attack; verdicts are in the classifier's own.
         disagreement: {"fooled_in_bf16_only", "fooled_in_fp32_only"}, of the images that searches in bf16 have kept.
+        tally: sums over the samples.
     """
 
     attack: str
@@ -111,6 +112,7 @@ class Evaluation:
     precision: str = "fp32"
     disagreement: dict[str, int] | None = None
     cost: Cost | None = None
+    tally: Tally | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -196,6 +198,7 @@ def evaluate(
     state: str | Path | None = None,
     images: SavedImages | None = None,
     cost: Cost | None = None,
+    clean: Evaluation | None = None,
 ) -> Evaluation:
     """Evaluates a classifier under an attack.
 
@@ -220,12 +223,14 @@ def evaluate(
             what attack, eps, norm, seed and quantize are. "white-box" if they were made on the classifier so, else
             "transfer". data are their samples (`SavedImages.samples`).
         cost: what was predicted, for the result; None: what `rvlm.evaluation.cost.estimate` says, without seconds.
+        clean: an evaluation of this classifier on these samples, of another radius or attack, whose pass over the clean
+            images is taken over. The result is the same but for what it cost: `Evaluation.forwards` lacks those passes.
 
     In a process group (see `rvlm.ranks`) every process calls this with the same arguments and gets the same result.
 
     Raises:
-        ValueError: empty data, bad attack or eps, a classifier with fewer outputs than classes, or a state file of
-            another evaluation.
+        ValueError: empty data, bad attack or eps, a classifier with fewer outputs than classes, a state file of
+            another evaluation, or `clean` of other samples or batches.
     """
     check_choices(precision=(precision, [name for name in PRECISIONS if name is not None]))
     if not len(data):
@@ -237,6 +242,13 @@ def evaluate(
         raise ValueError(f"keep_images must be True, False or a number of samples, or a path, got {keep_images}")
     if images is not None and (state is not None or source is not None):
         raise ValueError("saved images have their source already, and are scored too fast to need a state file")
+    if clean is not None:
+        same = len(clean) == len(data) and torch.equal(clean.index, data.index) and torch.equal(clean.y, data.y)
+        if not same or clean.batch_size != batch_size:
+            raise ValueError(
+                f"clean must be of these {len(data)} samples in batches of {batch_size}, got an evaluation of "
+                f"{'the same' if same else 'other'} samples in batches of {clean.batch_size}"
+            )
     if images is None:
         stages, white_box = parse_attack(attack, norm), source is None
     else:
@@ -257,7 +269,7 @@ def evaluate(
         prob_clean=torch.zeros(n, TOP), prob_adv=torch.zeros(n, TOP),
         linf=torch.zeros(n, dtype=torch.float64), distance=torch.zeros(n, dtype=torch.float64), margin=torch.zeros(n),
         x_adv=_room(keep_images, (keep, *shape), ranks), checks=[], forwards=0, backwards=0, seconds=0.0,
-        quantize=quantize, images=images, precision=precision, cost=cost,
+        quantize=quantize, images=images, precision=precision,
     )  # fmt: skip
     keeper = Keeper(
         state if ranks.first else None, result, data, {"classifier": classifier, "source": source},
@@ -265,6 +277,7 @@ def evaluate(
     )  # fmt: skip
     keeper.adopt(ranks.share(keeper.known()))
     tally, classes = keeper.tally, len(data.class_names)
+    result.tally = tally
 
     def in_waves(chunks: Sequence[Tensor], work: Callable[[Tensor], _Part]) -> None:
         """The chunks that are left of a stage."""
@@ -282,7 +295,7 @@ def evaluate(
                 bar.total = round(bar.n + forecast.left)
                 keeper.save_now_and_then()
 
-    def clean(rows: Tensor) -> _Part:
+    def looked(rows: Tensor) -> _Part:
         x, y, _ = data.batch(rows)
         first = not rows[0]  # the chunk on which the model itself is looked at
         return _scored(classifier, rows, x, x.to(device), y, norm, classes, keep, batch_size, look=first)
@@ -320,7 +333,11 @@ def evaluate(
     already = Passes(result.forwards, result.backwards).units
     with progress_bar(progress and ranks.first, n * sum(forecast.costs), attack, already) as bar:
         if tally.stage < 0:
-            in_waves(torch.arange(n).split(batch_size), clean)
+            if clean is not None and not tally.chunk:
+                _take_over(result, clean, data, cost.clean)
+            else:
+                in_waves(torch.arange(n).split(batch_size), looked)
+                tally.clean_nonfinite = tally.nonfinite
             tally.stages, result.refused = usable(stages, tally.classes)
             tally.stage, tally.chunk = 0, 0
             keeper.save()
@@ -343,7 +360,7 @@ def evaluate(
             keeper.save()
             bar.set_postfix({"clean": f"{result.clean:.1%}", "robust": f"{result.robust:.1%}"})
         bar.total = bar.n
-    result.losses = tally.losses
+    result.losses, result.cost = tally.losses, dataclasses.replace(cost, shared=tally.shared)
     result.checks = _checks(result, tally, rounding(norm, shape.numel()))
     if images is not None and not white_box:
         result.checks.append(images.as_transfer(result.broken_by != -2))
@@ -429,6 +446,24 @@ class _Part:
         tally.bf16_only, tally.fp32_only = tally.bf16_only + self.bf16_only, tally.fp32_only + self.fp32_only
         tally.over = max(tally.over, (self.distance - float(result.eps)).max().item())
         tally.outside = max(tally.outside, self.outside)
+
+
+def _take_over(result: Evaluation, clean: Evaluation, data: Data, passes: int) -> None:
+    """The pass over clean images from another evaluation. Of samples that are right the margin is of an attacked image,
+    and the first stage replaces it."""
+    for column in ("pred", "top", "prob"):
+        found = getattr(clean, f"{column}_clean")
+        getattr(result, f"{column}_clean").copy_(found)
+        getattr(result, f"{column}_adv").copy_(found)
+    result.margin.copy_(clean.margin)
+    result.broken_by.copy_(clean.broken_by.clamp(max=-1))
+    if result.x_adv is not None:
+        for rows in torch.arange(len(result.x_adv)).split(result.batch_size):
+            result.x_adv[rows] = data.batch(rows)[0]
+    tally, theirs = result.tally, clean.tally
+    tally.classes, tally.varies, tally.probabilities = theirs.classes, theirs.varies, theirs.probabilities
+    tally.nonfinite = tally.clean_nonfinite = theirs.clean_nonfinite
+    tally.shared = passes
 
 
 def _room(keep_images: bool | int | str | Path, shape: tuple[int, ...], ranks: Ranks) -> Tensor | None:

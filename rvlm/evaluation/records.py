@@ -62,6 +62,8 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each whole or not at all.
 
+    Its "perf" is what this evaluation took; "shared_forward_images" in it, and of retrieval "shared_captions", were
+    taken over from an earlier one (`clean` of `evaluate` and `retrieve`) and are in none of the other figures.
     If the evaluation has kept images, its first samples are also in FOLDER/samples/NAME-images.npz (clean, uint8
     [K, 3, H, W], and change, float16), and the model's likeliest words for them in the record.
 
@@ -127,17 +129,11 @@ def write_evaluation(
             "img_per_s": n / max(evaluation.seconds, 1e-9),
             "forward_images": evaluation.forwards,
             "backward_images": evaluation.backwards,
+            "shared_forward_images": evaluation.cost.shared,
             "peak_mb": _peak_megabytes(),
             "processes": processes,
         },
-        "cost": {
-            "predicted": evaluation.cost.record(),
-            "actual": {
-                "forward_images": evaluation.forwards,
-                "backward_images": evaluation.backwards,
-                "seconds": evaluation.seconds,
-            },
-        },
+        "cost": {"predicted": evaluation.cost.record()},
         "env": environment(),
         "samples": f"samples/{stem}.npz",
     }
@@ -252,8 +248,14 @@ def write_retrieval(
         "attack": {"name": found.attack, "seed": found.seed, "batch": found.batch_size, "precision": "fp32"},
         "metrics": found.metrics,
         "checks": found.checks,
-        "perf": {"wall_s": found.seconds, "peak_mb": _peak_megabytes(), "processes": processes},
-        "cost": {"predicted": found.cost.record(), "actual": {"seconds": found.seconds}},
+        "perf": {
+            "wall_s": found.seconds,
+            "shared_forward_images": found.cost.shared,
+            "shared_captions": found.shared_captions,
+            "peak_mb": _peak_megabytes(),
+            "processes": processes,
+        },
+        "cost": {"predicted": found.cost.record()},
         "env": environment(),
         "samples": f"samples/{stem}.npz",
     }

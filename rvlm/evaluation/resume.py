@@ -33,7 +33,12 @@ PAUSE, SHARE = 1.0, 0.01  # seconds between two saves at least, and the share of
 
 @dataclasses.dataclass
 class Tally:
-    """Sums over the samples so far, and where to go on: stage -1 is the pass over clean images."""
+    """Sums over the samples so far, and where to go on: stage -1 is the pass over clean images.
+
+    Attributes:
+        shared: passes over clean images that another evaluation made (`rvlm.evaluation.evaluate(clean=)`).
+        clean_nonfinite: of nonfinite, those of the pass over clean images.
+    """
 
     stage: int = -1
     chunk: int = 0
@@ -43,7 +48,9 @@ class Tally:
     losses: list[list[float]] = dataclasses.field(default_factory=list)
     zeros: int = 0
     gradients: int = 0
+    shared: int = 0
     nonfinite: int = 0
+    clean_nonfinite: int = 0
     disagreements: int = 0
     bf16_only: int = 0
     fp32_only: int = 0

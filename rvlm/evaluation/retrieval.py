@@ -51,6 +51,9 @@ class Retrieval:
         outside: how far a pixel lies outside [0, 1].
         nonfinite: images whose embedding has NaN, clean or adversarial.
         cost: what was predicted that it costs, but for the captions.
+        embedded: of the clean images [N, D] and of the captions [T, D], "images" and "texts", of the captions by the
+            source, if there was one, "source_texts"; what another evaluation may take over.
+        shared_captions: how many encodings of captions were taken over.
     """
 
     attack: str
@@ -71,6 +74,8 @@ class Retrieval:
     nonfinite: int
     seconds: float
     cost: Cost | None = None
+    embedded: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    shared_captions: int = 0
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -143,6 +148,7 @@ def retrieve(
     device: str | torch.device = "cpu",
     progress: bool = True,
     cost: Cost | None = None,
+    clean: Retrieval | None = None,
 ) -> Retrieval:
     """Measures recall on clean and on adversarial images.
 
@@ -153,18 +159,29 @@ def retrieve(
         eps, norm, batch_size, seed, device, progress: as in `evaluate`.
         source: craft the images on this model instead (transfer).
         cost: what was predicted, for the result; None: what `retrieval_cost` says, without seconds.
+        clean: a result of these models on these images and captions, of another radius, attack or target, whose
+            embeddings of captions and clean images are taken over. The result is the same but for what it cost.
 
     Raises:
-        ValueError: no images, or a bad attack or eps.
+        ValueError: no images, a bad attack or eps, or `clean` of other images or captions.
     """
     if not len(data):
         raise ValueError(f"{data.name} has no images to evaluate")
     kind, steps = parse_retrieval_attack(attack)
     eps, ranks, began, n = Eps(eps).check(norm), Ranks(), time.perf_counter(), len(data)
+    cost = cost or retrieval_cost(n, attack)
     resolution = list(data.batch(slice(0, 1))[0].shape[-2:])
     rows, made_on = data.rows, clip if source is None else source
-    texts = _encode_texts(clip, data.texts)
-    sets = caption_sets(texts if source is None else _encode_texts(source, data.texts), rows.to(texts.device), n)
+    if clean is not None and (len(clean.linf) != n or not torch.equal(clean.rows, rows)):
+        raise ValueError(f"clean must be of the {n} images and {len(rows)} captions of {data.name}, got other ones")
+    embedded, shared = dict(clean.embedded) if clean is not None else {}, 0
+    for role, model in (("texts", clip), ("source_texts", source)):
+        if role in embedded and model is not None:
+            shared += len(rows)
+        elif model is not None:
+            embedded[role] = _encode_texts(model, data.texts)
+    texts = embedded["texts"]
+    sets = caption_sets(texts if source is None else embedded["source_texts"], rows.to(texts.device), n)
     settings = {"scales": ()} if kind == "pgd" else {}
     parts: list[tuple[Tensor, ...]] = []
     mine = torch.arange(n).split(batch_size)[ranks.rank :: ranks.size]
@@ -177,23 +194,24 @@ def retrieve(
                 generator=torch.Generator().manual_seed(seed * 1000), sample_ids=index, **settings,
             )  # fmt: skip
             with scoring(clip):
-                clean, adv = clip.encode_pixels(x).float(), clip.encode_pixels(x_adv).float()
+                plain = clip.encode_pixels(x).float() if clean is None else embedded["images"][chunk]
+                adv = clip.encode_pixels(x_adv).float()
             delta = (x_adv.double() - x.double()).flatten(1).cpu()
             outside = torch.stack([-x_adv.amin((1, 2, 3)), x_adv.amax((1, 2, 3)) - 1]).amax(0)
             moved = delta.abs().amax(1), delta.norm(ORDER[norm], dim=1), outside.cpu()
-            parts.append((chunk, clean.cpu(), adv.cpu(), *moved))
+            parts.append((chunk, plain.cpu(), adv.cpu(), *moved))
             bar.update(len(chunk))
     everything = [part for theirs in ranks.gather(parts) for part in theirs]
     order, *columns = (torch.cat(column) for column in zip(*everything, strict=True))
-    clean, adv, linf, distance, outside = (column[order.argsort()] for column in columns)
+    embedded["images"], adv, linf, distance, outside = (column[order.argsort()] for column in columns)
     texts = texts.float().cpu()
-    text_clean, image_clean = _ranks(clean, texts, rows)
+    text_clean, image_clean = _ranks(embedded["images"], texts, rows)
     text_adv, image_adv = _ranks(adv, texts, rows)
     return Retrieval(
         attack, eps, norm, "white-box" if source is None else "transfer", seed, batch_size, resolution,
         text_clean, text_adv, image_clean, image_adv, rows, linf, distance, max(outside.max().item(), 0.0),
-        int((clean.isnan() | adv.isnan()).any(1).sum()), time.perf_counter() - began,
-        cost or retrieval_cost(n, attack),
+        int((embedded["images"].isnan() | adv.isnan()).any(1).sum()), time.perf_counter() - began,
+        dataclasses.replace(cost, shared=0 if clean is None else cost.clean), embedded, shared,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,12 +104,24 @@ def test_timing_leaves_no_trace_and_needs_no_gradient():
 def test_the_record_holds_what_was_predicted_and_what_it_took(tmp_path):
     found = evaluate(Robust(), toy(), attack="pgd-3x1", eps="1/255", batch_size=10, progress=False)
     row = write_evaluation(tmp_path, "m", found, toy(), Robust())
-    told = json.loads((tmp_path / row["record"]).read_text())["cost"]
+    record = json.loads((tmp_path / row["record"]).read_text())
+    predicted, took = record["cost"]["predicted"], record["perf"]
     most = {"forward_images": 20 + 10 + 20 * 5 * 2, "backward_images": 20 * 3 * 2}
-    assert told["predicted"]["most"] == most and told["actual"] == most | {"seconds": found.seconds}
-    assert told["predicted"]["assumes"].startswith("50%")
+    assert predicted["most"] == most == {key: took[key] for key in most} and took["wall_s"] == found.seconds
+    assert predicted["assumes"].startswith("50%") and took["shared_forward_images"] == 0
     assert earlier_shares(tmp_path, "m", "pgd-3x1") == [1.0, 1.0]
     assert earlier_shares(tmp_path, "m", "pgd-4") is None and earlier_shares(None, "m", "pgd-3x1") is None
+
+
+def test_a_shared_pass_over_clean_images_is_counted_once(tmp_path):
+    model, given = Robust(), dict(attack="pgd-3x1", batch_size=7, progress=False)
+    first = evaluate(model, toy(), eps="1/255", **given)
+    found = evaluate(model, toy(), eps="2/255", clean=first, **given)
+    assert model.forwards == first.forwards + found.forwards and first.forwards - found.forwards == 27
+    assert found.cost.most == Passes(found.forwards, found.backwards) and found.cost.shared == 27
+    row = write_evaluation(tmp_path, "m", found, toy(), model)
+    took = json.loads((tmp_path / row["record"]).read_text())["perf"]
+    assert took["forward_images"] == found.forwards and took["shared_forward_images"] == 27
 
 
 def test_earlier_shares_are_means_over_records(tmp_path):
@@ -151,9 +164,27 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(tmp_path, capsys):
     assert argv("--attack", "pgd-20,square-50", "--eps", "2/255,4/255", "--dry-run", "--out", out) == 0
     said = capsys.readouterr()
     assert "cost of tiny-vit on digits: 2 evaluations, 80 images" in said.out and not out.exists()
-    most = 2 * (40 + 10 + 40 * (22 + 52))
+    most = (40 + 10) + 2 * 40 * (22 + 52)
     assert f"at most   {most:,} forward and {2 * 40 * 20:,} backward passes, " in said.out
     assert "(if 50% of the images survive every stage)" in said.out and "cost of" not in said.err
+
+
+def test_a_record_of_several_radii_is_that_of_one(tmp_path):
+    runs = {"2/255,8/255": tmp_path / "both", "8/255": tmp_path / "one"}
+    for eps, out in runs.items():
+        assert argv("--attack", "pgd-2", "--eps", eps, "--out", out) == 0
+    both, one = (
+        json.loads((out / "result" / "tiny-vit-white-box-pgd-2-8-255.json").read_text()) for out in runs.values()
+    )
+    took = [record.pop("perf") for record in (both, one)]
+    assert took[0]["shared_forward_images"] == 50 == took[1]["forward_images"] - took[0]["forward_images"]
+    most = [record.pop("cost")["predicted"]["most"]["forward_images"] for record in (both, one)]
+    assert most[1] - most[0] == 50
+    both["checks"] = [check for check in both["checks"] if check["id"] != "eps_matters"]
+    assert both == one
+    for column in np.load(tmp_path / "one" / one["samples"]).files:
+        files = [np.load(out / one["samples"])[column] for out in runs.values()]
+        assert np.array_equal(*files)
 
 
 def test_a_run_says_it_on_a_terminal_only(tmp_path, capsys, monkeypatch):
@@ -163,8 +194,8 @@ def test_a_run_says_it_on_a_terminal_only(tmp_path, capsys, monkeypatch):
     assert argv("--attack", "fgsm", "--out", tmp_path / "b") == 0
     said = capsys.readouterr().err
     assert "at most   170 forward and 40 backward passes (if all survive)" in said, "so short a run is not timed"
-    told = json.loads(next((tmp_path / "b" / "result").glob("*.json")).read_text())["cost"]
-    assert told["predicted"]["seconds"] is None and told["actual"]["seconds"] > 0
+    told = json.loads(next((tmp_path / "b" / "result").glob("*.json")).read_text())
+    assert told["cost"]["predicted"]["seconds"] is None and told["perf"]["wall_s"] > 0
 
 
 def test_a_long_run_is_timed_before(tmp_path):
@@ -185,7 +216,7 @@ def test_a_dry_run_of_a_protocol_is_over_all_sets(tmp_path, capsys):
     assert (
         "cost of tiny-vit on two, 1 of 2 data sets: 3 evaluations, 90 images" in said.out and "NOT MEASURED" in said.err
     )
-    most = 3 * 40 + 30 * (7 + 7 + 12)
+    most = 40 + 30 * (7 + 7 + 12)
     assert f"at most   {most:,} forward and {30 * 10:,} backward passes" in said.out and not out.exists()
     assert main([*map(str, words), "--out", str(out)]) == 3
     capsys.readouterr()

@@ -64,7 +64,9 @@ def run(model, data, **settings):
 
 def same(first, second):
     for name in COLUMNS:
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
+        torch.testing.assert_close(
+            getattr(first, name), getattr(second, name), rtol=0, atol=0, equal_nan=True, msg=name
+        )
     assert first.losses == second.losses and torch.equal(first.x_adv, second.x_adv)
     assert (first.forwards, first.backwards, first.checks) == (second.forwards, second.backwards, second.checks)
     assert first.stages == second.stages
@@ -134,6 +136,35 @@ def test_kill_9(data, tmp_path):
     with np.load(path) as file:
         assert (file["pred_clean"] >= 0).all()
     same(run(Net(), data, state=path), run(Net(), data))
+
+
+@pytest.mark.parametrize("attack", ["pgd-5", "square-20,pgd-3x2"])
+def test_another_radius_takes_over_the_clean_pass(data, tmp_path, attack):
+    """And is the same, whatever the one before did to the images; also cut and taken up again."""
+
+    class Noisy(Net):
+        def forward(self, x):
+            return torch.where(x[:, :1, 0, 0] > 0.9, torch.nan, super().forward(x))
+
+    pixels = data.read(data.index)
+    pixels[:, 0, 0, 0] = torch.where(torch.arange(40) % 9 > 0, 128, 255)
+    y = torch.where(torch.arange(40) % 5 > 0, Net()(pixels / 255).argmax(1), 0)
+    wrong = dataclasses.replace(data, y=y, read=lambda i: pixels[i])
+    before = run(Noisy(), wrong, eps="16/255", keep_images=0)
+    whole = run(Noisy(), wrong, attack=attack)
+    assert (whole.broken_by == -2).any() and (whole.broken_by >= 0).any() and (whole.broken_by == -1).any()
+    after = run(Noisy(), wrong, attack=attack, clean=before)
+    after.forwards += after.cost.shared
+    same(after, whole)
+    assert after.cost.shared == 48 and whole.cost.shared == 0
+    path = tmp_path / "state.npz"
+    run(Noisy(), wrong, attack=attack, clean=before, state=path)
+    again = run(Noisy(), wrong, attack=attack, state=path)
+    assert again.cost.shared == 48 and again.forwards == after.forwards - 48
+    with pytest.raises(ValueError, match="these 40 samples in batches of 4, got an evaluation of the same samples"):
+        run(Noisy(), wrong, clean=before, batch_size=4)
+    with pytest.raises(ValueError, match="got an evaluation of other samples in batches of 8"):
+        run(Noisy(), data, clean=before)
 
 
 @pytest.mark.parametrize("change, word", [

@@ -80,6 +80,36 @@ def test_recall_falls_under_attack(data, attack):
     assert none["clean"] == none["robust"] == clean
 
 
+def test_captions_and_clean_images_are_encoded_once(data):
+    class Counts(Toy):
+        images = captions = 0
+
+        def encode_pixels(self, x):
+            self.images += len(x)
+            return super().encode_pixels(x)
+
+        def encode_text(self, texts):
+            self.captions += len(texts)
+            return Toy().encode_text(texts)
+
+    given = dict(progress=False, batch_size=5)
+    cases = [dict(attack="pgd-2", eps="8/255"), dict(attack="pgd-2", eps="8/255", source=Toy(1)),
+             dict(attack="sga-2", eps="16/255"), dict(attack="pgd-2", eps="16/255", source=Toy(1))]  # fmt: skip
+    clip, clean, shared = Counts(), None, []
+    for case in cases:
+        images = clip.images
+        clean = retrieve(clip, data, clean=clean, **case, **given)
+        alone = retrieve(Toy(), data, **case, **given)
+        assert clean.metrics == alone.metrics and torch.equal(clean.distance, alone.distance)
+        shared.append((clean.cost.shared, clean.shared_captions))
+        spent, most = clip.images - images, clean.cost.most.forwards
+        assert spent == most if "source" not in case else spent == 2 * N - clean.cost.shared
+    captions = len(data.texts)
+    assert shared == [(0, 0), (N, captions), (N, captions), (N, 2 * captions)] and clip.captions == captions
+    with pytest.raises(ValueError, match="clean must be of the 5 images"):
+        retrieve(clip, data.limited(5), clean=clean, **given)
+
+
 def test_embeddings_with_nan_count_against_the_model(data):
     class Overflows(Toy):
         def encode_pixels(self, x):
