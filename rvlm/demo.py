@@ -9,6 +9,7 @@ import copy
 import time
 from pathlib import Path
 
+from rvlm.arguments import EvalArgs
 from rvlm.data import load_data
 from rvlm.evaluation import evaluate, write_evaluation, write_json
 from rvlm.evaluation.records import environment
@@ -50,7 +51,8 @@ def run(out: Path, *, seed: int = 0, quick: bool = False) -> Path:
             scored, data, attack=attack, eps=eps, seed=seed, keep_images=keep_images,
             source=None if source is None else classifier(source),
         )  # fmt: skip
-        rows.append(write_evaluation(out, name, found, data, scored, method="tecoa" if clip is robust else "clip"))
+        about = {"method": "tecoa" if clip is robust else "clip", "examples": EvalArgs.examples}
+        rows.append(write_evaluation(out, name, found, data, scored, **about))
         if source is None and attack == "pgd-10":
             curves[name].append((str(eps), found.robust, *found.robust_ci))
         return found

@@ -1,10 +1,9 @@
 """analyze: towers beside each other, and who is fooled by whose images."""
 
-import os
 import time
 
 from rvlm.arguments import AnalyzeArgs
-from rvlm.commands.shared import Run, device_of, load_model, together, warn
+from rvlm.commands.shared import Run, check_alone, device_of, load_model, together, warn
 from rvlm.commands.towers import TOWERS
 
 __all__ = ["analyze"]
@@ -26,8 +25,7 @@ def _analyze_towers(args: AnalyzeArgs) -> int:
     from rvlm.models.weights import weights_sha
 
     args.eps.check("linf")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"analyze {args.what} runs in one process: start it without torchrun")
+    check_alone(f"analyze {args.what}")
     names = [name.strip() for name in (args.models or "digits-vit,digits-vit-tecoa").split(",")]
     if len(set(names)) != 2 or len(names) != 2:
         raise ValueError(f"{args.what} compares two models, a base and a robust one, got {', '.join(names)}")

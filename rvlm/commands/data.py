@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, DATA_MISSING, DataToolArgs
+from rvlm.commands.shared import root_of
 
 __all__ = ["data"]
 
@@ -52,9 +53,9 @@ def _get_data(args: DataToolArgs) -> int:
 
 def _registered(args: DataToolArgs) -> tuple[Path, dict[str, Any], list[str]]:
     """The root, what is known of the sets there, and the names that were asked for."""
-    from rvlm.data.registry import data_root, entries
+    from rvlm.data.registry import entries
 
-    root = Path(args.root) if args.root else data_root()
+    root = root_of(args)
     known = entries(root)
     return root, known, [*known] if args.names == ["all"] else args.names
 

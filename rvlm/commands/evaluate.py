@@ -5,14 +5,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, DATA_MISSING, AttackArgs, EvalArgs
 from rvlm.commands.cost import show, with_times
-from rvlm.commands.shared import Run, device_of, load, together, warn
+from rvlm.commands.shared import Run, check_unsaid, device_of, load, root_of, together, warn
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
@@ -56,7 +55,7 @@ def eval(args: EvalArgs) -> int:
             seen.append(found)
             found.checks += over_radii(seen)
             if run is not None:
-                about = {"processes": ranks.size, "source": source, "examples": args.examples}
+                about = {"processes": ranks.size, "source": source}
                 rows.append(write_evaluation(run.out, args.model, found, data, model, **about))
                 curve.append((str(eps), found.robust, *found.robust_ci))
                 warn(found.checks)
@@ -77,8 +76,7 @@ def _eval_images(args: EvalArgs) -> int:
 
     images = load_images(args.images)
     told = ("attack", "eps", "norm", "seed", "precision", "source", "limit")
-    if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
-        raise ValueError(f"{args.images} says what --{changed[0]} is: leave it out")
+    check_unsaid(args, told, args.images)
     with together(args) as ranks:
         data, model, _ = load(args, ranks)
         data = images.samples(data)
@@ -95,8 +93,7 @@ def _eval_images(args: EvalArgs) -> int:
         if run is None:
             return 0
         warn(found.checks)
-        about = {"processes": ranks.size, "examples": args.examples}
-        return run.finish([write_evaluation(run.out, args.model, found, data, model, **about)])
+        return run.finish([write_evaluation(run.out, args.model, found, data, model, processes=ranks.size)])
 
 
 def _eval_retrieval(args: EvalArgs, radii: list[Eps]) -> int:
@@ -141,17 +138,13 @@ def _in_turn(cost, radii: list[Eps]) -> list:
 
 def _eval_protocol(args: EvalArgs) -> int:
     """All data sets of a protocol that are there: a record for each, its attacks, radii and targets."""
-    from rvlm.data.registry import data_root
     from rvlm.evaluation import load_protocol
     from rvlm.models import load_clip
     from rvlm.report import protocol_table
 
-    protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
+    protocol, root = load_protocol(args.protocol), root_of(args)
     told = ("data", "split", "size", "templates", "attack", "eps", "norm", "seed", "precision", "images")
-    if changed := [name for name in told if getattr(args, name) != getattr(EvalArgs, name)]:
-        raise ValueError(
-            f"protocol {protocol.name} says what --{changed[0]} is: leave it out, or write another protocol"
-        )
+    check_unsaid(args, told, f"protocol {protocol.name}", "leave it out, or write another protocol")
     if ("transfer" in protocol.targets) != (args.source is not None):
         raise ValueError(
             f"protocol {protocol.name} measures {' and '.join(protocol.targets)}: "
@@ -280,7 +273,7 @@ def _measured(
             kept = {"state": run and run.out / "state" / f"{stem}.npz", "keep_images": args.examples}
             found = evaluate(model, data, **kept, **settings)
             found.checks += checks + _beside(rows, found)
-            write = partial(write_evaluation, examples=args.examples)
+            write = write_evaluation
         if run is not None:
             about = {"processes": ranks.size, "source": source, "protocol": mark}
             rows.append(write(run.out, args.model, found, data, model, **about))
@@ -323,7 +316,8 @@ def attack(args: AttackArgs) -> int:
             )  # fmt: skip
             if run is None:
                 return 0
-            row = write_evaluation(run.out, args.model, found, data, model, processes=ranks.size, source=source)
+            about = {"processes": ranks.size, "source": source, "examples": EvalArgs.examples}
+            row = write_evaluation(run.out, args.model, found, data, model, **about)
             warn(found.checks)
             save_images(run.out / files[args.format], found, data, source or model, args.source or args.model)
             if args.save_png:

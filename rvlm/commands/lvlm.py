@@ -1,13 +1,11 @@
 """lvlm: what an attack does to the answers of an LVLM."""
 
-import os
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from rvlm.arguments import CHECK_FAILED, DATA_MISSING, LvlmArgs
-from rvlm.commands.shared import Run, device_of
+from rvlm.commands.shared import Run, check_alone, check_unsaid, device_of, root_of
 from rvlm.data.tasks import TASKS, Task
 from rvlm.units import Eps
 
@@ -23,8 +21,7 @@ def lvlm(args: LvlmArgs) -> int:
         raise ValueError("which model, and asked what? rvlm lvlm --model FOLDER_OR_NAME --data QUESTIONS.jsonl")
     if args.score not in SCORES:
         raise ValueError(f"unknown score {args.score!r}: expected {', '.join(SCORES)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("lvlm runs in one process: start it without torchrun")
+    check_alone("lvlm")
     args.eps.check("linf")
     protocol, parts = _asked(args)
     model = load_lvlm(args.model, device_of(args.device), dtype=args.dtype, size=args.size)
@@ -58,16 +55,14 @@ def lvlm(args: LvlmArgs) -> int:
 
 def _asked(args: LvlmArgs) -> tuple[Any, list[tuple[Any, str, Task]]]:
     """The protocol, and of its parts that an LVLM answers the part, its data and its task; (None, []) without one."""
-    from rvlm.data.registry import data_root
     from rvlm.evaluation import load_protocol
 
     if args.protocol is None:
         return None, []
-    protocol, root = load_protocol(args.protocol), Path(args.root) if args.root else data_root()
+    protocol = load_protocol(args.protocol)
     told = ("data", "attack", "eps", "aim", "score", "max_tokens", "seed", "save_png")
-    if changed := [name for name in told if getattr(args, name) != getattr(LvlmArgs, name)]:
-        raise ValueError(f"protocol {protocol.name} says what --{changed[0]} is: leave it out")
-    parts = [(part, f"{part.data}:{root}", TASKS[part.task]) for part in protocol.parts if part.task]
+    check_unsaid(args, told, f"protocol {protocol.name}")
+    parts = [(part, f"{part.data}:{root_of(args)}", TASKS[part.task]) for part in protocol.parts if part.task]
     if not parts:
         raise ValueError(f"protocol {protocol.name} asks LVLMs nothing: rvlm eval --protocol {protocol.name}")
     return protocol, parts

@@ -1,9 +1,10 @@
 """What the commands share: the processes that run together, what their specs name, run folders."""
 
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from rvlm.arguments import CHECK_FAILED, Arguments, DataArgs
 from rvlm.plugins import from_file, is_own
 from rvlm.ranks import Ranks, joined
 
-__all__ = ["Run", "device_of", "load", "load_model", "show_findings", "together", "warn"]
+__all__ = [
+    "Run", "check_alone", "check_unsaid", "device_of", "load", "load_model", "root_of", "show_findings", "together",
+    "warn",
+]  # fmt: skip
 
 
 @contextmanager
@@ -46,6 +50,25 @@ def load_model(spec: str, device: torch.device, data, templates: str = "auto") -
         return model.to(device) if isinstance(model, torch.nn.Module) else model
     template = data.template if templates == "auto" else templates
     return ZeroShotClassifier(load_clip(spec, device), data.class_names, template).eval()
+
+
+def check_unsaid(args: Arguments, names: Iterable[str], by: str, otherwise: str = "leave it out") -> None:
+    """Raises ValueError for a setting that was given, where something else says what it is."""
+    if changed := [name for name in names if getattr(args, name) != getattr(type(args), name)]:
+        raise ValueError(f"{by} says what --{changed[0]} is: {otherwise}")
+
+
+def check_alone(what: str) -> None:
+    """Raises ValueError under torchrun with several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{what} runs in one process: start it without torchrun")
+
+
+def root_of(args) -> Path:
+    """Where the data sets of a command with --root lie."""
+    from rvlm.data.registry import data_root
+
+    return Path(args.root) if args.root else data_root()
 
 
 def device_of(name: str) -> torch.device:

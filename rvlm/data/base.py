@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rvlm import profiling
-from rvlm.data.rows import Places, number_text, short_sha
+from rvlm.data.rows import Places, number_sha, number_text, short_sha
 
 __all__ = ["Data"]
 
@@ -124,7 +124,7 @@ class Data:
     @property
     def index_sha(self) -> str:
         """Hash of the sample numbers."""
-        return short_sha(number_text(self.index))
+        return number_sha(self.index)
 
     @property
     def first_image(self) -> str:

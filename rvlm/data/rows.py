@@ -143,6 +143,11 @@ def number_text(numbers: Tensor) -> Iterator[bytes]:
     yield b"]"
 
 
+def number_sha(numbers: Tensor) -> str:
+    """Hash of a list of numbers, as records and protocols hold it."""
+    return short_sha(number_text(numbers))
+
+
 def short_sha(pieces: Iterable[bytes]) -> str:
     """16 digits of the SHA-256 of all pieces together."""
     digest = hashlib.sha256()

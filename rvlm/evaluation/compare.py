@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rvlm.evaluation.metrics import effective_size, wilson
+from rvlm.evaluation.metrics import clustered_share
 from rvlm.evaluation.records import RETRIEVAL
 
 __all__ = ["Comparison", "compare", "mcnemar", "read_any", "read_record", "right_samples", "run_of", "setting"]
@@ -89,10 +89,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def _compared(what: str, a: np.ndarray, b: np.ndarray, owner: np.ndarray | None) -> Comparison:
     n, only_a, only_b, sides = len(a), int((a & ~b).sum()), int((b & ~a).sum()), []
     for side in (a, b):
-        share, size = float(side.mean()), float(n)
-        if owner is not None:
-            size = effective_size(torch.from_numpy(side), torch.from_numpy(owner))
-        sides += [share, wilson(share * size, size)]
+        sides += clustered_share(torch.from_numpy(side), None if owner is None else torch.from_numpy(owner))[:2]
     p = mcnemar(only_a, only_b) if owner is None else _clustered(a, b, owner)
     return Comparison(what, n, *sides, only_a, only_b, p)
 

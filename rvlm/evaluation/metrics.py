@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clustered_interval", "effective_size", "reliability", "rounding", "wilson"]
+__all__ = ["clustered_interval", "clustered_share", "effective_size", "reliability", "rounding", "wilson"]
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 
@@ -46,6 +46,14 @@ def effective_size(right: Tensor, cluster: Tensor) -> float:
     if not 0 < p < 1 or clusters < 2:
         return float(clusters)
     return min(p * (1 - p) / variance, float(len(right))) if variance > 0 else float(len(right))
+
+
+def clustered_share(right: Tensor, cluster: Tensor | None) -> tuple[float, tuple[float, float], float]:
+    """The mean of what `effective_size` takes, its Wilson interval at that size, and the size; cluster None: every
+    sample stands alone."""
+    size = float(len(right)) if cluster is None else effective_size(right, cluster)
+    share = right.double().mean().item()
+    return share, wilson(min(share, 1.0) * size, size), size
 
 
 def clustered_interval(values: Tensor, cluster: Tensor, most: float, z: float = 1.959964) -> tuple[float, float]:

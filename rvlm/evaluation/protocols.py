@@ -27,7 +27,7 @@ from rvlm.data.captions import Captions, holds_captions, load_captions
 from rvlm.data.images import Reader
 from rvlm.data.load import rooted
 from rvlm.data.prompts import fingerprint, templates
-from rvlm.data.rows import number_text, short_sha
+from rvlm.data.rows import number_sha, short_sha
 from rvlm.data.tasks import TASKS
 from rvlm.evaluation.retrieval import parse_retrieval_attack
 from rvlm.plugins import is_own
@@ -122,7 +122,7 @@ class Protocol:
             ValueError: other samples than the frozen ones.
         """
         data = data.limited(part.n or self.n, self.seed)
-        if part.index is not None and (found := row_sha(data)) != part.index:
+        if part.index is not None and (found := number_sha(data.index)) != part.index:
             raise ValueError(f"{part.data}: the draw of {self.name} has the hash {part.index}, here it is {found}")
         return data
 
@@ -155,11 +155,6 @@ class Protocol:
             raise ValueError(f"{data.name} lacks {len(absent)} images of {file}, the first is {absent[0]}")
         rows = torch.tensor([place[name] for name in wanted]).sort().values
         return data.subset(rows, self.ids["file"])
-
-
-def row_sha(data) -> str:
-    """Hash of the numbers of the samples."""
-    return short_sha(number_text(data.index))
 
 
 def protocol_names() -> list[str]:

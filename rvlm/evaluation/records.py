@@ -58,14 +58,15 @@ def write_evaluation(
     processes: int = 1,
     source: Callable[[Tensor], Tensor] | None = None,
     protocol: Mapping[str, str] | None = None,
-    examples: int = 4,
+    examples: int | None = None,
 ) -> dict[str, Any]:
     """Writes FOLDER/result/NAME.json and FOLDER/samples/NAME.npz, each whole or not at all.
 
-    Its "perf" is what this evaluation took; "shared_forward_images" in it, and of retrieval "shared_captions", were
-    taken over from an earlier one (`clean` of `evaluate` and `retrieve`) and are in none of the other figures.
     If the evaluation has kept images, its first samples are also in FOLDER/samples/NAME-images.npz (clean, uint8
     [K, 3, H, W], and change, float16), and the model's likeliest words for them in the record.
+
+    The record's "perf" is what this evaluation took. "shared_forward_images" in it, and of retrieval "shared_captions",
+    were taken over from an earlier one (`clean` of `evaluate` and `retrieve`) and are in none of the other figures.
 
     Args:
         folder: run folder.
@@ -78,7 +79,7 @@ def write_evaluation(
         processes: how many shared the work.
         source: what the images were crafted on, for transfer.
         protocol: {"name", "sha", "status"} if it is a part of one; then the file names hold the data's name, too.
-        examples: how many images, at most.
+        examples: how many of the kept images, at most; None: all of them.
 
     Returns:
         The summary row: name, data, clean, robust, their intervals, eps, attack, target, samples, seconds, record.
@@ -141,11 +142,11 @@ def write_evaluation(
     return summary_row(record, f"result/{stem}.json")
 
 
-def _examples(folder: Path, name: str, evaluation: Evaluation, data: Data, most: int) -> dict[str, Any] | None:
+def _examples(folder: Path, name: str, evaluation: Evaluation, data: Data, most: int | None) -> dict[str, Any] | None:
     """Writes the first images of an evaluation; what the record says of them, None without images."""
-    if evaluation.x_adv is None or most < 1:
+    if evaluation.x_adv is None or most == 0:
         return None
-    few = slice(0, min(len(evaluation.x_adv), most))
+    few = slice(0, len(evaluation.x_adv[:most]))
     clean, names, buffer = data.batch(few)[0], dict(enumerate(data.class_names)), io.BytesIO()
     change = (evaluation.x_adv[few] - clean).half().numpy()
     np.savez_compressed(buffer, clean=(clean * 255).round().to(torch.uint8).numpy(), change=change)

@@ -27,7 +27,7 @@ from rvlm.attacks.retrieval import SGA, CoAttack, caption_sets, coattack, sga
 from rvlm.data.captions import Captions
 from rvlm.evaluation.cost import Cost
 from rvlm.evaluation.evaluate import progress_bar
-from rvlm.evaluation.metrics import effective_size, rounding, wilson
+from rvlm.evaluation.metrics import clustered_share, rounding
 from rvlm.models import Clip
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
@@ -236,6 +236,5 @@ def _ranks(images: Tensor, texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _share(right: Tensor, clusters: Tensor | None) -> dict[str, Any]:
-    share, n = right.double().mean().item(), len(right)
-    size = float(n) if clusters is None else effective_size(right, clusters)
-    return {"v": share, "ci95": wilson(share * size, size), "n": n, "n_eff": size}
+    share, interval, size = clustered_share(right, clusters)
+    return {"v": share, "ci95": interval, "n": len(right), "n_eff": size}

@@ -21,7 +21,7 @@ from torch import Tensor
 from rvlm.attacks import apgd, pgd
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.losses import given
-from rvlm.evaluation.metrics import clustered_interval, effective_size, wilson
+from rvlm.evaluation.metrics import clustered_interval, clustered_share
 from rvlm.evaluation.resume import State
 from rvlm.lvlm.model import AnswerLoss, Lvlm, what_answers
 from rvlm.lvlm.questions import Questions
@@ -72,8 +72,7 @@ class AnswerScores:
         values = torch.tensor([row[key] for row in self.rows], dtype=torch.float64)
         if HIGHEST[self.score] > 1:
             return clustered_interval(values, image, HIGHEST[self.score])
-        size = effective_size(values, image)
-        return wilson(min(self.mean(key), 1.0) * size, size)
+        return clustered_share(values, image)[1]
 
     def relative(self, key: str) -> float | None:
         """100 * mean / undefended; None if that is 0."""

@@ -24,7 +24,6 @@ from rvlm.data.registry import data_root, entries
 from rvlm.data.tasks import TASKS
 from rvlm.evaluation import compare, load_protocol, protocol_names, wilson
 from rvlm.evaluation.compare import mcnemar
-from rvlm.evaluation.protocols import row_sha
 from rvlm.lvlm.layouts import LAYOUTS
 from rvlm.models import ZeroShotClassifier, load_clip
 
@@ -121,7 +120,7 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
         assert hashlib.sha256(json.dumps(rows.tolist()).encode()).hexdigest()[:16] == part.index
     digits = load_protocol("digits-demo")
     data = digits.open(digits.parts[0])
-    assert row_sha(data) == digits.parts[0].index and digits.mark(digits.parts[0], data)["status"] == "complete"
+    assert data.index_sha == digits.parts[0].index and digits.mark(digits.parts[0], data)["status"] == "complete"
 
 
 @pytest.mark.parametrize("part, home, name, change", [
