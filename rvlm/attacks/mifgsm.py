@@ -59,6 +59,7 @@ class Transform:
     draws = False
     asks = 1  # times that it asks
     images = False  # needs [B, C, H, W]
+    moves = False  # scores are of another image than it was given
 
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
         """Scores and gradient at x; `ask(x)` has those of the transforms further in, and at last the model's.
@@ -70,6 +71,8 @@ class Transform:
 
 class NI(Transform):
     """Nesterov: the gradient where the velocity alone would lead (Lin et al. 2020)."""
+
+    moves = True
 
     def __call__(self, ask: Ask, x: Tensor, now: Now) -> tuple[Scores, Tensor]:
         ahead = rowwise(now.alpha, x) * (now.mu * x[0].numel()) * now.velocity
@@ -102,7 +105,7 @@ class DI(Transform):
 
     smallest: float = 0.9
     share: float = 0.5
-    draws = images = True
+    draws = images = moves = True
 
     def __post_init__(self) -> None:
         if not (0 < self.smallest <= 1 and 0 <= self.share <= 1):
@@ -217,7 +220,8 @@ def mifgsm(
         transforms: names ("ni", "si", "di", "ti", "vmi") or objects of those classes, outermost first.
 
     Returns:
-        As `pgd`: the last iterate, since this model's verdict decides nothing about the model that will see it.
+        As `pgd`: the last iterate, since this model's verdict decides nothing about the model that will see it. With
+        "ni" and "di" there is no trace: under them no iterate but the last is scored itself.
     """
     check_count("steps", steps, 1)
     check_choices(velocity=(velocity, ("l1", "sign")))
@@ -273,6 +277,7 @@ class _Momentum:
         self.alpha, self.steps, self.mu, self.kind = alpha, steps, mu, kind
         self.chain, self.early_stop, self.callback = chain, early_stop, callback
         self.planned = steps
+        self.notes = not any(t.moves for t in chain)
 
     def continued(self, whole: bool) -> "_Momentum":
         """Steps of the same size, with a velocity that begins anew."""
@@ -302,6 +307,8 @@ class _Momentum:
             seen = now.ball.as_seen(x_adv)
             now.noise = _numbers(noise, k)
             scores, grad = self._ask(asked, now, 0)(seen)
+            if self.notes:
+                asked.note(k, scores)
             if self.callback is not None:
                 self.callback(k, seen, scores.loss)
             used[roll.rows] += 1 if active is None else active
@@ -311,7 +318,10 @@ class _Momentum:
                 cycle.look([k + 1] * len(x_adv), *self._state(x_adv, now))
         x_adv = roll.close(Kept(x_adv, None)).x_adv
         seen = ball.as_seen(ball.nearest_(x_adv) if ball.strict_eps else x_adv)
-        return Kept(seen, objective.score(seen) if scored else None), used
+        last = objective.score(seen) if scored else None
+        if self.notes and last is not None:
+            objective.note(self.steps, last)
+        return Kept(seen, last), used
 
     def _state(self, x_adv: Tensor, now: Now) -> tuple[Tensor, ...]:
         """All that the next step depends on."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rvlm.attacks import apgd, mifgsm, pgd, square
+from rvlm.attacks import apgd, fmn, mifgsm, pgd, square
 from rvlm.attacks.kept import Kept
 from rvlm.attacks.objective import Scores
 from rvlm.attacks.runs import Disagreement, Judge
@@ -83,13 +83,42 @@ def test_larger_balls_do_not_count(batch):
     assert found.trace.fooled_at[found.success].min() >= 12, "0.3 + 0.3 of 20 steps are in larger balls"
 
 
+@pytest.mark.parametrize("settings", [
+    {}, {"norm": "l2", "eps": 0.5}, {"transforms": ("ti",)}, {"transforms": ("si",)}, {"transforms": ("vmi",)},
+])  # fmt: skip
+def test_steps_with_momentum_are_those_that_a_callback_sees(batch, settings):
+    model, x, y = batch
+    seen = []
+    given = dict(eps=0.12, steps=6, generator=torch.Generator().manual_seed(2), return_info=True) | settings
+    found = mifgsm(model, x, y, callback=lambda k, x_adv, loss: seen.append((x_adv.clone(), loss.clone())), **given)
+    fooled = torch.stack([*(model(x_adv).argmax(1) != y for x_adv, _ in seen), found.success])
+    first = torch.where(fooled.any(0), fooled.int().argmax(0), -1)
+    assert torch.equal(found.trace.fooled_at, first) and first.unique().numel() > 2 and found.trace.last == 6
+    losses = torch.stack([*(loss for _, loss in seen), found.loss]).double()
+    for step in range(7):
+        kept = losses[torch.where(first < 0, 6, first).clamp(max=step), torch.arange(len(x))]
+        assert found.trace.sums()[step].item() == pytest.approx(kept.sum().item(), rel=1e-6)
+    twice = mifgsm(model, x, y, random_start=True, restarts=2, **given)
+    assert twice.trace.last == 12 and (twice.trace.fooled_at >= 0)[twice.success].all()
+
+
+def test_samples_whose_momentum_repeats_leave_with_their_trace(batch):
+    model, x, y = batch
+    given = dict(eps=0.05, alpha=0.02, steps=40, velocity="sign", return_info=True)
+    whole, cycle = (mifgsm(model, x, y, early_stop=stop, **given) for stop in (None, "cycle"))
+    assert cycle.steps_used.min() < 40, "the example shows nothing"
+    assert torch.equal(whole.trace.fooled_at, cycle.trace.fooled_at) and whole.trace.last == cycle.trace.last == 40
+
+
 def test_square_and_attacks_without_a_trace(batch):
     model, x, y = batch
     given = dict(eps=0.12, return_info=True)
     found = square(model, x, y, queries=40, generator=torch.Generator().manual_seed(2), **given)
     assert torch.equal(found.trace.fooled_at >= 0, found.success) and found.success.any()
     assert torch.equal(found.trace.fooled_at[found.success], found.steps_used[found.success])
-    assert mifgsm(model, x, y, steps=3, **given).trace is None
+    assert fmn(model, x, y, steps=3, **given).trace is None
+    for name in ("ni", "di"):
+        assert mifgsm(model, x, y, steps=3, transforms=(name,), **given).trace is None, "others are scored"
     assert isinstance(pgd(model, x, y, eps=0.12), torch.Tensor)
 
 

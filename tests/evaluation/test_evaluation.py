@@ -461,6 +461,11 @@ def test_curves_over_steps_end_at_the_verdicts(data):
     assert whole["fooled"] == first["fooled"] and whole["mean_loss"] == pytest.approx(first["mean_loss"])
     long = run(data, attack="square-1000").over_steps(0)
     assert len(long["steps"]) == 101 and long["steps"][0] == 0 and long["steps"][-1] == 1000
+    found = run(data, attack="mifgsm-4,tifgsm-4")
+    momentum, diverse = (found.over_steps(k) for k in range(2))
+    assert momentum["steps"] == [0, 1, 2, 3, 4] and momentum["loss"] == "ce" and diverse["steps"] == []
+    assert momentum["fooled"][-1] == momentum["broken"] == 4 and momentum["fooled"][0] == 0
+    assert momentum["mean_loss"] == sorted(momentum["mean_loss"])
     moved = evaluate(Threshold(), data, source=Threshold(), attack="pgd-4", eps="8/255", progress=False)
     assert moved.over_steps(0)["steps"] == [], "by transfer, the attack does not see who is fooled"
 
