@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from rvlm import ops
 from rvlm.attacks.checks import AttackWarning
-from rvlm.attacks.losses import LOSSES
+from rvlm.attacks.losses import ce, loss_at_head, loss_at_logits, of_ops, wide
 
 __all__ = ["ENGINES", "FIXED", "Answer", "Compiled", "Question", "Replayed", "engine_for"]
 
@@ -56,13 +56,6 @@ class Answer(NamedTuple):
     loss: Tensor
     logits: Tensor
     grad: Tensor
-
-
-def _kind(loss: str, labels: Tensor, target: Tensor | None) -> tuple[str, Tensor, Tensor | None, int]:
-    """Kind, label, target and sign of `ops.attack_loss` for a named loss."""
-    if loss == "ce-targeted":
-        return "ce", target, None, -1
-    return loss, labels, target, 1
 
 
 class Compiled:
@@ -215,42 +208,35 @@ def _fold():
 
 def _at_head(model: nn.Module, loss: str, labels: Tensor, target: Tensor | None, head: Tensor, x: Tensor):
     embedding, back = torch.func.vjp(model.embed, x)
-    kind, label, other, sign = _kind(loss, labels, target)
-    value, _, logits, of_embedding = ops.clip_head_loss(embedding, head, label, kind, other)
-    return sign * value, logits, back((sign * of_embedding).to(embedding.dtype))[0]
+    value, logits, slope = loss_at_head(loss, embedding, head, labels, target)
+    return value, logits, back(slope)[0]
 
 
 def _at_logits(model: Callable, loss: str, labels: Tensor, target: Tensor | None, head: None, x: Tensor):
     output, back = torch.func.vjp(lambda v: model(v), x)
-    logits = output if output.dtype == torch.float64 else output.float()
+    logits = wide(output)
     if loss == "ce":  # torch's, as in eager mode
-        value = F.cross_entropy(logits, labels, reduction="none")
-        of_logits = torch.softmax(logits, 1) - F.one_hot(labels, logits.shape[1])
+        value, slope = ce(logits, labels), torch.softmax(logits, 1) - F.one_hot(labels, logits.shape[1])
     else:
-        kind, label, other, sign = _kind(loss, labels, target)
-        value, _, of_logits = ops.attack_loss(logits, label, kind, other)
-        value, of_logits = sign * value, sign * of_logits
-    return value, logits, back(of_logits.to(output.dtype))[0]
+        kind, label, other, sign = of_ops(loss, labels, target)
+        value, _, slope = ops.attack_loss(logits, label, kind, other)
+        value, slope = sign * value, sign * slope
+    return value, logits, back(slope.to(output.dtype))[0]
 
 
 def eager(question: Question, x: Tensor) -> Answer:
     """The same by autograd: what a CUDA graph captures."""
+    model, loss, labels, target, head = question
     leaf = x.detach().requires_grad_()
-    kind, label, other, sign = _kind(question.loss, question.labels, question.target)
-    if question.head is not None:
-        output = question.model.embed(leaf)
-        value, _, logits, slope = ops.clip_head_loss(output, question.head, label, kind, other)
+    if head is not None:
+        output = model.embed(leaf)
+        value, logits, slope = loss_at_head(loss, output, head, labels, target)
     else:
-        output = question.model(leaf)
-        logits = output if output.dtype == torch.float64 else output.float()
-        if question.loss in LOSSES:
-            output = LOSSES[question.loss](logits, label)
-            value, slope = output.detach(), torch.ones_like(output)
-        else:
-            value, _, slope = ops.attack_loss(logits.detach(), label, kind, other)
-            output = logits
-    (grad,) = torch.autograd.grad(output, leaf, (sign * slope).to(output.dtype))
-    return Answer(sign * value, logits.detach(), grad)
+        logits = wide(model(leaf))
+        value = output = loss_at_logits(loss, logits, labels, target)
+        slope = torch.ones_like(value)
+    (grad,) = torch.autograd.grad(output, leaf, slope)
+    return Answer(value.detach(), logits.detach(), grad)
 
 
 class Replayed:

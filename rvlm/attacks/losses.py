@@ -1,14 +1,22 @@
-"""Losses that an attack raises (or, targeted, lowers): callables (logits [B, C], labels [B]) -> [B]."""
+"""Losses that an attack raises (or, targeted, lowers): callables (logits [B, C], labels [B]) -> [B].
+
+Those by name also stand here as an attack asks for them: at the logits, by autograd, and at an embedding, with the
+slope from which a backward pass begins.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rvlm import ops
 
-__all__ = ["AIMED", "LOSSES", "ce", "cosine", "dlr", "given", "margin", "squared_l2"]
+__all__ = [
+    "AIMED", "LOSSES", "ce", "cosine", "dlr", "given", "loss_at_head", "loss_at_logits", "margin", "of_ops",
+    "squared_l2", "wide",
+]  # fmt: skip
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -49,3 +57,38 @@ def given(losses: Tensor, y: Any) -> Tensor:
 
 AIMED = ("dlr-targeted", "ce-targeted")  # raised by untargeted attacks that aim at one wrong class after another
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin, "dlr": dlr}
+
+
+def wide(output: Tensor) -> Tensor:
+    """A model's logits in the precision of losses: float32, or float64 if they come so."""
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def of_ops(name: str, labels: Tensor, target: Tensor | None) -> tuple[str, Tensor, Tensor | None, int]:
+    """A loss by name as `ops.attack_loss` has it: kind, label, target, and the sign that comes before it.
+
+    target: class that a loss of AIMED moves to, int64 [B]; the others do not look at it.
+    """
+    if name == "ce-targeted":
+        return "ce", target, None, -1
+    return name, labels, target if name in AIMED else None, 1
+
+
+def loss_at_logits(
+    name: str, logits: Tensor, labels: Tensor, target: Tensor | None = None, *, fused: bool = False
+) -> Tensor:
+    """A loss by name, [B], differentiable; fused: cross-entropy, too, by the formula of `loss_at_head`."""
+    if name in LOSSES and not fused:
+        return LOSSES[name](logits, labels)
+    kind, label, other, sign = of_ops(name, labels, target)
+    loss = ops.attack_loss(logits, label, kind, other)[0]
+    return loss if sign > 0 else -loss
+
+
+def loss_at_head(
+    name: str, embedding: Tensor, head: Tensor, labels: Tensor, target: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss by name, [B], of the logits embedding @ head, these logits, and the slope of its sum at the embedding."""
+    kind, label, other, sign = of_ops(name, labels, target)
+    loss, _, logits, slope = ops.clip_head_loss(embedding, head, label, kind, other)
+    return (loss, logits, slope) if sign > 0 else (-loss, logits, -slope)

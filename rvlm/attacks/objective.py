@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvlm import ops, profiling
+from rvlm import profiling
 from rvlm.attacks.checks import AttackWarning, are_probabilities, check_labels
 from rvlm.attacks.engines import Compiled, Question, Replayed
-from rvlm.attacks.losses import AIMED, LOSSES
+from rvlm.attacks.losses import AIMED, LOSSES, loss_at_head, loss_at_logits, wide
 from rvlm.attacks.rows import Rows
 from rvlm.attacks.trace import Trace
 
@@ -205,7 +205,7 @@ class Objective:
         if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"the model must return logits [{len(x)}, C], got {got}")
-        output = output if output.dtype == torch.float64 else output.float()
+        output = wide(output)
         if not self.count.classes and self.labels is not None:
             self._check_range(output.shape[1])
             self._first_look(output)
@@ -236,7 +236,7 @@ class Objective:
         self.count.forwards += len(x)
         if not output.requires_grad:
             raise ValueError(NO_GRADIENT)
-        z = output if output.dtype == torch.float64 else output.float()
+        z = wide(output)
         gaps = z.gather(1, classes) - z.gather(1, self.labels[:, None])
         with profiling.phase("backward", len(x) * gaps.shape[1]):
             last = gaps.shape[1] - 1
@@ -289,9 +289,7 @@ class Objective:
         self.count.forwards += len(x)
         if not self.count.classes:
             self._first_look(found.logits)
-        pred = found.logits.argmax(1)
-        fooled = pred == self.labels if self.targeted else pred != self.labels
-        return Scores(found.loss, fooled, pred), found.grad
+        return self._scores(found.loss, found.logits), found.grad
 
     def _by_autograd(self, x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Scores, Tensor]:
         leaf = x.detach().requires_grad_()
@@ -335,22 +333,20 @@ class Objective:
                 )
             is_logits = logits is not None and logits.dim() == 2 and len(logits) == self.batch
             if is_logits:
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                output = logits
+                output = logits = wide(logits)
                 if not self.count.classes:
                     self._check_range(logits.shape[1])
                     self._first_look(logits.detach())
-            loss = self._named_loss(logits) if self.named else self.loss(output, self.y)
+            if self.named:
+                loss = loss_at_logits(self.loss, logits, self.labels, self.target, fused=self.fused)
+            else:
+                loss = self.loss(output, self.y)
             if not isinstance(loss, Tensor) or loss.shape != (self.batch,):
                 got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
                     f"the loss must be a tensor [{self.batch}], one value per sample, got {got} (reduction='none')"
                 )
-            pred = logits.detach().argmax(1) if is_logits else None
-            fooled = None
-            if pred is not None and self.labels is not None:
-                fooled = pred == self.labels if self.targeted else pred != self.labels
-            return Scores(loss, fooled, pred)
+            return self._scores(loss, logits.detach()) if is_logits else Scores(loss, None, None)
 
     def _evaluate_head(self, x: Tensor) -> tuple[Scores, Tensor, Tensor]:
         """Scores, embeddings and the gradient with respect to them; nothing behind the embedding is in a graph."""
@@ -359,28 +355,17 @@ class Objective:
             self.count.forwards += len(x)
             if not self.count.classes:
                 self._check_range(self.head.shape[1])
-            kind, label, other = self._kind()
-            loss, correct, logits, of_embedding = ops.clip_head_loss(embedding, self.head, label, kind, other)
-            if self.loss == "ce-targeted":
-                loss, correct, of_embedding = -loss, logits.argmax(1) == self.labels, -of_embedding
+            loss, logits, of_embedding = loss_at_head(self.loss, embedding, self.head, self.labels, self.target)
             if not self.count.classes:
                 self._first_look(logits)
-            fooled = correct if self.targeted else ~correct
-            return Scores(loss, fooled, logits.argmax(1)), embedding, of_embedding
+            return self._scores(loss, logits), embedding, of_embedding
 
-    def _named_loss(self, logits: Tensor) -> Tensor:
-        """By the same formula as with a gradient."""
-        if not self.fused and self.loss in LOSSES:
-            return LOSSES[self.loss](logits, self.y)
-        kind, label, other = self._kind()
-        loss = ops.attack_loss(logits, label, kind, other)[0]
-        return -loss if self.loss == "ce-targeted" else loss
-
-    def _kind(self) -> tuple[str, Tensor, Tensor | None]:
-        """Kind, label and target of ops.attack_loss for a named loss."""
-        if self.loss == "ce-targeted":
-            return "ce", self.target, None
-        return self.loss, self.labels, self.target if self.loss in AIMED else None
+    def _scores(self, loss: Tensor, logits: Tensor) -> Scores:
+        """Of a loss [B], by the predictions of logits [B, C]."""
+        pred = logits.argmax(1)
+        if self.labels is None:
+            return Scores(loss, None, pred)
+        return Scores(loss, pred == self.labels if self.targeted else pred != self.labels, pred)
 
     def _own_prediction(self, x: Tensor) -> Tensor:
         try:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rvlm import ops
+from rvlm.attacks.losses import ce, wide
 
 __all__ = ["BPDA", "Joint", "LowFrequency"]
 
@@ -118,7 +118,7 @@ class Joint(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, y, reduction="none")
+    return ce(wide(logits), y)
 
 
 class _FilteredGradient(torch.autograd.Function):

@@ -159,7 +159,7 @@ def test_targets_and_restarts_go_to_survivors_alone(build, batch):
         return patched(logits, labels, kind, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rvlm.attacks.objective.ops.attack_loss", spy)
+        patch.setattr("rvlm.ops.attack_loss", spy)
         apgd(model, x, y, **settings)
     order = model(x).argsort(1, descending=True)
     for rank in range(1, 5):
