@@ -1,11 +1,17 @@
 """The set that an attack searches: an Lp ball around each image, cut with the pixel box."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rvlm import ops
+from rvlm.attacks.checks import ROUNDING
 
-__all__ = ["DUAL", "NORMS", "ORDER", "Ball", "Noise", "normal", "rowwise", "whole_box"]
+__all__ = [
+    "DUAL", "NORMS", "ORDER", "Ball", "Noise", "Outside", "normal", "outside", "rounding", "rowwise", "whole_box",
+]  # fmt: skip
 
 _STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 NORMS = tuple(_STEPS)
@@ -103,7 +109,7 @@ class Ball:
         moved = (inside - start).abs()
         if self.norm != "linf":
             moved = rowwise(moved.flatten(1).amax(1), start)
-        return torch.where(moved > 1e-6 * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
+        return torch.where(moved > ROUNDING * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
 
     def random_start(self, noise: "Noise", on_sphere: bool = False) -> Tensor:
         """A start that is uniform in the Linf ball, in L2 has a uniform direction and a radius uniform in [0, eps), and
@@ -168,3 +174,41 @@ def whole_box(x: Tensor, norm: str, bounds: tuple[float, float]) -> float:
     """A radius that holds the whole box."""
     width = bounds[1] - bounds[0]
     return width * {"linf": 1.0, "l2": x[:1].numel() ** 0.5, "l1": float(x[:1].numel())}[norm]
+
+
+def rounding(norm: str, pixels: int) -> float:
+    """How far ||x_adv - x|| may exceed eps in fp32, for images of so many values (3 H W) in [0, 1].
+
+    A pixel is rounded by half an ulp, 3e-8, and n of them by n^(1/p) times as much in an Lp norm (for L2 by the
+    Cauchy-Schwarz inequality). As much again is for the scaling of a perturbation, which is off by a few ulps of eps, a
+    small part of the box's diameter n^(1/p). In Linf it is what a pixel may be off in every check of images.
+    """
+    ulp = torch.finfo(torch.float32).eps / 2  # of a pixel below 1
+    return {"linf": ROUNDING, "l2": ulp * math.sqrt(pixels), "l1": ulp * pixels}[norm]
+
+
+class Outside(NamedTuple):
+    """Images against ball and box, whose limits rounding may exceed.
+
+    Attributes:
+        excess: float64 [B], ||x_adv - x|| - eps.
+        ball: bool [B], outside the ball.
+        box: whether any pixel is outside the box.
+        low, high: the least and the largest pixel.
+    """
+
+    excess: Tensor
+    ball: Tensor
+    box: bool
+    low: float
+    high: float
+
+
+def outside(
+    x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Outside:
+    """Where images x_adv [B, ...] lie, which are finite and at least one."""
+    excess = (x_adv.double() - x.double()).flatten(1).norm(ORDER[norm], dim=1) - eps
+    low, high = (v.item() for v in torch.aminmax(x_adv))
+    box = low < bounds[0] - ROUNDING or high > bounds[1] + ROUNDING
+    return Outside(excess, excess > rounding(norm, x[0].numel()), box, low, high)

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from rvlm.ops.steps import check_levels
 
-__all__ = ["AttackWarning", "are_probabilities", "check_grid", "check_images", "check_labels", "check_radius"]
+__all__ = [
+    "ROUNDING", "AttackWarning", "are_probabilities", "check_grid", "check_images", "check_labels", "check_radius",
+]  # fmt: skip
+
+ROUNDING = 1e-6  # that a pixel in fp32 may be off, as a share of the pixels' range: several roundings
 
 
 class AttackWarning(UserWarning):
@@ -39,7 +43,7 @@ def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
     if low != low or high != high:
         bad = x.detach().isnan().flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"x has NaN pixels in sample(s) {_some(bad)}: remove or repair them first")
-    slack = 1e-6 * (hi - lo)
+    slack = ROUNDING * (hi - lo)
     if low < lo - slack or high > hi + slack:
         raise ValueError(
             f"x must lie in bounds {list(bounds)}, got values in [{low:.4g}, {high:.4g}]. Attacks work on pixels, "

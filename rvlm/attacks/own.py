@@ -1,7 +1,7 @@
 """Somebody's own attack among ours: FILE.py:NAME, a callable (model, x, y, *, eps, ...) -> x_adv.
 
 It is passed x [B, 3, H, W] in [0, 1], labels y [B], eps, and of `norm`, `generator`, `sample_ids` (and the rest of
-`COMMON`) what its signature has; the other keywords keep their defaults, which are recorded. It returns adversarial
+`ASSUMED`) what its signature has; the other keywords keep their defaults, which are recorded. It returns adversarial
 images like x, or an AttackResult.
 
 Around it stands the contract of all attacks: the model is frozen, in eval mode and afterwards as it was; torch's
@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvlm.attacks.ball import ORDER
+from rvlm.attacks.ball import outside
 from rvlm.attacks.contract import arithmetic, scoring, untouched
 from rvlm.attacks.losses import margin
 from rvlm.attacks.objective import AttackResult
 
-__all__ = ["COMMON", "own_settings", "run_own"]
+__all__ = ["own_settings", "run_own"]
 
-# What is common to all attacks, with the value that an attack which does not take it stands for.
-COMMON = {
+# Keywords of all attacks, with the value for which an attack stands that does not take them.
+ASSUMED = {
     "norm": "linf", "bounds": (0.0, 1.0), "strict_eps": False, "quantize": None, "model_mode": "eval",
     "engine": "auto",
 }  # fmt: skip
 DRAWS = ("generator", "sample_ids")
-ROUNDING = 1e-6
 
 
 def own_settings(function: Callable[..., Any], spec: str, norm: str) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def own_settings(function: Callable[..., Any], spec: str, norm: str) -> dict[str
         ValueError: the callable cannot be an attack, or not one in this norm.
     """
     named = list(_parameters(function).values())
-    given = {"eps", *COMMON, *DRAWS}
+    given = {"eps", *ASSUMED, *DRAWS}
     if len(named) < 3 or "eps" not in _parameters(function):
         raise ValueError(
             f"{spec} takes {', '.join(p.name for p in named) or 'nothing'}: expected (model, x, y, *, eps, ...)"
@@ -90,7 +89,7 @@ def run_own(
         torch.manual_seed(seed)
         found = function(model, x.clone(), y.clone(), eps=eps, **passed)
     x_adv = found.x_adv if isinstance(found, AttackResult) else found
-    _check(spec, x_adv, x, eps, more.get("norm", "linf"), *more.get("bounds", (0.0, 1.0)))
+    _check(spec, x_adv, x, eps, more.get("norm", "linf"), more.get("bounds", (0.0, 1.0)))
     if isinstance(found, AttackResult):
         return found
     x_adv = x_adv.detach()
@@ -110,7 +109,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _refuse(function: Callable[..., Any], spec: str, given: dict[str, Any]) -> None:
     for name, value in given.items():
-        if name in COMMON and value != COMMON[name] and name not in _parameters(function):
+        if name in ASSUMED and value != ASSUMED[name] and name not in _parameters(function):
             raise ValueError(f"{spec} takes no {name}, so it cannot be asked for {name}={value!r}")
 
 
@@ -154,7 +153,7 @@ def _watched(model: Callable) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def _check(spec: str, x_adv: Any, x: Tensor, eps: float | Tensor, norm: str, low: float, high: float) -> None:
+def _check(spec: str, x_adv: Any, x: Tensor, eps: float | Tensor, norm: str, bounds: tuple[float, float]) -> None:
     want = f"expected images {list(x.shape)} {x.dtype} on {x.device}"
     if not isinstance(x_adv, Tensor):
         raise ValueError(f"{spec}: {want}, it returned {type(x_adv).__name__}")
@@ -162,10 +161,12 @@ def _check(spec: str, x_adv: Any, x: Tensor, eps: float | Tensor, norm: str, low
         raise ValueError(f"{spec}: {want}, it returned {list(x_adv.shape)} {x_adv.dtype} on {x_adv.device}")
     if not x_adv.isfinite().all():
         raise ValueError(f"{spec}: it returned NaN or infinite pixels")
-    excess = (x_adv.detach() - x).flatten(1).norm(ORDER[norm], dim=1) - eps
-    slack = ROUNDING * (1 if norm == "linf" else x[0].numel() if norm == "l1" else 10)
-    if (excess > slack).any():
-        raise ValueError(f"{spec}: {int((excess > slack).sum())} of {len(x)} images are outside the ball, by up to "
-                         f"{excess.max():.3g}: clip x_adv - x to eps")  # fmt: skip
-    if x_adv.min() < low - ROUNDING or x_adv.max() > high + ROUNDING:
-        raise ValueError(f"{spec}: pixels in [{x_adv.min():.4g}, {x_adv.max():.4g}]: clamp them to [{low:g}, {high:g}]")
+    found = outside(x_adv.detach(), x, eps, norm, bounds)
+    if found.ball.any():
+        raise ValueError(
+            f"{spec}: {int(found.ball.sum())} of {len(x)} images are outside the ball, by up to "
+            f"{found.excess.max():.3g}: clip x_adv - x to eps"
+        )
+    if found.box:
+        low, high = bounds
+        raise ValueError(f"{spec}: pixels in [{found.low:.4g}, {found.high:.4g}]: clamp them to [{low:g}, {high:g}]")

@@ -55,7 +55,7 @@ PATTERNS = (
     *(f"{name}@lowfreq=BINS" for name in ("fgsm", "pgd-STEPS", "pgd-STEPSxRESTARTS")), "pgd-STEPS@alpha=STEP",
     "FILE.py:NAME",
 )  # fmt: skip
-COMMON = {
+PER_CALL = {  # keywords that come with every call of a stage, and are no settings of its own
     "eps", "norm", "bounds", "x_init", "best", "early_stop", "generator", "sample_ids", "precision", "strict_eps",
     "quantize", "model_mode", "engine", "callback", "return_info", "slots",
 }  # fmt: skip
@@ -131,7 +131,7 @@ class Stage:
         if self.sha256 is not None:
             return self.settings
         parameters = inspect.signature(ATTACKS[self.attack].function).parameters.values()
-        usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in COMMON}
+        usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in PER_CALL}
         return usual | self.settings
 
     def record(self) -> dict[str, Any]:

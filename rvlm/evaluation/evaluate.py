@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from rvlm import profiling
 from rvlm.attacks import AttackResult, scoring
-from rvlm.attacks.ball import ORDER
+from rvlm.attacks.ball import ORDER, rounding
 from rvlm.attacks.checks import are_probabilities
 from rvlm.attacks.losses import margin
 from rvlm.attacks.objective import Passes
@@ -31,7 +31,7 @@ from rvlm.attacks.search import PRECISIONS, check_choices
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.cost import Cost, Forecast, estimate
-from rvlm.evaluation.metrics import reliability, rounding, wilson
+from rvlm.evaluation.metrics import reliability, wilson
 from rvlm.evaluation.resume import Keeper, Tally
 from rvlm.evaluation.saved import SavedImages
 from rvlm.ranks import Ranks

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clustered_interval", "clustered_share", "effective_size", "reliability", "rounding", "wilson"]
+__all__ = ["clustered_interval", "clustered_share", "effective_size", "reliability", "wilson"]
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 
@@ -75,11 +75,6 @@ def _of_clusters(values: Tensor, cluster: Tensor) -> tuple[float, float, int]:
     rest = torch.zeros_like(sizes).index_add_(0, place, from_first) - mean * sizes
     variance = clusters / max(clusters - 1, 1) * (rest**2).sum() / len(values) ** 2
     return (first + mean).item(), variance.item(), clusters
-
-
-def rounding(norm: str, pixels: int) -> float:
-    """How far |x_adv - x| may exceed eps in fp32, for images of so many values (3 H W); for l1 an ulp of each."""
-    return {"linf": 1e-6, "l2": 1e-5, "l1": 6e-8 * pixels}[norm]
 
 
 def reliability(confidence: Tensor, right: Tensor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvlm.attacks.ball import ORDER
+from rvlm.attacks.ball import outside
 from rvlm.attacks.contract import scoring
 from rvlm.attacks.pgd import pgd
 from rvlm.evaluation.check import LARGER, Finding
@@ -29,7 +29,6 @@ NAMES = {  # of the settings in other people's code
     "alpha": ("alpha", "step_size", "stepsize", "eps_iter"),
     "steps": ("steps", "num_steps", "n_steps", "iters", "n_iter", "nb_iter", "attack_iters", "iterations"),
 }
-ROUNDING = 1e-6
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of eps
 
 
@@ -203,17 +202,15 @@ def _detached(result: Tensor) -> Finding:
 def _places(result: Tensor, x: Tensor, eps: float, norm: str) -> list[Finding]:
     if not result.isfinite().all():
         return [Finding("ball", False, "the result has NaN or infinite pixels: look for 0/0, as in g / g.norm()")]
-    length = (result - x).flatten(1).norm(ORDER[norm], dim=1)
-    far = length > eps * (1 + 1e-5) + ROUNDING
-    ball = Finding("ball", True, f"the longest perturbation is {length.max() / eps:.4f} eps")
-    if far.any():
+    found = outside(result, x, eps, norm)
+    longest = 1 + found.excess.max() / eps
+    ball = Finding("ball", True, f"the longest perturbation is {longest:.4f} eps")
+    if found.ball.any():
         hint = ": does it return the perturbation? return x + delta" if result.abs().max() <= eps * 1.01 else ""
-        ball = Finding("ball", False, f"{far.sum()} of {len(x)} images are outside the ball, up to "
-                       f"{length.max() / eps:.3g} eps{hint}")  # fmt: skip
-    low, high = result.min().item(), result.max().item()
-    inside = low >= -ROUNDING and high <= 1 + ROUNDING
-    said = f"pixels in [{low:.4g}, {high:.4g}]"
-    return [ball, Finding("box", inside, said if inside else f"{said}: clamp to [0, 1] after every step")]
+        ball = Finding("ball", False, f"{found.ball.sum()} of {len(x)} images are outside the ball, up to "
+                       f"{longest:.3g} eps{hint}")  # fmt: skip
+    said = f"pixels in [{found.low:.4g}, {found.high:.4g}]"
+    return [ball, Finding("box", not found.box, f"{said}: clamp to [0, 1] after every step" if found.box else said)]
 
 
 def _inputs(x: Tensor, y: Tensor, x_kept: Tensor, y_kept: Tensor) -> Finding:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from rvlm.attacks import scoring
-from rvlm.attacks.ball import ORDER
+from rvlm.attacks.ball import ORDER, rounding
 from rvlm.attacks.objective import Passes
 from rvlm.attacks.retrieval import SGA, CoAttack, caption_sets, coattack, sga
 from rvlm.data.captions import Captions
 from rvlm.evaluation.cost import Cost
 from rvlm.evaluation.evaluate import progress_bar
-from rvlm.evaluation.metrics import clustered_share, rounding
+from rvlm.evaluation.metrics import clustered_share
 from rvlm.models import Clip
 from rvlm.ranks import Ranks
 from rvlm.units import Eps

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rvlm.attacks.ball import Ball, outside
 from rvlm.attacks.stages import parse_attack
 
 from .test_contract import CALLERS, Counting, assert_same, state
@@ -191,3 +192,15 @@ def test_what_a_file_imports_or_makes_is_its_own(own, build, batch, tmp_path):
 def test_in_a_list_with_others(own):
     name = own("cosine_pgd").name
     assert [stage.name for stage in parse_attack(f"pgd-10, {name}, square")] == ["pgd-10", name, "square"]
+
+
+@pytest.mark.parametrize("side", [6, 32, 224])
+@pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 0.5), ("l2", 3.0), ("l1", 12.0)])
+def test_rounding_is_no_place_outside(norm, eps, side):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, side, side)
+    on = Ball(x, eps, norm, (-9.0, 9.0)).nearest_(x + torch.randn_like(x))
+    found = outside(on, x, eps, norm)
+    assert not found.ball.any() and found.excess.abs().max() < 1e-4 * eps
+    assert outside(x + 1.01 * (on - x), x, eps, norm).ball.all()
+    assert found.box and (found.low, found.high) == (on.min(), on.max()) and not outside(x, x, eps, norm).box
