@@ -60,7 +60,6 @@ class WorkQueue {
       }
       waiting_.swap(left);
     }
-    taken_ += taken.size();
     return taken;
   }
 
@@ -72,20 +71,13 @@ class WorkQueue {
 
   void drop(long sample) {
     const auto mine = [sample](const Item& item) { return item.first == sample; };
-    const auto rest = std::remove_if(waiting_.begin(), waiting_.end(), mine);
-    dropped_ += std::distance(rest, waiting_.end());
-    waiting_.erase(rest, waiting_.end());
-  }
-
-  std::map<std::string, long> stats() const {
-    const long waiting = static_cast<long>(waiting_.size());
-    return {{"waiting", waiting}, {"running", running_}, {"taken", taken_}, {"dropped", dropped_}};
+    waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), mine), waiting_.end());
   }
 
  private:
   std::vector<Item> waiting_;
   std::unordered_map<long, long> running_of_;
-  long running_ = 0, taken_ = 0, dropped_ = 0;
+  long running_ = 0;
 };
 
 }  // namespace
@@ -105,6 +97,5 @@ PYBIND11_MODULE(_host, m) {
       .def("push", &WorkQueue::push, pybind11::arg("sample"), pybind11::arg("run"))
       .def("take", &WorkQueue::take, pybind11::arg("n"), pybind11::arg("full"))
       .def("end", &WorkQueue::end, pybind11::arg("sample"))
-      .def("drop", &WorkQueue::drop, pybind11::arg("sample"))
-      .def("stats", &WorkQueue::stats, "name -> count of items");
+      .def("drop", &WorkQueue::drop, pybind11::arg("sample"));
 }

@@ -16,7 +16,7 @@ class PyWorkQueue:
     def __init__(self) -> None:
         self._waiting: list[tuple[int, int]] = []
         self._running_of: Counter[int] = Counter()
-        self._running = self._taken = self._dropped = 0
+        self._running = 0
 
     def push(self, sample: int, run: int) -> None:
         self._waiting.append((sample, run))
@@ -35,7 +35,6 @@ class PyWorkQueue:
                 self._running += 1
                 taken.append(item)
             self._waiting = left
-        self._taken += len(taken)
         return taken
 
     def end(self, sample: int) -> None:
@@ -47,13 +46,7 @@ class PyWorkQueue:
 
     def drop(self, sample: int) -> None:
         """Forgets what waits of the sample."""
-        left = [item for item in self._waiting if item[0] != sample]
-        self._dropped += len(self._waiting) - len(left)
-        self._waiting = left
-
-    def stats(self) -> dict[str, int]:
-        counts = {"waiting": len(self._waiting), "running": self._running}
-        return counts | {"taken": self._taken, "dropped": self._dropped}
+        self._waiting = [item for item in self._waiting if item[0] != sample]
 
 
 def work_queue():
