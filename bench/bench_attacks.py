@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from measure import QUICK
+from measure import QUICK, robust
 
 from rvlm.attacks import apgd, autoattack, cw, deepfool, fab, fmn, mifgsm, square
 
@@ -118,43 +118,15 @@ def original_whole(eps: float, counts: dict, model, x, y):
     return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
 
-@pytest.fixture(scope="module")
-def classifiers(device):
-    """Digits CLIPs, plain and made robust with TeCoA, so that the attacks have little and much work to do."""
-    pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
-    from rvlm.data import load_data
-    from rvlm.models import ZeroShotClassifier, load_clip
-
-    data = load_data("digits", "test")
-    names = dict.fromkeys(("digits-vit", "digits-rn", "digits-vit-tecoa"), "tiny-vit") if QUICK else {}
-    loaded = {
-        name: ZeroShotClassifier(load_clip(names.get(name, name), device), data.class_names, data.template)
-        for name in ("digits-vit", "digits-rn", "digits-vit-tecoa")
-    }
-    return {name: model.to(device).eval() for name, model in loaded.items()}, data
-
-
-def samples(data, batch: int, device):
-    x, y, _ = data.batch(slice(0, batch))
-    return x.to(device), y.to(device)
-
-
-def robust(model, x_adv, y) -> int:
-    with torch.no_grad():
-        return (model(x_adv).argmax(1) == y).sum().item()
-
-
 @pytest.mark.parametrize("batch", CASES, ids=lambda batch: f"B{batch}")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("impl", ["rvlm", "pyautoattack"])
 @pytest.mark.benchmark(group="autoattack")
-def test_part(impl, part, batch, classifiers, device, compare, benchmark):
+def test_part(impl, part, batch, load, compare, benchmark):
     pytest.importorskip("pyautoattack", reason="install rvlm[oracles]")
-    models, data = classifiers
-    model, n = models["digits-vit-tecoa"], PARTS[part]
-    x, y = samples(data, batch, device)
+    (model, x, y), n = load("digits-vit-tecoa", batch), PARTS[part]
     attack = ours if impl == "rvlm" else original
-    left = [robust(model, found(part, n, model, x, y), y) for found in (attack, original)]
+    left = [int(robust(model, found(part, n, model, x, y), y).sum()) for found in (attack, original)]
     assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
     info = {"impl": impl, "peer": "pyautoattack", "case": f"{part} {n} B={len(x)}", "robust": left[0]}
     compare(lambda: attack(part, n, model, x, y), lambda: original(part, n, model, x, y), round_seconds=0.02, **info)
@@ -164,12 +136,10 @@ def test_part(impl, part, batch, classifiers, device, compare, benchmark):
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("impl", ["rvlm", "peer"])
 @pytest.mark.benchmark(group="attacks")
-def test_other(impl, name, batch, classifiers, device, compare, benchmark):
+def test_other(impl, name, batch, load, compare, benchmark):
     library = PEERS.get(name, "torchattacks")
     pytest.importorskip(library, reason="install rvlm[oracles]")
-    models, data = classifiers
-    model, n = models["digits-vit" if name in PEERS else "digits-vit-tecoa"], OTHERS[name]
-    x, y = samples(data, batch, device)
+    (model, x, y), n = load("digits-vit" if name in PEERS else "digits-vit-tecoa", batch), OTHERS[name]
     attack = ours if impl == "rvlm" else peer
     found = [run(name, n, model, x, y) for run in (attack, peer)]
     if name in PEERS:
@@ -181,7 +151,7 @@ def test_other(impl, name, batch, classifiers, device, compare, benchmark):
         assert QUICK or (counted.any() and abs(lengths[0] / lengths[1] - 1) <= 0.02), lengths
         outcome = {"fooled": both[1].sum().item(), "distance": round(lengths[0], 4)}
     else:
-        left = [robust(model, x_adv, y) for x_adv in found]
+        left = [int(robust(model, x_adv, y).sum()) for x_adv in found]
         assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
         outcome = {"robust": left[0]}
     info = {"impl": "rvlm" if impl == "rvlm" else library, "peer": library, "case": f"{name} {n} B={len(x)}"}
@@ -193,15 +163,13 @@ def test_other(impl, name, batch, classifiers, device, compare, benchmark):
 @pytest.mark.parametrize("library", ["torchattacks", "pyautoattack"])
 @pytest.mark.parametrize("case", WHOLE, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]['square']}")
 @pytest.mark.benchmark(group="autoattack whole")
-def test_whole(library, case, classifiers, device, compare, benchmark):
+def test_whole(library, case, load, compare, benchmark):
     pytest.importorskip(library, reason="install rvlm[oracles]")
-    models, data = classifiers
     name, eps, counts = case
-    model = models[name]
-    x, y = samples(data, CASES[0], device)
+    model, x, y = load(name, CASES[0])
     theirs = torchattacks_whole if library == "torchattacks" else original_whole
     mine, peers = (partial(whole, eps / 255, counts, model) for whole in (ours_whole, theirs))
-    left = [robust(model, attack(x, y), y) for attack in (mine, peers)]
+    left = [int(robust(model, attack(x, y), y).sum()) for attack in (mine, peers)]
     assert abs(left[0] - left[1]) <= max(1, 0.02 * len(x)), left
     info = {"impl": "rvlm", "peer": library, "case": f"{name} eps {eps}/255 N={len(x)}, {counts['apgd-ce']} steps"}
     compare(lambda: mine(x, y), lambda: peers(x, y), round_seconds=0.02, **info, robust=left[0])

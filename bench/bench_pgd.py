@@ -12,13 +12,15 @@ import time
 import pytest
 import torch
 from measure import QUICK, synchronize
+from peers.pgd import torchattacks_pgd
 from torch import Tensor, nn
 
 from rvlm import profiling
 from rvlm.attacks import pgd
 
 ON_GPU = torch.cuda.is_available()
-EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10
+EPS, STEPS = 8 / 255, 10
+SETTINGS = {"eps": EPS, "alpha": 2 / 255, "steps": STEPS, "random_start": False}
 if QUICK:
     CASES = [("tiny-vit", 2, 10, 32)]
 elif ON_GPU:
@@ -31,16 +33,8 @@ if ON_GPU and not QUICK:
     CELLS.append(("rvlm-compile", "bf16", CASES[0]))  # one, and last: compiling takes longer than all the rest
 
 
-def torchattacks_pgd(model: nn.Module):
-    try:
-        from torchattacks import PGD
-    except ImportError:
-        from peers.pgd import PGD
-    return PGD(model, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=False)
-
-
 def rvlm_pgd(model: nn.Module, engine: str = "auto"):
-    return lambda x, y: pgd(model, x, y, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=False, engine=engine)
+    return lambda x, y: pgd(model, x, y, **SETTINGS, engine=engine)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +88,7 @@ def test_pgd(impl, precision, case, classifier, device, compare, benchmark):
     generator = torch.Generator(device).manual_seed(0)
     x = torch.rand(batch, 3, size, size, device=device, generator=generator)
     y = torch.randint(classes, (batch,), device=device, generator=generator)
-    peer = torchattacks_pgd(model)
+    peer = torchattacks_pgd(model, **SETTINGS)
     attack = {"rvlm": rvlm_pgd(model), "rvlm-compile": rvlm_pgd(model, "compile"), "torchattacks": peer}[impl]
 
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

@@ -18,7 +18,7 @@ from functools import partial
 
 import pytest
 import torch
-from measure import QUICK
+from measure import QUICK, robust
 
 from rvlm.attacks import apgd, pgd, square
 
@@ -44,11 +44,6 @@ if QUICK:
     AIMED, LONG, RESTARTS, BLACK_BOX = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in every)
     SLOTS = 2
 IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
-
-
-def robust(model, x_adv, y) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x_adv).argmax(1) == y
 
 
 def ours(model, eps: float, steps: int, slots: int | None):

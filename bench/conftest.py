@@ -9,6 +9,7 @@ Environment:
     RVLM_BENCH_SECONDS    budget; what has not begun by then is skipped, and says so.
 """
 
+import functools
 import os
 import platform
 import subprocess
@@ -100,16 +101,29 @@ def copy_ceiling(device) -> float:
 
 @pytest.fixture(scope="module")
 def load(device):
-    """load(name, samples) -> a classifier, images and labels."""
+    """load(name, samples) -> a CLIP or "resnet20" as a classifier of digits, test images and labels; it keeps the last
+    model.
+    """
     pytest.importorskip("open_clip", reason="open_clip is needed for the models that are attacked")
+    from peers.resnet import ResNet20
+
     from rvlm.data import load_data
     from rvlm.models import ZeroShotClassifier, load_clip
 
-    def one(name: str, samples: int):
-        data = load_data("digits", "test")
+    data = load_data("digits", "test")
+
+    @functools.lru_cache(1)
+    def model_of(name: str):
+        torch.manual_seed(0)
+        if name == "resnet20":
+            x, y, _ = (t.to(device) for t in load_data("digits", "train").batch(slice(0, None)))
+            return ResNet20().to(device).fit(x, y, 3)
         clip = load_clip("tiny-vit" if QUICK else name, device)
+        return ZeroShotClassifier(clip, data.class_names, data.template).to(device).eval()
+
+    def one(name: str, samples: int):
         x, y, _ = (t.to(device) for t in data.batch(slice(0, samples)))
-        return ZeroShotClassifier(clip, data.class_names, data.template).to(device).eval(), x, y
+        return model_of(name), x, y
 
     return one
 

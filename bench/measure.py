@@ -1,10 +1,11 @@
-"""Clocks and quartiles, shared by the benchmark files."""
+"""Clocks, quartiles and verdicts, shared by the benchmark files."""
 
 import os
 import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 QUICK = os.environ.get("RVLM_BENCH_QUICK") == "1"
 
@@ -30,3 +31,9 @@ def seconds_per_call(fn: Callable[[], object], device: torch.device, calls: int 
 def quartiles(values: list[float]) -> list[float]:
     """[lower quartile, median, upper quartile]."""
     return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+
+
+def robust(model: Callable[[Tensor], Tensor], x_adv: Tensor, y: Tensor) -> Tensor:
+    """bool [B], what the model still gets right."""
+    with torch.no_grad():
+        return model(x_adv).argmax(1) == y

@@ -6,7 +6,7 @@ import torch
 from peers.steps import linf_step, uniform_start
 from torch import Tensor, nn
 
-__all__ = ["PGD"]
+__all__ = ["PGD", "torchattacks_pgd"]
 
 
 class PGD:
@@ -32,3 +32,12 @@ class PGD:
             grad = torch.autograd.grad(cost, x_adv, retain_graph=False, create_graph=False)[0]
             x_adv = linf_step(x_adv, grad, images, self.alpha, self.eps)
         return x_adv
+
+
+def torchattacks_pgd(model: Callable[[Tensor], Tensor], **settings) -> Callable[[Tensor, Tensor], Tensor]:
+    """torchattacks' PGD, or its twin where the package is not installed."""
+    try:
+        from torchattacks import PGD as theirs
+    except ImportError:
+        theirs = PGD
+    return theirs(model, **settings)
