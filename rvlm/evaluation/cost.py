@@ -27,7 +27,7 @@ from rvlm.attacks.stages import Stage
 __all__ = ["WARM_UP", "Cost", "Forecast", "Speed", "describe", "earlier_shares", "estimate", "measure_speed"]
 
 HALF = 0.5
-WARM_UP = 3 + BACKWARD  # passes of a batch that `measure_speed` takes (with a source two more), a backward one as two
+WARM_UP = 4 + 2 * BACKWARD  # forward passes of a batch that `measure_speed` takes as long as (with a source two more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +139,13 @@ def estimate(
 def measure_speed(
     classifier: Callable[[Tensor], Tensor], x: Tensor, source: Callable[[Tensor], Tensor] | None = None
 ) -> Speed:
-    """Times a pass of a batch x [B, 3, H, W], which lies on the model's device, after one that is not timed.
+    """Times passes of a batch x [B, 3, H, W], which lies on the model's device, each after one that is not timed.
 
     source: what is attacked, if that is another model.
     """
     with torch.random.fork_rng([x.device] if x.is_cuda else []):  # a model that draws numbers draws the same ones after
-        score = _timed(lambda: _forward(classifier, x), warm=True)
-        forward = score if source is None else _timed(lambda: _forward(source, x), warm=True)
+        score = _timed(lambda: _forward(classifier, x))
+        forward = score if source is None else _timed(lambda: _forward(source, x))
         there_and_back = _timed(lambda: _gradient(source or classifier, x))
     return Speed(*(seconds / len(x) for seconds in (score, forward, max(there_and_back - forward, 0.0))))
 
@@ -239,9 +239,9 @@ def _gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> None:
             torch.autograd.grad(output, leaf, allow_unused=True)
 
 
-def _timed(work: Callable[[], None], warm: bool = False) -> float:
-    if warm:
-        work()
+def _timed(work: Callable[[], None]) -> float:
+    """Of the second time: at the first one kernels are loaded, forward and backward ones, and memory is taken."""
+    work()
     _settle()
     began = time.perf_counter()
     work()
