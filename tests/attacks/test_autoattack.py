@@ -90,6 +90,17 @@ def test_stages_see_survivors_alone(sixty):
     assert sizes[1] == 55 and sizes[12] == found.robust["apgd-ce-10"]
 
 
+def test_no_batch_is_larger_than_slots(sixty):
+    model, x, y = sixty
+    sizes = []
+    counted = lambda v: sizes.append(len(v)) or model(v)  # noqa: E731
+    settings = dict(eps=3 / 255, version="custom", attacks=["pgd-3", "apgd-ce-5", "apgd-t-5", "square-20"])
+    found = autoattack(counted, x, y, slots=8, generator=fixed(), return_info=True, **settings)
+    assert max(sizes) == 8 and 0 < found.success.sum() < 60
+    whole = autoattack(model, x, y, generator=fixed(), return_info=True, **settings)
+    assert torch.equal(whole.broken_by, found.broken_by)
+
+
 def test_eps_per_sample_and_own_labels(sixty):
     model, x, _ = sixty
     eps = torch.full((60,), 8 / 255, dtype=torch.float64)
