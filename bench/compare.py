@@ -9,6 +9,8 @@ either run stands beside it.
 
 import statistics
 
+from rvlm.markdown import markdown_table
+
 # What makes two machines two, and what else times depend on.
 MACHINE = ("device", "cuda", "driver", "cores", "threads")
 PACKAGES = ("torch", "triton", "rvlm", "torchattacks", "open_clip_torch", "liger_kernel", "numpy")
@@ -81,16 +83,18 @@ def text(found: dict) -> str:
             what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in found[key].items())
             lines.append(f"{title}: {what}{': ratios say little about the code' if key == 'machine' else ''}")
     heads = ["cell", "us before", "us now", "ratio", "spread", "speedup before", "speedup now", ""]
-    lines += ["", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    rows = []
     for cell in found["cells"]:
         low, high = cell["spread"]
         speedups = ["" if cell[key] is None else f"{cell[key]:.2f}" for key in ("speedup_before", "speedup")]
-        cells = [cell["name"].replace("|", "\\|"), f"{cell['us_before']:.1f}", f"{cell['us']:.1f}"]
+        cells = [cell["name"], f"{cell['us_before']:.1f}", f"{cell['us']:.1f}"]
         cells += [f"{cell['ratio']:.2f}", f"{low:.2f}-{high:.2f}", *speedups]
-        lines.append("| " + " | ".join([*cells, f"**{cell['verdict']}**" if cell["verdict"] else ""]) + " |")
+        rows.append([*cells, f"**{cell['verdict']}**" if cell["verdict"] else ""])
     verdicts = [cell["verdict"] for cell in found["cells"]]
     middle = f", ratios around {statistics.median(c['ratio'] for c in found['cells']):.2f}" if verdicts else ""
     lines += [
+        "",
+        markdown_table(heads, rows),
         "",
         f"{len(verdicts)} cells{middle}: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster",
     ]

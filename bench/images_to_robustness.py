@@ -21,6 +21,7 @@ import torch
 from rvlm.data import load_data
 from rvlm.evaluation.records import environment, write_json
 from rvlm.files import write_bytes
+from rvlm.markdown import markdown_table
 from rvlm.methods import build_method
 from rvlm.models import load_clip
 from rvlm.training import train
@@ -71,10 +72,10 @@ def _cold(learn) -> float:
 
 
 def page(rows: list[dict], command: str, commit: str, record: str) -> str:
-    lines = [
-        "| seed | goal (ARD's last) | ARD, epochs | MMT-ARD, epochs | images | seconds, cached | seconds, uncached |",
-        "| --- " * 7 + "|",
-    ]
+    head = [
+        "seed", "goal (ARD's last)", "ARD, epochs", "MMT-ARD, epochs", "images", "seconds, cached", "seconds, uncached",
+    ]  # fmt: skip
+    lines = []
     for row in rows:
         whole, needed = row["epochs"], row["mmt_ard reached after"]
         cells = [str(row["seed"]), f"{100 * row['goal']:.1f}", f"{row['ard reached after']} (of {whole})"]
@@ -87,7 +88,7 @@ def page(rows: list[dict], command: str, commit: str, record: str) -> str:
             for kind in ("cached", "uncached"):
                 ratio = first * row[f"ard seconds, {kind}"] / (needed * row[f"mmt_ard seconds, {kind}"])
                 cells.append(f"{ratio:.2f}x")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     fill = statistics.median(row["seconds to fill the cache"] for row in rows)
     spent = "; ".join(
         f"{title} {statistics.median(row[f'{name} seconds, cached'] for row in rows):.1f} with cached teachers, "
@@ -101,7 +102,7 @@ every epoch. "epochs" is the first epoch whose robust accuracy is at least ARD's
 are ARD's over MMT-ARD's up to there. Seconds an epoch, medians over seeds: {spent}.
 Filling the cache takes {fill:.1f} s once, in no column.
 
-{chr(10).join(lines)}
+{markdown_table(head, lines)}
 
 Made by `{command}` at commit {commit} from [{record}]({record}).
 """

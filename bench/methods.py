@@ -28,6 +28,7 @@ from rvlm.data import Data, load_data
 from rvlm.evaluation import evaluate
 from rvlm.evaluation.records import environment, write_json
 from rvlm.files import cache_root, write_bytes
+from rvlm.markdown import markdown_table
 from rvlm.methods import build_method
 from rvlm.models import Clip, Ensemble, ZeroShotClassifier, load_clip
 from rvlm.training import train
@@ -265,7 +266,7 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
     }
     counts = {key: heading for key, heading in counts.items() if any(key in row for row in rows)}
     head = ["method", "seeds", *counts.values(), *columns.values()]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    lines = []
     for name in ROWS:
         mine = [row for row in rows if row["name"] == name]
         if not mine:
@@ -281,8 +282,8 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
                 continue
             spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(head, lines)
 
 
 def too_weak(rows: list[dict], radii: list[str]) -> list[str]:

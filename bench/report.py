@@ -12,6 +12,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+from rvlm.markdown import markdown_table
+
 COLUMNS = {
     "linf_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
     "l2_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
@@ -71,14 +73,15 @@ def tables(rows: list[dict]) -> str:
         peers = "/".join(sorted({row["peer"] for row in mine}))
         out += [f"\n## {group}: speed against {peers}\n"]
         heads = ["case", "implementation", "median us", "IQR us", f"{peers} us", "speedup [quartiles]", *extra]
-        out += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        lines = []
         for row in mine:
             low, median, high = row["speedup"]
             slower = " **slower**" if median < LOSING and row["impl"] != row["peer"] else ""
             cells = [row["case"], row["impl"], f"{row['us_per_call']:.1f}", f"{row['us_per_call_iqr']:.1f}"]
             cells += [f"{row['peer_us_per_call']:.1f}", f"{median:.2f} [{low:.2f}, {high:.2f}]{slower}"]
             cells += [value if isinstance(value := row.get(name, ""), str) else f"{value:.3g}" for name in extra]
-            out.append("| " + " | ".join(cells) + " |")
+            lines.append(cells)
+        out.append(markdown_table(heads, lines))
     return "\n".join(out)
 
 

@@ -24,6 +24,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from rvlm.markdown import markdown_table
 from rvlm.methods import MethodConfig, list_methods, method_class
 from rvlm.methods.prompts import PromptConfig
 from rvlm.units import Eps
@@ -190,7 +191,7 @@ RUNS = {
 def page(text: str) -> str:
     """The page with its parts written anew."""
     write = {"methods": lambda what: methods(), "settings": settings, "presets": presets, "results": results}
-    return PART.sub(lambda found: f"{found[1]}\n{write[found[2]](found[3])}\n{found[4]}", text)
+    return PART.sub(lambda found: f"{found[1]}\n{write[found[2]](found[3])}\n\n{found[4]}", text)
 
 
 def methods() -> str:
@@ -200,7 +201,7 @@ def methods() -> str:
         more = f" and {others:g} of others" if others else ""
         rows.append([f"[{name}]({where}.md)", learns, labels, f"{student}{more}", f"{student / 3:.2f}", source])
     head = ["method", "what learns", "labels are needed for", "passes of a tower", "to TeCoA's", "source"]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def settings(what: str) -> str:
@@ -217,7 +218,7 @@ def _settings(config: type, known: dict[str, tuple[str, str]], paper: bool = Tru
     for name, (limits, has) in known.items():
         default = value(name, fields[name].default)
         rows.append([f"`{name}`", default, limits, *([has] if paper else []), said[name]])
-    return table(["setting", "default", "range", *(["in the paper"] if paper else []), "what it is"], rows)
+    return markdown_table(["setting", "default", "range", *(["in the paper"] if paper else []), "what it is"], rows)
 
 
 def presets(name: str) -> str:
@@ -239,7 +240,7 @@ def presets(name: str) -> str:
         ]
         for key in differ
     ]
-    return table(["setting", "default", *(f"`{preset}`" for preset in cls.presets)], rows)
+    return markdown_table(["setting", "default", *(f"`{preset}`" for preset in cls.presets)], rows)
 
 
 def results(what: str) -> str:
@@ -283,7 +284,7 @@ def results(what: str) -> str:
         note += " joint: PGD-20 on student and proxy (APD: its teacher) together."
     note += f" All columns: [{folder}](../results/{folder}.md)."
     note = textwrap.fill(note, 120, break_on_hyphens=False, break_long_words=False)
-    return f"{note}\n\n" + table(["method", "seeds", *columns.values()], body)
+    return f"{note}\n\n" + markdown_table(["method", "seeds", *columns.values()], body)
 
 
 def runs(folder: str) -> list[dict[str, Any]]:
@@ -322,11 +323,6 @@ def value(key: str, given: Any) -> str:
     if isinstance(given, float) and key != "eps":
         return f"{given:g}"
     return str(given).lower() if isinstance(given, bool) else str(given) or "empty"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> str:

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "profiling": {"profiling", "_host"},
     "units": set(),
     "files": set(),
+    "markdown": set(),
     "plugins": set(),
     "ranks": set(),
     "attacks": {"attacks", "ops", "_host"},
@@ -43,7 +44,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _layers(path: Path) -> set[str]:
-    leaves = {"files", "plugins", "profiling", "ranks", "units", "__version__"}  # leaves that all may use
+    leaves = {"files", "markdown", "plugins", "profiling", "ranks", "units", "__version__"}  # leaves that all may use
     return {name.split(".")[1] for name in _imports(path) if name.startswith("rvlm.")} - leaves
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rvlm.arguments import AnalyzeArgs
+from rvlm.markdown import markdown_table
 
 if TYPE_CHECKING:
     from rvlm.data import Data
@@ -19,12 +20,9 @@ def _cka(args: AnalyzeArgs, base: "Clip", robust: "Clip", data: "Data", picture:
     values, ours, theirs = cka_matrix(base, robust, data, args.tokens, args.unbiased, args.batch_size)
     title = f"linear CKA, {args.tokens} tokens{', unbiased' if args.unbiased else ''}, {len(data)} images"
     heat_map(picture, values, ours, theirs, ylabel=base.name, xlabel=robust.name, title=title)
-    lines = [f"| {base.name} | " + " | ".join(theirs) + " |", "| --- " * (len(theirs) + 1) + "|"]
-    lines += [
-        f"| {n} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for n, row in zip(ours, values.tolist(), strict=True)
-    ]
+    rows = [[name, *(f"{v:.3f}" for v in row)] for name, row in zip(ours, values.tolist(), strict=True)]
     found = {"tokens": args.tokens, "unbiased": args.unbiased, "rows": ours, "columns": theirs, "cka": values.tolist()}
-    return found, "\n".join(lines)
+    return found, markdown_table([base.name, *theirs], rows)
 
 
 def _replace(args: AnalyzeArgs, base: "Clip", robust: "Clip", data: "Data", picture: Path) -> tuple[dict, str]:
@@ -43,12 +41,11 @@ def _replace(args: AnalyzeArgs, base: "Clip", robust: "Clip", data: "Data", pict
     }
     how = "one unit replaced" if args.single else "replaced up to"
     bars(picture, columns, found.steps, f"{how}: {base.name} by {robust.name}, {args.attack} {args.eps}", "accuracy, %")
-    lines = [f"| {how} | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    lines += [
-        f"| {s} | " + " | ".join(f"{v[k]:.1f}" for v in columns.values()) + " |" for k, s in enumerate(found.steps)
-    ]
+    rows = [[step, *(f"{v[k]:.1f}" for v in columns.values())] for k, step in enumerate(found.steps)]
     threat = {"attack": args.attack, "eps": str(args.eps), "norm": "linf", "seed": args.seed}
-    return {"cumulative": not args.single, **threat, "steps": found.steps, "accuracy": columns}, "\n".join(lines)
+    return {"cumulative": not args.single, **threat, "steps": found.steps, "accuracy": columns}, markdown_table(
+        [how, *columns], rows
+    )
 
 
 def _spectrum(args: AnalyzeArgs, base: "Clip", robust: "Clip", data: "Data", picture: Path) -> tuple[dict, str]:

@@ -28,6 +28,7 @@ from rvlm.data.captions import Captions
 from rvlm.evaluation.cost import Cost
 from rvlm.evaluation.evaluate import progress_bar
 from rvlm.evaluation.metrics import clustered_share
+from rvlm.markdown import markdown_table
 from rvlm.models import Clip
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
@@ -109,13 +110,14 @@ class Retrieval:
 
     def markdown(self, name: str) -> str:
         """A table in per cent."""
-        columns = list(self.metrics["clean"])
-        lines = [f"| {name} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-        for which, title in (("clean", "clean"), ("robust", f"{self.attack}, {self.norm} {self.eps}, {self.target}")):
-            lines.append(
-                f"| {title} | " + " | ".join(f"{100 * m['v']:.1f}" for m in self.metrics[which].values()) + " |"
-            )
-        return "\n".join(lines)
+        titles = {"clean": "clean", "robust": f"{self.attack}, {self.norm} {self.eps}, {self.target}"}
+        return markdown_table(
+            [name, *self.metrics["clean"]],
+            [
+                [titles[which], *(f"{100 * m['v']:.1f}" for m in found.values())]
+                for which, found in self.metrics.items()
+            ],
+        )
 
 
 def parse_retrieval_attack(name: str) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rvlm.attacks.stages import Stage, parse_attack, usable
 from rvlm.data import Data
 from rvlm.evaluation.evaluate import logits_of, predictions, progress_bar
+from rvlm.markdown import markdown_table
 from rvlm.ranks import Ranks
 from rvlm.units import Eps
 
@@ -66,11 +67,11 @@ class TransferMatrix:
 
     def markdown(self) -> str:
         """A table in per cent: a row per source, a column per target."""
-        head = f"| {self.attack}, {self.norm} {self.eps}: images of | " + " | ".join(self.targets) + " |"
-        lines = [head, "| --- " * (len(self.targets) + 1) + "|"]
-        for name, row in [("(clean)", self.clean), *zip(self.sources, self.robust, strict=True)]:
-            lines.append(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in row.tolist()) + " |")
-        return "\n".join(lines)
+        rows = [("(clean)", self.clean), *zip(self.sources, self.robust, strict=True)]
+        return markdown_table(
+            [f"{self.attack}, {self.norm} {self.eps}: images of", *self.targets],
+            [[name, *(f"{100 * share:.1f}" for share in row.tolist())] for name, row in rows],
+        )
 
 
 def transfer_matrix(

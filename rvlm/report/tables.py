@@ -5,6 +5,8 @@ import dataclasses
 import io
 from typing import Any
 
+from rvlm.markdown import markdown_table
+
 __all__ = [
     "COLUMNS", "Table", "cell", "comparison_table", "csv_text", "latency_table", "latex", "markdown", "phase_table",
     "protocol_table", "rich_table",
@@ -57,9 +59,7 @@ def cell(row: dict[str, Any], column: str) -> str:
 def markdown(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
     """A Markdown table; columns maps keys of the rows to headings."""
     columns = columns or COLUMNS
-    lines = [list(columns.values()), ["---"] * len(columns)]
-    lines += [[cell(row, column).replace("|", "\\|") for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table([*columns.values()], [[cell(row, column) for column in columns] for row in rows]) + "\n"
 
 
 def latex(tables: list[Table]) -> str:
@@ -148,17 +148,15 @@ def protocol_table(rows: list[dict[str, Any]], title: str, parts: int) -> str:
 
 def comparison_table(found: list[Any]) -> str:
     """A Markdown table of `rvlm.evaluation.Comparison`s."""
-    lines = ["| | n | A % | B % | A - B | only A right | only B right | McNemar p |", "| --- " * 8 + "|"]
+    lines = []
     for one in found:
         a, b = (
             f"{100 * share:.1f} ({100 * ci[0]:.1f}-{100 * ci[1]:.1f})"
             for share, ci in ((one.a, one.a_ci), (one.b, one.b_ci))
         )
-        lines.append(
-            f"| {one.what} | {one.n} | {a} | {b} | {100 * (one.a - one.b):+.1f} | {one.only_a} | {one.only_b} | "
-            f"{one.p:.2g} |"
-        )
-    return "\n".join(lines)
+        difference = f"{100 * (one.a - one.b):+.1f}"
+        lines.append([one.what, str(one.n), a, b, difference, str(one.only_a), str(one.only_b), f"{one.p:.2g}"])
+    return markdown_table(["", "n", "A %", "B %", "A - B", "only A right", "only B right", "McNemar p"], lines)
 
 
 def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) -> str:
@@ -171,12 +169,12 @@ def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) 
         images, images_per_s: of the whole, whose rates may leave something out.
     """
     whole = phases[0]
-    lines = [["phase", "seconds", "share", "calls", "images", "images/s", "GFLOP/image", "GFLOP/s"]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["phase", "seconds", "share", "calls", "images", "images/s", "GFLOP/image", "GFLOP/s"]
+    lines = []
 
     def line(title: str, seconds: float, calls: str = "", *rest: str) -> None:
         cells = [title, f"{seconds:.3f}", f"{seconds / whole['seconds']:.1%}", calls, *rest]
-        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+        lines.append(cells + [""] * (len(head) - len(cells)))
 
     def below(row: dict[str, Any]) -> None:
         depth = len(row["path"])
@@ -197,19 +195,19 @@ def phase_table(phases: list[dict[str, Any]], images: int, images_per_s: float) 
         each = whole["flops"] / images / 1e9
         rates += [f"{each:.3g}", f"{each * images_per_s:.3g}"]
     line("whole", whole["seconds"], "1", *rates)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(head, lines)
 
 
 def latency_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `rvlm profile infer`: medians with quartiles; "x plain" is the median ratio of pairs."""
     head = ["model", "batch", "ms", "images/s", "peak MB", "weights MB", "x plain", "ms of phases"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         phases = ", ".join(f"{name} {spent:.2f}" for name, spent in row["phases_ms"].items())
         against = "" if row["ratio"] is None else f"{row['ratio']:.2f} ({row['ratio_q1']:.2f}-{row['ratio_q3']:.2f})"
         lines.append([
-            row["name"].replace("|", "\\|"), str(row["batch"]),
+            row["name"], str(row["batch"]),
             f"{row['latency_ms']:.2f} ({row['latency_ms_q1']:.2f}-{row['latency_ms_q3']:.2f})",
             f"{row['images_per_s']:.0f}", f"{row['peak_mb']:.1f}", f"{row['weights_mb']:.1f}", against, phases,
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, lines)
