@@ -15,6 +15,7 @@ from _tools.links import relinked
 from rvlm import cli
 from rvlm.arguments import COMMANDS
 from rvlm.evaluation import Protocol, load_protocol, protocol_names
+from rvlm.markdown import markdown_table
 from rvlm.methods import list_methods, method_class
 
 __all__ = ["MODULES", "on_source", "public_names", "write_pages"]
@@ -182,14 +183,14 @@ def _protocols() -> str:
         lines += [f"## {protocol.name}", "", _plain(protocol.about[0].upper() + protocol.about[1:]) + ".", ""]
         lines += [f"Where it differs: {_plain(protocol.differs)}.", ""] if protocol.differs else []
         lines += [f"- {key}: {said}" for key, said in _facts(protocol).items()]
-        lines += ["", "| data set | images | prompts |", "| --- | --- | --- |"]
+        rows = []
         for part in protocol.parts:
             told = part.templates or "the data set's own"
             told = ", ".join(f"`{one}`" for one in told) if isinstance(told, list) else told
-            images = part.n or protocol.n or "all"
+            images = str(part.n or protocol.n or "all")
             own = f" ({_attacks(part.attacks)})" if part.attacks else ""
-            lines.append(f"| `{part.data}`{own} | {images} | {told} |")
-        lines.append("")
+            rows.append([f"`{part.data}`{own}", images, told])
+        lines += ["", markdown_table(["data set", "images", "prompts"], rows), ""]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clustered_interval", "clustered_share", "effective_size", "reliability", "wilson"]
+__all__ = ["clustered_interval", "clustered_share", "effective_size", "pooled_reliability", "reliability", "wilson"]
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 
@@ -95,6 +95,18 @@ def reliability(confidence: Tensor, right: Tensor) -> dict[str, Any]:
         torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, values.double())
         for values in (torch.ones_like(confidence), right, confidence)
     ]
-    ece = ((sums[1] - sums[2]).abs().sum() / max(len(right), 1)).item()
-    n, correct, sure = (column.tolist() for column in sums)
-    return {"ece": ece, "n": [int(k) for k in n], "right": [int(k) for k in correct], "confidence": sure}
+    return _of_bins(torch.stack(sums))
+
+
+def pooled_reliability(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """`reliability` of several samples as if they were one."""
+    sums = [[one[key] for key in ("n", "right", "confidence")] for one in several]
+    return _of_bins(torch.tensor(sums, dtype=torch.float64).sum(0))
+
+
+def _of_bins(sums: Tensor) -> dict[str, Any]:
+    """What `reliability` returns, of the samples in every bin, those that are right, and all confidence: [3, 15]."""
+    n, right, confidence = sums
+    ece = (right - confidence).abs().sum() / n.sum().clamp(min=1)
+    counts = {"n": n.long().tolist(), "right": right.long().tolist()}
+    return {"ece": ece.item(), **counts, "confidence": confidence.tolist()}

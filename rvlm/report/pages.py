@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rvlm.evaluation.metrics import pooled_reliability
 from rvlm.files import write_bytes
 from rvlm.report.gather import Case, Found, cases, differences, shared_means
 from rvlm.report.html import LEGEND, write_html
@@ -226,18 +227,10 @@ def _calibration(rows: list[dict[str, Any]], shared: list[str]) -> dict[str, dic
         if row["data"] in shared and row.get("calibration"):
             by_model[row["name"]].append(row["calibration"])
     return {
-        name: {which: _pooled([one[which] for one in several]) for which in ("clean", "robust")}
+        name: {which: pooled_reliability([one[which] for one in several]) for which in ("clean", "robust")}
         for name, several in by_model.items()
         if len(several) == len(shared)
     }
-
-
-def _pooled(several: list[dict[str, Any]]) -> dict[str, Any]:
-    """Bins of several samples as if they were one."""
-    bins = {key: [sum(column) for column in zip(*(one[key] for one in several), strict=True)]
-            for key in ("n", "right", "confidence")}  # fmt: skip
-    gaps = (abs(right - sure) for right, sure in zip(bins["right"], bins["confidence"], strict=True))
-    return bins | {"ece": sum(gaps) / max(sum(bins["n"]), 1)}
 
 
 def _shown(by_case: dict[Case, list[dict[str, Any]]]) -> list[tuple[Case, dict[str, Any]]]:

@@ -135,18 +135,15 @@ def words_grid(
         words_clean, words_adversarial: N lists of (word, probability), likeliest first.
         title: heading; the factor on the change, one for all, stands over its column.
     """
-    most = change.abs().max().item()
-    magnify = 0.5 / most if most else 1.0
+    magnified, factor = _magnified(change)
     figure = Figure(figsize=(6.4, 0.9 + 2.6 * len(clean)), dpi=110, layout="constrained")  # noise makes large files
     grid = figure.subplots(len(clean), 3, squeeze=False)
     for k, axes_of_row in enumerate(grid):
-        pictures = (clean[k], 0.5 + magnify * change[k], clean[k] + change[k])
+        pictures = (clean[k], magnified[k], clean[k] + change[k])
         for axes, picture, words in zip(
             axes_of_row, pictures, (words_clean[k], None, words_adversarial[k]), strict=True
         ):
-            axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            _show(axes, picture)
             if words is None:
                 label = f"label: {textwrap.shorten(labels[k], 24, placeholder='…')}"
                 axes.set_xlabel(label if change[k].any() else f"{label}\n(not changed)", fontsize=10)
@@ -155,8 +152,7 @@ def words_grid(
                 right = bool(words) and words[0][0] == labels[k]
                 text = "\n".join([f"{'✓' if right else '✗'} {said[0] if said else 'no answer'}", *said[1:]])
                 axes.set_xlabel(text, fontsize=10, color=RIGHT if right else WRONG)
-    headings = ("clean", f"change × {round(magnify, 0 if magnify >= 10 else 1):g}", "adversarial")
-    for axes, heading in zip(grid[0], headings, strict=True):
+    for axes, heading in zip(grid[0], ("clean", f"change × {factor}", "adversarial"), strict=True):
         axes.set_title(heading, fontsize=10)
     figure.suptitle(_lines(title), fontsize=11, x=0.01, ha="left")
     rows = [
@@ -194,19 +190,15 @@ def image_grid(
             f"clean {list(clean.shape)}, adversarial {list(adversarial.shape)}, {len(labels)} labels, "
             f"{len(words_clean)} and {len(words_adversarial)} words"
         )
-    delta = adversarial - clean
-    if magnify is None:
-        magnify = 0.5 / (delta.abs().max().item() or 0.5)
-    columns = [clean, 0.5 + magnify * delta, adversarial]
-    titles = ["clean", f"perturbation × {round(magnify, 0 if magnify >= 10 else 1):g}", "adversarial"]
+    magnified, factor = _magnified(adversarial - clean, magnify)
+    columns = [clean, magnified, adversarial]
+    titles = ["clean", f"perturbation × {factor}", "adversarial"]
     figure = Figure(figsize=(1.35 * n + 0.6, 5.0), dpi=150, layout="constrained")
     grid = figure.subplots(3, n, squeeze=False)
     for row, (pixels, title) in enumerate(zip(columns, titles, strict=True)):
         for k in range(n):
             axes = grid[row][k]
-            axes.imshow(pixels[k].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            _show(axes, pixels[k])
             if k == 0:
                 axes.set_ylabel(title, fontsize=10)
             if row != 1:
@@ -407,6 +399,19 @@ def pick_rows(broken_by: Tensor, y: Tensor, most: int = 8) -> Tensor:
 def class_words(class_names: list[str], classes: Tensor) -> list[str]:
     """Names of predicted classes; an output beyond the names, or -1 for no answer, is shown as its number."""
     return [class_names[c] if 0 <= c < len(class_names) else str(c) for c in classes.tolist()]
+
+
+def _magnified(change: Tensor, factor: float | None = None) -> tuple[Tensor, str]:
+    """Changes around grey, all by one factor, and that factor in words; None fills the range."""
+    factor = 0.5 / (change.abs().max().item() or 0.5) if factor is None else factor
+    return 0.5 + factor * change, f"{round(factor, 0 if factor >= 10 else 1):g}"
+
+
+def _show(axes: Axes, pixels: Tensor) -> None:
+    """An image [3, H, W], cut to [0, 1], without a frame."""
+    axes.imshow(pixels.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def _answer(word: str, right: bool) -> str:
