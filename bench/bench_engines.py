@@ -29,7 +29,7 @@ ON_GPU = torch.cuda.is_available()
 EPS = 8 / 255
 SETTINGS = {"eps": EPS, "alpha": 2 / 255, "steps": 10, "random_start": False}
 GATE = 16 if QUICK else 256
-MODELS = ["tiny-vit"] if QUICK else ["digits-vit", "digits-rn", "resnet20", *(["ViT-B-32"] if ON_GPU else [])]
+MODELS = ["tiny-vit"] if QUICK else [*(["ViT-B-32"] if ON_GPU else []), "digits-vit", "digits-rn", "resnet20"]
 BATCHES = [8] if QUICK or not ON_GPU else [8, 128]
 KINDS = {
     "kernel": {},

@@ -6,7 +6,8 @@ Teachers' caches are warm; that the first run fills them is not in the medians.
 Two sizes. "tiny": the library's own CLIPs for 32 px, with 10 classes, as the digits, and with 200, as TinyImageNet, on
 which the papers train with batches of 64. "1/8": the papers' models with an eighth of the width and all of the depth
 and of the tokens (ViT-B/32 as student, ViT-B/16 as proxy, ViT-L/14 as MMT-ARD's teachers; texts of 77 tokens), so that
-text, student and teachers cost each other's share of the time that they cost there.
+text, student and teachers cost each other's share of the time that they cost there. On a GPU "full" takes its place:
+those models themselves, one step of 32 images.
 """
 
 import copy
@@ -23,8 +24,11 @@ from rvlm.methods import build_method  # noqa: E402
 from rvlm.models import Clip, load_clip  # noqa: E402
 from rvlm.training import train  # noqa: E402
 
-SCENES = {"tiny C=10": (4, 10), "tiny C=200": (4, 200), "1/8 C=200": (1, 200)}  # batches, classes
+ON_GPU = torch.cuda.is_available()
 BATCH = 8 if QUICK else 64
+SCENES = {"tiny C=10": (4 * BATCH, 10), "tiny C=200": (4 * BATCH, 200), "1/8 C=200": (BATCH, 200)}  # images, classes
+if ON_GPU:
+    SCENES = {"full C=200": (32, 200), "tiny C=10": SCENES["tiny C=10"], "tiny C=200": SCENES["tiny C=200"]}
 MORE = {
     "hpt_gpd": {"stages": "hpt"},
     "mmt_ard": {"weights": "fixed"},
@@ -57,19 +61,19 @@ def eighth(name, device):
 @pytest.fixture(scope="module", params=SCENES)
 def scene(request, device):
     """Its name, the data, the student, and the frozen models under the names that the peer gives them."""
-    batches, classes = (1, 10) if QUICK else SCENES[request.param]
-    tiny = request.param.startswith("tiny")
-    data = load_data("digits", "train", size=32 if tiny else 56, limit=BATCH * batches)
+    images, classes = (BATCH, 10) if QUICK else SCENES[request.param]
+    kind = request.param.split()[0]
+    data = load_data("digits", "train", size={"tiny": 32, "1/8": 56, "full": 224}[kind], limit=images)
     if classes > 10:
         names = [f"thing number {k}" for k in range(classes)]
         y = torch.randint(0, classes, (len(data),), generator=torch.Generator().manual_seed(0))
         data = Data("many", "train", names, y, data.index, data.read, n_total=data.n_total)
-    if tiny:
+    if kind == "tiny":
         student = load_clip("tiny-vit", device, seed=1)
         names = {"proxy": "tiny-rn", "clean": "tiny-rn", "robust": "tiny-vit", "origin": "tiny-vit"}
         return request.param, data, student, {role: load_clip(name, device) for role, name in names.items()}
     torch.manual_seed(0)
-    student, proxy, large = (eighth(name, device) for name in TOWERS)
+    student, proxy, large = (load_clip(n, device) if kind == "full" else eighth(n, device) for n in TOWERS)
     return request.param, data, student, {"proxy": proxy, "clean": large, "robust": large, "origin": large}
 
 
@@ -95,7 +99,7 @@ def test_epoch(name, scene, compare, benchmark, tmp_path_factory, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "backward", _noting(losses, torch.Tensor.backward))
         twin()
-    batch = method_of(name, teachers, title).config.batch_size
+    batch = min(method_of(name, teachers, title).config.batch_size, len(data))
     per_step = len(losses) // -(-len(data) // batch)
     outer = losses[per_step - 1 :: per_step]
     # Rounding decides about signs of small gradients, so the images and, after a step, the weights drift apart.

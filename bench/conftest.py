@@ -139,7 +139,7 @@ def compare(benchmark, device) -> Callable[..., None]:
 
     def run(subject: Callable, peer: Callable, /, *, round_seconds: float = 5e-3, **info) -> None:
         slower = max(seconds_per_call(fn, device, calls=1) for fn in (subject, peer))
-        rounds, warmup = (2, 1) if QUICK else (30, 3) if slower < 0.1 else (10, 1)
+        rounds, warmup = (2, 1) if QUICK else (30, 3) if slower < 0.1 else (10, 1) if slower < 2 else (3, 0)
         calls = 1 if QUICK else max(1, min(200, int(round_seconds / slower)))
         peer_seconds = []
 

@@ -72,9 +72,29 @@ def test_gpu_script_parses():
     assert subprocess.run(["bash", "-n", str(BENCH / "run_gpu.sh")]).returncode == 0
 
 
+def gpu_script(out, *parts: str, **env: str) -> subprocess.CompletedProcess:
+    return quick(
+        ["bash", str(BENCH / "run_gpu.sh"), str(out), *parts], RVLM_BENCH_CPU="1", PYTHON=sys.executable, **env
+    )
+
+
+def test_gpu_script_runs_in_parts(tmp_path):
+    done = gpu_script(tmp_path, "ops", "stepps")
+    assert done.returncode == 2 and "unknown part stepps: expected" in done.stderr
+    done = gpu_script(tmp_path, "build", "ops", "clips", RVLM_GPU_SECONDS="0")
+    assert done.returncode == 0, done.stderr
+    assert "no time left for: steps iterates losses attention filters clips-tiny-vit" in done.stdout
+    (tmp_path / "parts.tsv").write_text("filters\t1\t9\told\ninfo\t0\t1\told\n")
+    done = gpu_script(tmp_path, "filters")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-1000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [(part["name"], part["exit_code"]) for part in result["parts"]["parts"]] == [("info", "0"), ("filters", "0")]
+    assert {row["group"] for row in result["rows"]} == {"gaussian_filter"}
+
+
 @pytest.mark.slow
 def test_gpu_script_runs_dry(tmp_path):
-    done = quick(["bash", str(BENCH / "run_gpu.sh"), str(tmp_path)], RVLM_BENCH_CPU="1", PYTHON=sys.executable)
+    done = gpu_script(tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads((tmp_path / "result.json").read_text())
     parts = {
@@ -85,6 +105,7 @@ def test_gpu_script_runs_dry(tmp_path):
         "losses",
         "attention",
         "filters",
+        "clips-tiny-vit",
         "pgd",
         "engines",
         "attacks",
@@ -109,6 +130,7 @@ def test_gpu_script_runs_dry(tmp_path):
         "clip_head_loss",
         "gaussian_filter",
         "pgd-10",
+        "clips",
         "gains",
         "fold_teachers",
         "training",
@@ -159,6 +181,59 @@ def test_report_keeps_losing_cells_and_names_missing_files(tmp_path):
     assert done.returncode == 1 and "Not measured: b.json" in done.stdout
     assert "0.50 [0.40, 0.60] **slower**" in (tmp_path / "r.md").read_text()
     assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["speedup"] == [0.4, 0.5, 0.6]
+
+
+def test_the_table_of_whole_attacks(tmp_path):
+    def bench(impl, peer, ratio, **more):
+        row = {
+            "case": "pgd-10 A B=2",
+            "impl": impl,
+            "peer": peer,
+            "gain": "g",
+            "us_per_call": 1.0,
+            "us_per_call_iqr": 0.0,
+        }
+        row |= {"peer_us_per_call": 1.0, "speedup": [ratio] * 3, "images_per_s": 7.0, "peak_mib": 5.0, "images": 2}
+        return {"group": "clips", "stats": {"rounds": 3}, "extra_info": row | {"verdicts_differing": 1} | more}
+
+    rows = [bench("torchattacks", "torchattacks", 1.0), bench("rvlm", "torchattacks", 2.0)]
+    rows += [bench("rvlm bf16", "rvlm", 3.0, peak_mib=4.0), bench("rvlm bf16", "torchattacks", 6.0)]
+    found = {"machine_info": {}, "benchmarks": rows, "left_out": {"pgd-100 A B=2": "no time left"}}
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    page = tmp_path / "page.md"
+    command = [sys.executable, str(BENCH / "report.py"), "--out", str(tmp_path / "r"), str(tmp_path / "a.json")]
+    page.write_text("before\n<!-- clips -->\nold\n<!-- end -->\nafter\n")
+    assert subprocess.run([*command, "--into", str(page)], capture_output=True).returncode == 0
+    line = "| pgd-10 A B=2 | 7.0 | 2.00 |  | 3.00 |  |  | 6.00 | 5 / 4 | 1 of 2 |"
+    assert line in page.read_text() and line in (tmp_path / "r.md").read_text()
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- end -->\nafter\n")
+    assert "old" not in page.read_text() and "pgd-100 A B=2 (no time left)" in (tmp_path / "r.md").read_text()
+    page.write_text("no place")
+    done = subprocess.run([*command, "--into", str(page)], capture_output=True, text=True)
+    assert done.returncode == 1 and "has no lines <!-- clips --> and <!-- end -->" in done.stderr
+
+
+def test_cells_without_time_are_listed_and_errors_counted(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RVLM_BENCH_QUICK", "1")
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name in ("conftest", "measure"):  # those of the benchmarks, in quick mode
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.spec_from_file_location("clips", BENCH / "clips.py")
+    clips = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(clips)
+    monkeypatch.setattr(clips, "ATTACKS", {"pgd-10": (10, 2), "pgd-2": (2, 2)})
+    monkeypatch.setattr(clips, "step_seconds", lambda model, x, y: 1.0)
+    monkeypatch.setattr(clips, "theirs", lambda *args: 1 / 0)
+    monkeypatch.setattr(clips, "peak_bytes", lambda work, device: work() or 2**20)
+    argv = ["--out", str(tmp_path / "a.json"), "--seconds", "30", "--batches", "1", "--device", "cpu"]
+    assert clips.main(argv) == 1, "the peer raised"
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert {bench["extra_info"]["impl"] for bench in found["benchmarks"]} == {"rvlm", "rvlm bf16"}
+    assert all("pgd-2 tiny-vit B=1" in bench["extra_info"]["case"] for bench in found["benchmarks"])
+    assert found["left_out"]["pgd-10 tiny-vit B=1"].startswith("no time left, would take: 50 s")
+    assert any(why.startswith("ZeroDivisionError") for why in found["left_out"].values())
+    monkeypatch.setattr(clips, "theirs", lambda attack, model, x, y, eps: x + 2 * eps)
+    assert clips.main(argv) == 1 and "beyond the radius" in capsys.readouterr().out
 
 
 @pytest.fixture
