@@ -88,9 +88,12 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield Ranks()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    devices, mine = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if devices:
+        torch.cuda.set_device(mine % devices)
+    # NCCL takes one process a device; where processes share one, gloo takes their tensors, too.
+    shared = devices < int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    distributed.init_process_group("gloo" if shared else "cpu:gloo,cuda:nccl")
     try:
         yield Ranks()
     finally:

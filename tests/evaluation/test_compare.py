@@ -81,7 +81,7 @@ def test_the_command_notes_it(tmp_path):
         "def target(x):\n    return scores(x, 0.62)\n"
         "def source(x):\n    return scores(x, 0.5)\n"
         "def scores(x, first):\n"
-        "    z = torch.zeros(len(x), 10)\n"
+        "    z = torch.zeros(len(x), 10, device=x.device)\n"
         "    mean = x.flatten(1).mean(1) * 3\n"
         "    return z + torch.stack([(mean - first) * 9] + [(first - mean) * 9] + [mean * 0 - 99.0] * 8, 1)\n"
     )

@@ -15,7 +15,7 @@ PLAIN = """
 import torch
 weight = torch.randn(3072, 10, generator=torch.Generator().manual_seed(0))
 def model(x):
-    return x.flatten(1) @ weight
+    return x.flatten(1) @ weight.to(x.device)
 """
 
 
