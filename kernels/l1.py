@@ -188,7 +188,7 @@ def _select_histogram_kernel(
         inside = offset < n
         grad = tl.load(grad_ptr + start + offset, mask=inside, other=0.0)
         key = _key(grad, WIDE)
-        chosen = inside & ((key >> (SHIFT + DIGIT)) == prefix)
+        chosen = inside & ((key >> SHIFT >> DIGIT) == prefix)  # by both at once would be by more than 63 bits
         mine = tl.where(chosen, (key >> SHIFT) & ((1 << DIGIT) - 1), -1).to(tl.int32)
         counts += tl.sum((mine[:, None] == digit[None, :]).to(tl.int32), axis=0)
         first += parts * BLOCK
