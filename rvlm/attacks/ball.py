@@ -111,6 +111,10 @@ class Ball:
             moved = rowwise(moved.flatten(1).amax(1), start)
         return torch.where(moved > ROUNDING * (hi - lo) if not self.strict_eps else moved > 0, inside, start)
 
+    def distance(self, x_adv: Tensor) -> Tensor:
+        """How far images are from the clean ones, in the norm: [B]."""
+        return (x_adv - self.x).flatten(1).norm(ORDER[self.norm], dim=1)
+
     def random_start(self, noise: "Noise", on_sphere: bool = False) -> Tensor:
         """A start that is uniform in the Linf ball, in L2 has a uniform direction and a radius uniform in [0, eps), and
         in L1 is Gaussian noise of one pixel range's standard deviation, projected.

@@ -149,7 +149,8 @@ class _Rounds:
         self.origin = self.pixels(self.w)
         self.c = torch.full(ball.x.shape[:1], settings.const, dtype=ball.x.dtype, device=ball.x.device)
         self.won = torch.zeros_like(self.c, dtype=torch.bool)
-        self.nearest = Nearest(ball, objective.score(ball.x).fooled)
+        self.nearest = Nearest.of(ball)
+        self.nearest.take(ball.x, objective.score(ball.x).fooled, ball)
 
     def run(self) -> tuple[Kept, Tensor]:
         taken, number = torch.zeros_like(self.c, dtype=torch.int64), 0
@@ -158,7 +159,7 @@ class _Rounds:
             taken += self._round(~over)
             self.learn()
             number += 1
-        return self.nearest.kept(self.objective), taken
+        return self.nearest.kept(self.objective, self.ball), taken
 
     def pixels(self, w: Tensor) -> Tensor:
         return torch.empty_like(self.ball.x).copy_(self.middle + self.half * w.tanh())
@@ -175,7 +176,7 @@ class _Rounds:
             with profiling.phase("step", len(x_adv)):
                 surplus = sign * scores.loss.to(w.dtype)
                 fooled = scores.fooled & (surplus >= given.confidence) & active
-                self.nearest.take(x_adv, fooled)
+                self.nearest.take(x_adv, fooled, self.ball)
                 size, of_size = self.size(x_adv - self.origin)
                 total = size + self.c * (given.confidence - surplus).clamp(min=0)
                 active = active & ~self.arrived(w, total, fooled)

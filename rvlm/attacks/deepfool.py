@@ -95,11 +95,11 @@ class _Straight:
         clean, (lo, hi) = ball.x, ball.bounds
         classes = objective.runners_up(clean, None, at_most=self.candidates - 1)
         samples = torch.arange(len(clean), device=clean.device)
-        nearest = Nearest(ball, torch.zeros(len(clean), dtype=torch.bool, device=clean.device))
+        nearest = Nearest.of(ball)
         way, taken = torch.zeros_like(clean), torch.zeros_like(samples)
         for k in range(self.steps):
-            gaps, gradients, pred = objective.differences(x_adv, classes)
-            nearest.take(x_adv, pred != objective.labels)
+            gaps, gradients, logits = objective.differences(x_adv, classes)
+            nearest.take(x_adv, logits.argmax(1) != objective.labels, ball)
             if self.callback is not None:
                 self.callback(k, x_adv, nearest.distance)
             missing = nearest.distance.isinf()
@@ -116,5 +116,5 @@ class _Straight:
                 x_adv = torch.where(rowwise(missing, clean), moved, x_adv)
                 taken += missing
         else:
-            nearest.take(x_adv, objective.logits(x_adv).argmax(1) != objective.labels)
-        return nearest.kept(objective), taken
+            nearest.take(x_adv, objective.logits(x_adv).argmax(1) != objective.labels, ball)
+        return nearest.kept(objective, ball), taken

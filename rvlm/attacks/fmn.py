@@ -98,9 +98,9 @@ class _Shrinking:
 
     def __call__(self, objective: Objective, ball: Ball, x_adv: Tensor, scored: bool, noise) -> tuple[Kept, Tensor]:
         clean, norm, sign = ball.x, ball.norm, -1.0 if objective.targeted else 1.0
-        nearest = Nearest(ball, torch.zeros(len(clean), dtype=torch.bool, device=clean.device))
+        nearest = Nearest.of(ball)
         lo, hi = ball.bounds
-        farthest = nearest.length(clean + torch.maximum(clean - lo, hi - clean))
+        farthest = ball.distance(clean + torch.maximum(clean - lo, hi - clean))
         radius = torch.full_like(farthest, torch.inf)
         found = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         hair = 1 + 64 * torch.finfo(clean.dtype).eps
@@ -110,16 +110,16 @@ class _Shrinking:
             gamma = 0.001 + (self.gamma - 0.001) * fall
             scores, grad = objective.gradient(x_adv)
             with profiling.phase("step", len(x_adv)):
-                nearest.take(x_adv, scores.fooled)
+                nearest.take(x_adv, scores.fooled, ball)
                 found |= scores.fooled
                 if self.callback is not None:
                     self.callback(k, x_adv, nearest.distance)
                 slope = grad.flatten(1).norm(DUAL[norm], dim=1).clamp(min=torch.finfo(clean.dtype).tiny)
-                ahead = (nearest.length(x_adv) + scores.loss.abs().to(clean.dtype) / slope) * hair
+                ahead = (ball.distance(x_adv) + scores.loss.abs().to(clean.dtype) / slope) * hair
                 shrunk = torch.minimum(radius * (1 - gamma), nearest.distance)
                 radius = torch.where(scores.fooled, shrunk, torch.where(found, radius * (1 + gamma), ahead))
                 radius = torch.minimum(radius, farthest)
                 length = grad.flatten(1).norm(dim=1)
                 share = torch.where(length > 0, sign * alpha / length, 0.0).to(clean.dtype)
                 x_adv = Ball(clean, radius, norm, ball.bounds).nearest_(x_adv + rowwise(share, x_adv) * grad)
-        return nearest.kept(objective), torch.full((len(clean),), self.steps, device=clean.device)
+        return nearest.kept(objective, ball), torch.full((len(clean),), self.steps, device=clean.device)

@@ -81,7 +81,8 @@ class AttackResult:
         forwards, backwards: images that went through the model, there and back.
         zero_gradients: how many of those gradients were exactly zero in every pixel, and so showed no way.
         fooled_in_bf16_only, fooled_in_fp32_only: images that a search in bf16 has kept on which the two disagree.
-        trace: of the iterates, for attacks that climb a loss: pgd, apgd and square.
+        trace: of the iterates, for attacks that climb a loss, pgd, apgd and square, and for fab, whose losses there are
+            margins.
     """
 
     x_adv: Tensor
@@ -202,14 +203,7 @@ class Objective:
         with torch.no_grad(), profiling.phase("forward", len(x)):
             output = self.model(x)
         self.count.forwards += len(x)
-        if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
-            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"the model must return logits [{len(x)}, C], got {got}")
-        output = wide(output)
-        if not self.count.classes and self.labels is not None:
-            self._check_range(output.shape[1])
-            self._first_look(output)
-        return output
+        return self._as_logits(output, len(x))
 
     def runners_up(self, x: Tensor, most: int | None, at_most: int = MOST_TARGETS) -> Tensor:
         """The likeliest classes on x that are not the label, likeliest first: int64 [B, most].
@@ -224,19 +218,23 @@ class Objective:
         order = logits.scatter(1, self.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return order[:, :most]
 
-    def differences(self, x: Tensor, classes: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """z_c - z_y [B, K] at x for classes [B, K], the gradient of each column (a list of K tensors like x), and the
-        predicted classes [B].
+    def differences(self, x: Tensor, classes: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """z_c - z_y [B, K] at x for classes [B, K] (None: all), the gradient of each column (a list of K tensors like
+        x), and the logits [B, C].
         """
         if self._to_cut(x):
-            return self._in_parts(x, lambda part, rows: part.differences(x[rows], classes[rows]))
+            return self._in_parts(
+                x, lambda part, rows: part.differences(x[rows], classes if classes is None else classes[rows])
+            )
         leaf = x.detach().requires_grad_()
         with profiling.phase("forward", len(x)):
             output = self._ask(leaf)
         self.count.forwards += len(x)
-        if not output.requires_grad:
+        z = self._as_logits(output, len(x))
+        if not z.requires_grad:
             raise ValueError(NO_GRADIENT)
-        z = wide(output)
+        if classes is None:
+            classes = torch.arange(z.shape[1], device=z.device).expand(len(x), -1)
         gaps = z.gather(1, classes) - z.gather(1, self.labels[:, None])
         with profiling.phase("backward", len(x) * gaps.shape[1]):
             last = gaps.shape[1] - 1
@@ -245,7 +243,18 @@ class Objective:
                 for k in range(gaps.shape[1])
             ]
         self.count.backwards += len(grads) * len(x)
-        return gaps.detach().to(x.dtype), grads, z.detach().argmax(1)
+        return gaps.detach().to(x.dtype), grads, z.detach()
+
+    def _as_logits(self, output: Any, images: int) -> Tensor:
+        """A model's output, which must be logits [B, C], in float32 or float64."""
+        if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"the model must return logits [{images}, C], got {got}")
+        logits = wide(output)
+        if not self.count.classes and self.labels is not None:
+            self._check_range(logits.shape[1])
+            self._first_look(logits.detach())
+        return logits
 
     def _to_cut(self, x: Tensor) -> bool:
         return self.slots is not None and (len(x) > self.slots or (self.static and 0 < len(x) < self.slots))

@@ -48,7 +48,8 @@ class Starts:
         noise_of: noise_of(number of the run, ids); None: nothing is drawn.
         x_init: start of the first run.
         random: starts are noise.
-        on_sphere, scale: `on_sphere` and `start_scale` of `search`.
+        restarts: runs for each class.
+        x_first, on_sphere, scale: `x_first`, `on_sphere` and `start_scale` of `search`.
     """
 
     ball: Ball
@@ -56,6 +57,8 @@ class Starts:
     noise_of: Callable[[int, Tensor], Noise] | None
     x_init: Tensor | None
     random: bool
+    restarts: int
+    x_first: bool
     on_sphere: bool
     scale: float
 
@@ -71,7 +74,8 @@ class Starts:
         around = part.scaled(self.scale)
         if self.x_init is not None and number == 0:
             return around.project(self.x_init if rows is None else self.x_init[rows])
-        return around.random_start(noise, self.on_sphere) if self.random else part.x.clone()
+        at_x = not self.random or (self.x_first and number % self.restarts == 0)
+        return part.x.clone() if at_x else around.random_start(noise, self.on_sphere)
 
 
 class Disagreement:

@@ -56,6 +56,7 @@ def search(
     distances: bool = False,
     random_start: bool = True,
     own_start: bool = False,
+    x_first: bool = False,
     draws: bool = False,
     on_sphere: bool = False,
     start_scale: float = 1.0,
@@ -85,6 +86,7 @@ def search(
         targets: how many of them; None: nine, or all.
         distances: the loss of what a run keeps is minus a distance, and stays so when the verdict is re-scored.
         own_start: a run is handed x, and makes its own random start from the noise.
+        x_first: the first run (for each class) starts from x, whatever the others do.
         draws: a run needs noise, whatever its start.
         on_sphere: random starts touch the ball's surface.
         start_scale: starts lie in a ball that many times as large.
@@ -158,7 +160,7 @@ def search(
                 ball, ids=torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids.to(x.device),
                 noise_of=(own_noise or functools.partial(Noise, seed)) if draws else None,
                 x_init=None if x_init is None else x_init.detach(), random=random_start and not own_start,
-                on_sphere=on_sphere, scale=start_scale,
+                restarts=restarts, x_first=x_first, on_sphere=on_sphere, scale=start_scale,
             )  # fmt: skip
             work = Runs(
                 run, objective, ball, starts, runs=runs, restarts=restarts, aims=aims,

@@ -45,7 +45,7 @@ ATTACKS = {
     "pgd": PGD, "mifgsm": MIFGSM, "apgd": APGD, "fab": FAB, "fmn": FMN, "square": Square,
     "cw": CW, "deepfool": DeepFool,
 }  # fmt: skip
-REFILLED = ("pgd", "apgd", "square")  # whose batches can be kept full (`rvlm.attacks.slots`)
+REFILLED = ("pgd", "apgd", "fab", "square")  # whose batches can be kept full (`rvlm.attacks.slots`)
 CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
     "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",
@@ -117,6 +117,8 @@ class Stage:
         elif self.attack == "apgd":
             shrinks = self.refills or more.get("engine") not in FIXED
             keeps |= {"best": "adv", "early_stop": "compact" if shrinks else None}
+        elif self.attack == "fab" and not transfer:
+            keeps["early_stop"] = "compact"
         function = ATTACKS[self.attack].function
         if "generator" not in inspect.signature(function).parameters:
             more.pop("generator", None)  # it draws nothing

@@ -151,10 +151,10 @@ class Evaluation:
         """The curve of a stage.
 
         Returns:
-            {"stage": its name, "loss": of its attack, "samples": that it began with, "broken": by it, "steps", and for
-            each of those "fooled": how many were at that step or before, "mean_loss": over the samples, None where it
-            is not finite}. At most 101 steps, evenly spaced, the start and the end among them; none where fooled_at is
-            -1 for all.
+            {"stage": its name, "loss": of its attack (None for fab, whose losses here are margins), "samples": that it
+            began with, "broken": by it, "steps", and for each of those "fooled": how many were at that step or before,
+            "mean_loss": over the samples, None where it is not finite}. At most 101 steps, evenly spaced, the start
+            and the end among them; none where fooled_at is -1 for all.
         """
         losses = self.losses[number] if number < len(self.losses) else []
         stage, mine, last = self.stages[number], self.broken_by == number, len(losses) - 1

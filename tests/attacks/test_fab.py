@@ -8,6 +8,7 @@ from torch import nn
 
 from rvlm.attacks import FAB, apgd, fab
 from rvlm.attacks.fab import to_plane
+from rvlm.attacks.stages import parse_attack
 
 EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 5.0}
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -168,7 +169,138 @@ def test_the_distance_survives_another_precision(build, batch):
     assert (found.loss <= 0).all() and torch.equal(found.success, model(found.x_adv).argmax(1) != y)
 
 
+def ladder(model, batch, norm, dtype=torch.float64):
+    """Images, labels, and radii of which the first are large and the last small."""
+    x, _ = batch(dtype, 12)
+    return x, model(x).argmax(1), EPS[norm] * torch.linspace(2.5, 0.05, 12, dtype=dtype)
+
+
+@pytest.mark.parametrize("more", [{}, {"strict_eps": True}, {"quantize": 255}], ids=["plain", "strict", "grid"])
+@pytest.mark.parametrize("aimed", [True, False])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_stopping_early_and_slots_say_the_same(build, batch, norm, aimed, more):
+    """But where rounding undoes what the nearest candidate does: there the first that counts is fooled, too."""
+    model = build("conv")
+    x, y, eps = ladder(model, batch, norm)
+    settings = dict(eps=eps, norm=norm, aimed=aimed, steps=15, restarts=2, return_info=True, **more)
+    full = fab(model, x, y, generator=fixed(), **settings)
+    assert more or (full.success.any() and not full.success.all())
+    for slots in (None, 5, 40):
+        recorder = Recorder(model)
+        found = fab(recorder, x, y, early_stop="compact", slots=slots, generator=fixed(), **settings)
+        assert torch.equal(found.success, model(found.x_adv).argmax(1) != y)
+        if "quantize" in more:
+            assert (found.success >= full.success).all() and found.success.any() and not found.success.all()
+            assert torch.equal((found.x_adv * 255).round() / 255, found.x_adv)
+        else:
+            assert torch.equal(found.success, full.success)
+            distance = (found.x_adv - x).flatten(1).norm(ORDER[norm], dim=1)
+            assert (distance <= eps * (1 + 1e-9)).all()
+            inside = -found.loss <= eps
+            assert inside[found.success].any() and (distance + found.loss)[inside].abs().max() < 1e-6
+        left = ~found.success
+        assert (found.x_adv - full.x_adv)[left].abs().max() < 1e-9
+        assert (found.loss - full.loss)[left & full.loss.isfinite()].abs().sum() < 1e-9
+        assert torch.equal(found.steps_used[left], full.steps_used[left])
+        assert found.backwards < full.backwards and max(map(len, recorder.seen)) <= (slots or 12)
+
+
+def test_an_image_that_rounding_mends_does_not_end_a_search(build, batch):
+    """On a coarse grid candidates within eps come and go; who has left is fooled, and who is not has made all steps."""
+    model = build("mlp")
+    x, y, eps = ladder(model, batch, "l2")
+    x = (x * 15).round() / 15
+    y = model(x).argmax(1)
+    settings = dict(eps=2 * eps, norm="l2", steps=12, targets=2, quantize=15, return_info=True)
+    found = fab(model, x, y, early_stop="compact", **settings)
+    full = fab(model, x, y, **settings)
+    assert torch.equal(found.success, model(found.x_adv).argmax(1) != y) and (found.success >= full.success).all()
+    undone = ~found.success & (-found.loss <= 2 * eps)
+    assert undone.any() and (found.steps_used[undone] == 2 * 12).all()
+
+
+def test_slots_are_refilled(build, batch):
+    model, (x, _) = build("mlp"), batch()
+    x = x.repeat(8, 1, 1, 1)
+    y = model(x).argmax(1)
+    eps = torch.where(torch.arange(48) % 8 == 0, 1e-3, 0.2)
+    recorder, turns = Recorder(model), Recorder(model)
+    found = fab(recorder, x, y, eps=eps, steps=20, early_stop="compact", slots=8, return_info=True)
+    for rows in torch.arange(48).split(8):
+        fab(turns, x[rows], y[rows], eps=eps[rows], steps=20, early_stop="compact")
+    assert found.success.sum() >= 40 and not found.success.all()
+    assert len(recorder.seen[0]) == 8 and len(recorder.seen) < len(turns.seen) / 2
+
+
+def test_slots_keep_their_shape_when_compiled(build, batch, monkeypatch):
+    model = build("mlp")
+    x, y, eps = ladder(model, batch, "linf")
+    sizes = []
+
+    def compiled(function, **_):
+        def run(*given):
+            sizes.append(len(given[-1]))
+            return function(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    settings = dict(eps=eps, steps=10, restarts=2, early_stop="compact", slots=5, return_info=True)
+    found = fab(model, x, y, engine="compile", generator=fixed(), **settings)
+    assert len(sizes) > 20 and set(sizes) == {5}
+    eager = fab(model, x, y, generator=fixed(), **settings)
+    assert torch.equal(found.success, eager.success) and found.success.any() and not found.success.all()
+    assert (found.x_adv - eager.x_adv)[~found.success].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_the_first_run_of_a_class_starts_from_x_and_others_from_noise(build, batch, slots):
+    model, (x, _) = build("mlp"), batch()
+    y = model(x).argmax(1)
+    recorder = Recorder(model)
+    fab(recorder, x, y, eps=1e-3, steps=1, targets=2, restarts=2, slots=slots, generator=fixed())
+    far = [(seen[:, None] - x[None]).flatten(2).abs().amax(2).amin(1) for seen in recorder.seen]
+    far = torch.cat(far)
+    assert (far == 0).sum() == 12 and ((far - 5e-4).abs() < 1e-9).sum() == 12 and len(far) == 24
+
+
+def test_what_was_looked_at_is_told(build, batch):
+    """Steps, the nearest candidates so far, and when the first of them was within eps."""
+    model = build("vit")
+    x, y, eps = ladder(model, batch, "linf")
+    seen = []
+    settings = dict(eps=eps, steps=12, aimed=False, return_info=True)
+    found = fab(model, x, y, callback=lambda *given: seen.append(given), **settings)
+    assert [k for k, *_ in seen] == list(range(12))
+    distances = torch.stack([distance for *_, distance in seen])
+    assert (distances[1:] <= distances[:-1]).all() and torch.equal(distances[-1], -found.loss)
+    first = (distances <= eps).int().argmax(0) + 1
+    within = found.loss >= -eps
+    assert torch.equal(found.trace.fooled_at, torch.where(within, first, -1)) and found.trace.last == 12
+    stopped = fab(model, x, y, early_stop="compact", **settings)
+    assert torch.equal(stopped.trace.fooled_at[within], first[within])
+    assert (stopped.steps_used[within] < 12).any()
+
+
+@pytest.mark.parametrize("name", ["fab-8", "fab-t-8"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_stages_say_the_same(build, batch, norm, name):
+    model, (stage,) = build("vit"), parse_attack(name)
+    x, y, eps = ladder(model, batch, norm)
+    full = fab(model, x, y, eps=eps, norm=norm, return_info=True, **stage.settings)
+    found = stage(model, x, y, eps=eps, norm=norm, slots=4)
+    assert stage.refills and torch.equal(found.success, full.success) and found.backwards < full.backwards
+    moved = stage(model, x, y, eps=eps, norm=norm, slots=4, transfer=True)
+    assert torch.equal(moved.success, full.success) and (moved.loss >= found.loss - 1e-9).all()
+    assert (moved.loss > found.loss + 1e-3).any(), "the nearest images, since this model's verdict decides nothing"
+
+
 @pytest.mark.parametrize("change, message", [
+    (dict(early_stop="cycle"), "early_stop must be one of None, 'compact'"),
+    (dict(early_stop="compact", eps=None), "give eps"),
+    (dict(early_stop="compact", engine="compile"), "not both"),
+    (dict(slots=0), "slots must be an integer >= 1"),
+    (dict(slots=4, callback=print), "slots has no callback"),
     (dict(steps=0), "steps must be an integer >= 1"),
     (dict(targets=0), "targets must be an integer >= 1"),
     (dict(targets=5), "the model has 5"),

@@ -66,6 +66,8 @@ def counted(attack, model=None, y=Y):
     (FAB, dict(steps=3)),
     (FAB, dict(steps=3, aimed=False, restarts=2)),
     (FAB, dict(steps=2, targets=2)),
+    (FAB, dict(steps=3, early_stop="compact")),
+    (FAB, dict(steps=3, early_stop="compact", slots=4, restarts=2)),
     (FMN, dict(steps=5)),
     (Square, dict(queries=9)),
     (Square, dict(queries=9, restarts=2)),
@@ -122,10 +124,10 @@ def test_autoattack_is_the_sum_of_its_stages(attacks, norm):
 
 
 def test_autoattack_on_many_classes_by_hand():
-    """101 gradients; nine classes with 101 each and a look at the classes; the same with 202; 5,001 queries."""
+    """101 gradients; nine classes with 101 each and a look at the classes; the same with 201; 5,001 queries."""
     stages = [stage.passes(1000) for stage in parse_attack("autoattack")]
-    assert stages == [Passes(101, 101), Passes(910, 909), Passes(1819, 900), Passes(5001)]
-    assert AutoAttack.passes(1000) == Passes(2 + 101 + 910 + 1819 + 5001, 101 + 909 + 900)
+    assert stages == [Passes(101, 101), Passes(910, 909), Passes(1810, 900), Passes(5001)]
+    assert AutoAttack.passes(1000) == Passes(2 + 101 + 910 + 1810 + 5001, 101 + 909 + 900)
     with pytest.raises(TypeError, match="unknown argument.s. step; PGD takes eps"):
         PGD.passes(10, step=3)
     assert stages[0].units == 303 and stages[0].times(0.5) == Passes(50, 50)

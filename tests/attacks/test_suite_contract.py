@@ -23,6 +23,8 @@ SUITE = {
     "apgd-eot": part(apgd, steps=3, eot=2),
     "fab": part(fab, steps=3, aimed=False),
     "fab-t": part(fab, steps=3, targets=2),
+    "fab-compact": part(fab, steps=3, targets=2, early_stop="compact"),
+    "fab-slots": part(fab, steps=3, aimed=False, early_stop="compact", slots=2),
     "fmn": part(fmn, steps=4),
     "cw": part(cw, steps=4, rounds=2, norm="linf"),
     "deepfool": part(deepfool, steps=3, norm="linf"),
@@ -32,7 +34,7 @@ SUITE = {
     "autoattack": part(autoattack, version="custom", attacks=["apgd-ce-3", "fab-t-2", "square-3"]),
 }
 NO_GENERATOR = {"fmn", "cw", "deepfool"}
-DRAWS_NOTHING = {"fgsm", "fab", "fab-t", *NO_GENERATOR}
+DRAWS_NOTHING = {"fgsm", "fab", "fab-t", "fab-compact", "fab-slots", *NO_GENERATOR}
 
 
 def drawn(name):

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rvlm.attacks import apgd, mifgsm, pgd, square
+from rvlm.attacks import apgd, fab, mifgsm, pgd, square
 from rvlm.attacks.rows import on_device
 
 aten = torch.ops.aten
@@ -83,6 +83,9 @@ LOOPS = [
     (apgd, {"early_stop": "compact"}, "steps", 8),
     (apgd, {"early_stop": "compact", "slots": 4, "return_info": True}, "steps", 8),
     (apgd, {"early_stop": "compact", "slots": 4, "norm": "l1"}, "steps", 8),
+    (fab, {}, "steps", None),
+    (fab, {"norm": "l2", "aimed": False}, "steps", None),
+    (fab, {"early_stop": "compact", "targets": 1}, "steps", 8),
     (mifgsm, {"transforms": ["ni", "di", "ti", "vmi"]}, "steps", None),
     (mifgsm, {"norm": "l2"}, "steps", None),
     (square, {}, "queries", 32),

@@ -177,7 +177,7 @@ def test_attack_names():
     assert [s.name for s in both] == ["apgd-ce-50", "square-7"] and both[1].settings == {"queries": 7}
     in_l1 = [s.settings for s in parse_attack("autoattack", "l1")]
     assert in_l1[0]["larger_eps"] and in_l1[0]["restarts"] == 5 and in_l1[1]["targets"] == 5
-    assert [s.passes(10).units for s in parse_attack("autoattack")] == [303, 2728, 3619, 5001]
+    assert [s.passes(10).units for s in parse_attack("autoattack")] == [303, 2728, 3610, 5001]
     for bad in ("pgd-3@alpha", "pgd-3@alpha=0"):
         with pytest.raises(ValueError, match="expected @lowfreq=BINS or @alpha=STEP, a number above 0"):
             parse_attack(bad)
@@ -449,16 +449,19 @@ def test_precision_is_checked_before_anything_runs(data):
 
 
 def test_curves_over_steps_end_at_the_verdicts(data):
-    found = run(data, attack="pgd-4@alpha=4/255,fab-3,square-30", batch_size=3)
-    first, fab, last = (found.over_steps(k) for k in range(3))
+    found = run(data, attack="pgd-4@alpha=4/255,fmn-3,square-30", batch_size=3)
+    first, fmn, last = (found.over_steps(k) for k in range(3))
     assert first["steps"] == [0, 1, 2, 3, 4] and first["samples"] == 9 and first["loss"] == "ce"
     assert first["fooled"] == sorted(first["fooled"]) and first["fooled"][-1] == first["broken"] == 4
     assert (found.fooled_at >= 0).equal(found.broken_by == 0)
     assert first["mean_loss"] == sorted(first["mean_loss"]), "a convex model: the loss of those that are left rises"
-    assert fab["steps"] == [] and fab["loss"] is None and fab["broken"] == 0
+    assert fmn["steps"] == [] and fmn["loss"] is None and fmn["broken"] == 0
     assert last["samples"] == 5 and last["fooled"][-1] == 0 and last["steps"][-1] == 30
-    whole = run(data, attack="pgd-4@alpha=4/255,fab-3,square-30").over_steps(0)
+    whole = run(data, attack="pgd-4@alpha=4/255,fmn-3,square-30").over_steps(0)
     assert whole["fooled"] == first["fooled"] and whole["mean_loss"] == pytest.approx(first["mean_loss"])
+    fab = run(data, attack="fab-3").over_steps(0)
+    assert fab["steps"] == [0, 1, 2, 3] and fab["fooled"] == [0, 4, 4, 4] and fab["broken"] == 4
+    assert fab["mean_loss"][0] < fab["mean_loss"][1] and fab["loss"] is None
     long = run(data, attack="square-1000").over_steps(0)
     assert len(long["steps"]) == 101 and long["steps"][0] == 0 and long["steps"][-1] == 1000
     found = run(data, attack="mifgsm-4,tifgsm-4")

@@ -52,7 +52,7 @@ def measured(tmp_path_factory):
     y = linear(pixels / 255).argmax(1)
     names = ["cat", "dog: a $ and: more", "a class with a name that is far too long for one line", "bird"]
     data = Data("toy", "test", names, y, torch.arange(30), lambda i: pixels[i], n_total=30)
-    given = dict(attack="pgd-5@alpha=1/255,fab-2,square-20", eps="4/255", keep_images=3, progress=False)
+    given = dict(attack="pgd-5@alpha=1/255,fmn-2,square-20", eps="4/255", keep_images=3, progress=False)
     found = {}
     for name, model in (("plain", linear), ("smooth", lambda x: linear(x.mean((2, 3), True).expand_as(x)))):
         found[name] = evaluate(model, data, **given)

@@ -208,11 +208,11 @@ def test_curves_over_steps_fall_to_the_robust_accuracy(measured, tmp_path):
     folder, found, _ = measured
     drawn = {caption.partition(":")[0]: (caption, png) for caption, png in figures(gather([folder]), tmp_path / "f")}
     caption, png = drawn["Accuracy over steps"]
-    assert caption.endswith("toy; pgd-5@alpha=1/255,fab-2,square-20, Linf 4/255, white-box") and png.is_file()
+    assert caption.endswith("toy; pgd-5@alpha=1/255,fmn-2,square-20, Linf 4/255, white-box") and png.is_file()
     rows = list(csv.DictReader(png.with_suffix(".csv").open()))
     plain = [row for row in rows if row["name"] == "plain"]
     assert [int(row["step"]) for row in plain] == [0, 1, 2, 3, 4, 5, 5, *range(5, 26)]
-    assert [row["stage"] for row in plain[5:8]] == ["pgd-5@alpha=1/255", "fab-2", "square-20"]
+    assert [row["stage"] for row in plain[5:8]] == ["pgd-5@alpha=1/255", "fmn-2", "square-20"]
     shares = [float(row["accuracy"]) for row in plain]
     assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] == pytest.approx(found["plain"].robust)
     assert float(plain[-1]["mean_loss"]) > float(plain[7]["mean_loss"]) and plain[6]["mean_loss"] == "nan"
