@@ -7,10 +7,12 @@
     both       for either reason
     restarts   `pgd` with restarts that share a batch, against restarts one after the other
     together   `square` on all samples at one query, in batches that are cut anew, against one batch after the other
+    all steps  `fab` without an exit, a run per target, each on the samples that are left; against FAB-T in slots, where
+               a sample leaves with the first image that counts
 
-Before any timing run after run and slots, Square together and batch by batch, and PGD with and without an exit, must
-leave the same samples robust, and peers as many, up to one or 2 %. Undefended models are broken at once, and nearly
-all of a peer's work is what fooled samples still do; on robust ones every side makes the same passes, and what
+Before any timing run after run and slots, Square together and batch by batch, and PGD and FAB with and without an exit,
+must leave the same samples robust, and peers as many, up to one or 2 %. Undefended models are broken at once, and
+nearly all of a peer's work is what fooled samples still do; on robust ones every side makes the same passes, and what
 scheduling can bring is fuller batches.
 """
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 from measure import QUICK, robust
 
-from rvlm.attacks import apgd, pgd, square
+from rvlm.attacks import apgd, fab, pgd, square
 
 AIMED = [  # model, eps in 1/255, steps, samples
     ("digits-vit", 8, 100, 64),
@@ -38,10 +40,17 @@ BLACK_BOX = [
     ("digits-vit-tecoa", 48, 300, 64),
     ("digits-vit-tecoa", 8, 100, 64),
 ]
+BOUNDARY = [
+    ("digits-vit", 8, 100, 64),
+    ("digits-rn", 4, 100, 64),
+    ("digits-vit", 4, 10, 32),
+    ("digits-vit-tecoa", 24, 10, 32),
+    ("digits-vit-tecoa", 8, 10, 8),
+]
 SLOTS = 16
 if QUICK:
-    every = (AIMED, LONG, RESTARTS, BLACK_BOX)
-    AIMED, LONG, RESTARTS, BLACK_BOX = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in every)
+    every = (AIMED, LONG, RESTARTS, BLACK_BOX, BOUNDARY)
+    AIMED, LONG, RESTARTS, BLACK_BOX, BOUNDARY = ([(name, eps, 3, 8) for name, eps, *_ in cases] for cases in every)
     SLOTS = 2
 IDS = lambda case: f"{case[0]}-{case[1]}-{case[2]}"  # noqa: E731
 
@@ -80,6 +89,29 @@ def test_targets(peer, case, load, compare, device, benchmark):
     assert abs(int(left[0].sum() - left[1].sum())) <= max(1, 0.02 * len(x)), left
     info = {"impl": "rvlm in slots", "peer": peer, "case": f"{name} eps {eps}/255 N={samples}, {steps} steps"}
     compare(lambda: slots(x, y), lambda: theirs(x, y), round_seconds=0.02, **info, robust=int(left[0].sum()))
+
+
+@pytest.mark.parametrize("case", BOUNDARY, ids=IDS)
+@pytest.mark.parametrize("peer", ["all steps", "pyautoattack"])
+@pytest.mark.benchmark(group="fab-t in slots")
+def test_boundaries(peer, case, load, compare, device, benchmark):
+    name, eps, steps, samples = case
+    model, x, y = load(name, samples)
+    settings = dict(eps=eps / 255, steps=steps)
+    slots = partial(fab, model, early_stop="compact", slots=len(x), **settings)
+    if peer == "all steps":
+        theirs = partial(fab, model, **settings)
+    else:
+        fab_pt = pytest.importorskip("pyautoattack.fab_pt", reason="install rvlm[oracles]")
+        given = dict(eps=eps / 255, norm="Linf", device=device, n_iter=steps, targeted=True, n_target_classes=9)
+        theirs = fab_pt.FABAttack_PT(model, **given).perturb
+    left = [robust(model, attack(x, y), y) for attack in (slots, theirs)]
+    if peer == "all steps":
+        assert torch.equal(*left)
+    assert abs(int(left[0].sum() - left[1].sum())) <= max(1, 0.02 * len(x)), left
+    info = {"impl": "rvlm in slots", "peer": peer, "case": f"{name} eps {eps}/255 N={samples}, {steps} steps"}
+    info |= {"robust": int(left[0].sum()), "verdicts_differing": int((left[0] != left[1]).sum())}
+    compare(lambda: slots(x, y), lambda: theirs(x, y), round_seconds=0.02, **info)
 
 
 @pytest.mark.parametrize("case", LONG, ids=IDS)

@@ -42,6 +42,7 @@ COLUMNS = {
     "apgd-t in slots": ("peer", "robust"),
     "square in slots": ("peer", "robust"),
     "pgd's restarts in slots": ("peer", "robust"),
+    "fab-t in slots": ("peer", "robust", "verdicts_differing"),
     "pgd-100 exits": ("robust",),
     "training": (),
     "clips": ("peer", "gain", "images_per_s", "peak_mib", "robust", "images", "verdicts_differing"),

@@ -144,7 +144,8 @@ class FABAttack_PT(_Part):
         """Adversarial images within eps; clean ones where the model is wrong already or nothing was found."""
         aimed = {"aimed": True, "targets": self.n_target_classes} if self.targeted else {"aimed": False}
         shape = {"alpha_max": self.alpha_max, "eta": self.eta, "beta": self.beta}
-        return self._attacked("fab", x, y, restarts=self.n_restarts, steps=self.n_iter, **shape, **aimed)
+        given = {"restarts": self.n_restarts, "steps": self.n_iter, "early_stop": self.early_stop}
+        return self._attacked("fab", x, y, **given, **shape, **aimed)
 
 
 @_part
@@ -224,7 +225,7 @@ class AutoAttack:
         self.apgd_targeted = APGDAttack_targeted(model, **common, **forked)
         self.fab = FABAttack_PT(model, n_restarts=5, **common)
         self.square = SquareAttack(model, resc_schedule=False, **common)
-        for part in (self.apgd, self.apgd_targeted):
+        for part in (self.apgd, self.apgd_targeted, self.fab):
             part.early_stop = "compact"
         if version != "custom":
             self.set_version(version)

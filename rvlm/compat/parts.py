@@ -40,7 +40,8 @@ def attacked(
         y: labels [B], or targets; None: the model's own predictions.
         norm: "Linf", "L2" or "L1", as there.
         seed: of the draws; its integer part counts, as there.
-        early_stop: "compact" lets samples leave apgd once they are fooled: the same verdicts for less, other images.
+        early_stop: "compact" lets samples leave apgd and fab once they are fooled: the same verdicts for less, other
+            images.
         settings: of `apgd`, `fab` or `square`.
     """
     if norm not in NORMS:
@@ -54,7 +55,7 @@ def attacked(
         return x_adv
     draws = SquareDraws(seed, norm == "Linf") if name == "square" else Draws(seed)
     settings |= {} if name == "fab" else {"targeted": targeted}
-    settings |= {"early_stop": early_stop} if name == "apgd" else {}
+    settings |= {} if name == "square" else {"early_stop": early_stop}
     found = FUNCTIONS[name](
         model, x[rows], y[rows], norm=NORMS[norm], generator=draws, model_mode="keep", return_info=True, **settings
     )

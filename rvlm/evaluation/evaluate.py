@@ -64,7 +64,8 @@ class Evaluation:
             pred_adv is.
         prob_clean, prob_adv: their probabilities [N, 3], a softmax of the logits; 0 where the logits are NaN.
         linf: largest |x_adv - x| of the sample, in float64.
-        distance: |x_adv - x| in the threat's norm, in float64.
+        distance: |x_adv - x| in the threat's norm, in float64. Not the least that fools the model: stages of fab end a
+            sample with its first image within eps.
         margin: largest other logit minus the label's, on x_adv.
         x_adv: adversarial images [K, 3, H, W] of the first K samples, all of them if they were asked for, None if none
             were (clean ones where no stage attacked).

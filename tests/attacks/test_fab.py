@@ -264,6 +264,27 @@ def test_the_first_run_of_a_class_starts_from_x_and_others_from_noise(build, bat
     assert (far == 0).sum() == 12 and ((far - 5e-4).abs() < 1e-9).sum() == 12 and len(far) == 24
 
 
+@pytest.mark.parametrize("slots", [None, 4])
+def test_a_noisy_start_that_fools_the_model_counts(batch, slots):
+    """Where one pixel has grown the model is wrong, and its gradient leads away from there."""
+    x, _ = batch(n=8)
+    pixel = x[:, 0, 0, 0]
+
+    def model(v):
+        home = (v.detach()[:, None] - x[None]).flatten(2).abs().amax(2).argmin(1)
+        grown = v[:, 0, 0, 0] - pixel[home]
+        sign = torch.where(grown.detach() > 1e-6, 1.0, -1.0)
+        return torch.stack([torch.zeros_like(grown), sign + 100 * sign * (grown - grown.detach())], 1)
+
+    y = torch.zeros(8, dtype=torch.int64)
+    settings = dict(eps=0.02, steps=3, slots=slots, return_info=True)
+    assert not fab(model, x, y, early_stop="compact", **settings).success.any()
+    found = fab(model, x, y, early_stop="compact", restarts=2, generator=fixed(), **settings)
+    assert found.success.any() and not found.success.all()
+    assert (found.x_adv[found.success] - x[found.success]).flatten(1).abs().amax(1).sub(0.01).abs().max() < 1e-9
+    assert torch.equal(found.trace.fooled_at, torch.where(found.success, 3, -1))
+
+
 def test_what_was_looked_at_is_told(build, batch):
     """Steps, the nearest candidates so far, and when the first of them was within eps."""
     model = build("vit")
