@@ -1,5 +1,7 @@
 """FAB: the points of AutoAttack's implementation in float64, projections against solvers, what its options mean."""
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from rvlm.attacks import FAB, apgd, fab
 from rvlm.attacks.fab import to_plane
+from rvlm.attacks.nearest import Nearest
 from rvlm.attacks.stages import parse_attack
 
 EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 5.0}
@@ -205,18 +208,29 @@ def test_stopping_early_and_slots_say_the_same(build, batch, norm, aimed, more):
         assert found.backwards < full.backwards and max(map(len, recorder.seen)) <= (slots or 12)
 
 
-def test_an_image_that_rounding_mends_does_not_end_a_search(build, batch):
+def test_an_image_that_rounding_mends_does_not_end_a_search(build, batch, monkeypatch):
     """On a coarse grid candidates within eps come and go; who has left is fooled, and who is not has made all steps."""
-    model = build("mlp")
+    model, scored, kept = build("linear"), collections.Counter(), Nearest.kept
+    monkeypatch.setattr(
+        Nearest, "kept", lambda self, *given: scored.update(self.distance.tolist()) or kept(self, *given)
+    )
     x, y, eps = ladder(model, batch, "l2")
     x = (x * 15).round() / 15
     y = model(x).argmax(1)
     settings = dict(eps=2 * eps, norm="l2", steps=12, targets=2, quantize=15, return_info=True)
     found = fab(model, x, y, early_stop="compact", **settings)
+    assert max(n for distance, n in scored.items() if distance < torch.inf) <= 2, "when it is new, and in the end"
     full = fab(model, x, y, **settings)
     assert torch.equal(found.success, model(found.x_adv).argmax(1) != y) and (found.success >= full.success).all()
     undone = ~found.success & (-found.loss <= 2 * eps)
     assert undone.any() and (found.steps_used[undone] == 2 * 12).all()
+    lost = (found.success & ~full.success).nonzero().flatten()
+    assert len(lost)
+    for row in lost:  # alone it does not leave, and is not asked about again
+        scored.clear()
+        others = torch.where(torch.arange(12) == row, settings["eps"], 1e-6)
+        again = fab(model, x, y, early_stop="compact", **settings | {"eps": others})
+        assert again.success[row] and again.steps_used[row] == 2 * 12 and scored[-again.loss[row].item()] == 1
 
 
 def test_slots_are_refilled(build, batch):
