@@ -69,8 +69,8 @@ def autoattack(
         attacks: names of stages for version="custom", such as ["apgd-ce", "apgd-t", "square-1000"].
         precision: as in `pgd`; under "cascade" stages that cannot go on from a point (FAB, FMN, CW, DeepFool) run in
             fp32 (`Stage.precision`).
-        slots: the largest batch that goes through the model in `pgd`, `apgd`, `fab` and `square`, for clean images and for the
-            verdict; None: as many as images.
+        slots: the largest batch that goes through the model in `pgd`, `apgd`, `fab` and `square`, for clean images and
+            for the verdict; None: as many as images.
         callback: called as callback(name of the stage, samples still robust) after every stage.
 
     Returns:

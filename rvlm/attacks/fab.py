@@ -236,7 +236,7 @@ class _Walk(Climb):
         asks = self.run.compact and (not self.x_adv.is_cuda or self.looks % 8 == 0)  # a GPU waits for it
         if not asks and not any(self.ended):
             return
-        due = on_device(self.claims.device, self.ended)
+        due = on_device(self.claims, self.ended)
         if asks:
             due = due | self.claims
         rows = (due & ~self.found.fooled).nonzero().flatten()
