@@ -19,14 +19,11 @@ from pathlib import Path
 
 from rvlm.markdown import markdown_table
 
+STEPS = (
+    "linf_step_", "l2_step_", "uniform_start", "apgd_step_", "keep_best_", "l1_project", "l1_step_", "momentum_step_",
+)  # fmt: skip
 COLUMNS = {
-    "linf_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
-    "l2_step_": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
-    "uniform_start": ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds"),
-    **{
-        name: ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds")
-        for name in ("apgd_step_", "keep_best_", "l1_project", "l1_step_", "momentum_step_")
-    },
+    **dict.fromkeys(STEPS, ("gb_per_s", "fraction_of_copy", "device_us", "compile_seconds")),
     "gaussian_filter": ("largest_error",),
     "anchored_attention": ("device_us", "compile_seconds"),
     "prefix_attention": ("device_us",),
