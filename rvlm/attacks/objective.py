@@ -81,8 +81,8 @@ class AttackResult:
         forwards, backwards: images that went through the model, there and back.
         zero_gradients: how many of those gradients were exactly zero in every pixel, and so showed no way.
         fooled_in_bf16_only, fooled_in_fp32_only: images that a search in bf16 has kept on which the two disagree.
-        trace: of the iterates, for attacks that climb a loss, pgd, apgd and square, and for fab, whose losses there are
-            margins.
+        trace: of the iterates, for attacks that climb a loss, pgd, mifgsm, apgd and square, and for fab, whose losses
+            there are margins.
     """
 
     x_adv: Tensor
