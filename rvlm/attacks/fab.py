@@ -250,7 +250,7 @@ class _Walk(Climb):
             return torch.zeros(0, dtype=torch.int64, device=self.x_adv.device)
         if self.x_adv.is_cuda:
             return None
-        over = self.found.fooled | torch.tensor(self.ended)
+        over = self.found.fooled | on_device(self.claims, self.ended)
         return (~over).nonzero().flatten() if over.any() else None
 
 
