@@ -11,9 +11,10 @@
                a sample leaves with the first image that counts
 
 Before any timing run after run and slots, Square together and batch by batch, and PGD and FAB with and without an exit,
-must leave the same samples robust, and peers as many, up to one or 2 %. Undefended models are broken at once, and
-nearly all of a peer's work is what fooled samples still do; on robust ones every side makes the same passes, and what
-scheduling can bring is fuller batches.
+must leave the same samples robust, and peers as many, up to one or 2 %; FAB's peer fools none that ours does not, and
+how many verdicts differ is in the table. Undefended models are broken at once, and nearly all of a peer's work is what
+fooled samples still do; on robust ones every side makes the same passes, and what scheduling can bring is fuller
+batches.
 """
 
 from functools import partial
@@ -108,7 +109,7 @@ def test_boundaries(peer, case, load, compare, device, benchmark):
     left = [robust(model, attack(x, y), y) for attack in (slots, theirs)]
     if peer == "all steps":
         assert torch.equal(*left)
-    assert abs(int(left[0].sum() - left[1].sum())) <= max(1, 0.02 * len(x)), left
+    assert not (left[0] & ~left[1]).any(), left  # an image beyond eps that still fools when projected counts here alone
     info = {"impl": "rvlm in slots", "peer": peer, "case": f"{name} eps {eps}/255 N={samples}, {steps} steps"}
     info |= {"robust": int(left[0].sum()), "verdicts_differing": int((left[0] != left[1]).sum())}
     compare(lambda: slots(x, y), lambda: theirs(x, y), round_seconds=0.02, **info)
