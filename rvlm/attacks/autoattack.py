@@ -122,7 +122,7 @@ def autoattack(
         for number, stage in enumerate(stages):
             rows = (broken_by == -1).nonzero().flatten()
             if len(rows):
-                radius = eps[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
+                radius = eps.to(x.device)[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
                 draws = torch.Generator().manual_seed((seed + stage.restart) % 2**63)
                 found = stage(model, x[rows], y[rows], eps=radius, generator=draws, sample_ids=ids[rows], **common)
                 count.forwards += found.forwards

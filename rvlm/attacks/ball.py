@@ -41,7 +41,8 @@ class Ball:
         low_frequency: float | None = None,
     ) -> None:
         self.x, self.norm, self.bounds, self.rows = x, norm, bounds, None
-        self.radius, self.eps = eps, self.like(eps)  # a float or [B] of these samples, and as [1] or [B] like x
+        # A float or [B] of these samples, and as [1] or [B] like x.
+        self.radius, self.eps = eps.to(x.device) if isinstance(eps, Tensor) else eps, self.like(eps)
         self.strict_eps, self.quantize, self.low_frequency = strict_eps, quantize, low_frequency
         self.still = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)  # a gradient that moves nothing
 
