@@ -120,8 +120,8 @@ def test_rows_of_logits_fit_in_registers(tmp_path, arch):
     for kernel in kernels:
         label = {key: value for key, value in kernel.items() if key != "ptx"}
         double = kernel["dtype"] == "torch.float64"  # for gradient checks; a few words of stack do no harm there
-        # On sm_80 js keeps a frame of 16 bytes, without a spill.
-        assert kernel["stack"] + kernel["local"] <= (16 if double or arch == "80" else 0), f"spilled registers: {label}"
+        # Of js on sm_80, and of divergences on both by Triton 3.6, there is a frame of up to 16 bytes, without a spill.
+        assert kernel["stack"] <= 16 and kernel["local"] == 0, f"spilled registers: {label}"
         assert kernel["reg"] <= (255 if double else 128), f"too many registers: {label}"
 
 
