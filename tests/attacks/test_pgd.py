@@ -473,3 +473,9 @@ def test_classes_equal_functions(build, batch):
     assert repr(attack) == "PGD(Sequential, eps=0.05, steps=3)"
     assert torch.equal(FGSM(model, eps=0.1)(x, y), fgsm(model, x, y, eps=0.1))
     assert torch.equal(FGSM(model)(x, y, eps=0.1), fgsm(model, x, y, eps=0.1))
+
+
+def test_radii_per_sample_go_where_the_images_are():
+    whole = ball.Ball(torch.empty(2, 3, 4, 4, device="meta"), torch.ones(2), "linf", (0.0, 1.0))
+    part = whole.at(torch.zeros(1, dtype=torch.int64, device="meta"))
+    assert {t.device.type for t in (whole.radius, part.radius, part.eps)} == {"meta"} and part.eps.shape == (1,)
