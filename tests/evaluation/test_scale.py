@@ -89,9 +89,10 @@ def test_the_peak_of_an_evaluation_is_flat(child):
 main(["eval", "--model", NET, "--data", "made:%d", "--attack", "pgd-2", "--batch-size", "500", "--out", OUT + "/%d"])
 print(json.dumps(peak()))
 """
-    few, many = (child(code % (n, n)) for n in (1_000, 100_000))
-    print(f"{few / MEGABYTE:.0f} MB, {many / MEGABYTE:.0f} MB, {(many - few) / 99_000:.0f} bytes per sample")
-    assert many - few < PER_SAMPLE * 99_000
+    # Both give a stage four batches at once, and are large beside what an allocator takes in one piece.
+    few, many = (child(code % (n, n)) for n in (100_000, 300_000))
+    print(f"{few / MEGABYTE:.0f} MB, {many / MEGABYTE:.0f} MB, {(many - few) / 200_000:.0f} bytes per sample")
+    assert many - few < PER_SAMPLE * 200_000
 
 
 def parts_of(child, code):
