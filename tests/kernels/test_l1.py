@@ -51,7 +51,7 @@ def test_rows_over_several_programs(case, monkeypatch, block):
 
 MUTATIONS = {
     "NaN moves": ("key = tl.where(g == g, g, 0.0)", "key = g"),
-    "other prefixes counted": ("inside & ((key >> (SHIFT + DIGIT)) == prefix)", "inside"),
+    "other prefixes counted": ("inside & ((key >> SHIFT >> DIGIT) == prefix)", "inside"),
     "padding counted": ("chosen = inside & (", "chosen = ("),
     "one too many stay": ("smaller <= tl.load(still_ptr + row)", "smaller < tl.load(still_ptr + row)"),
     "counts of one part": ("    while part < parts:\n        counts", "    while part < 1:\n        counts"),
