@@ -194,10 +194,10 @@ class _Ascent(Climb):
     """Where runs stand.
 
     Attributes:
-    grad: of the loss at x_adv.
-    best, best_grad: the iterate with the best loss so far, and the gradient there.
-    hit: the last adversarial iterate; None if nobody asks for it.
-    leave: who has one is done.
+        grad: of the loss at x_adv.
+        best, best_grad: the iterate with the best loss so far, and the gradient there.
+        hit: the last adversarial iterate; None if nobody asks for it.
+        leave: who has one is done.
     """
 
     rule: "_Halving | _Sparsity"

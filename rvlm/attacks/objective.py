@@ -261,8 +261,9 @@ class Objective:
 
     def _in_parts(self, x: Tensor, ask: Callable[["Objective", Tensor], Any]) -> Any:
         """ask(objective, rows) for parts of x that fit, joined."""
-        found = []
+        found, classes = [], self.count.classes
         for rows in torch.arange(len(x), device=x.device).split(self.slots):
+            self.count.classes = classes  # if nobody has looked before, the first look is at every part
             n = len(rows)
             if self.static:
                 rows = torch.cat([rows, rows[:1].expand(self.slots - n)])

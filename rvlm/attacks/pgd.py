@@ -100,9 +100,10 @@ def pgd(
             gradients with other last bits than the full run's. "compact+cycle" ends a sample for either reason: the
             verdicts and images of "compact".
         slots: the largest batch that the model is asked about at once, so that x may be larger and batches stay full
-            when samples leave; restarts of one sample go side by side where there is room (`rvlm.attacks.slots`). With
-            "compile" and "cudagraph" all batches have that size, and samples may leave. For a loss by name, without a
-            callback. Where several restarts fool a sample, the image may be another one's than without slots.
+            when samples leave; restarts of one sample go side by side where there is room (`rvlm.attacks.slots`), but
+            under "freeze". With "compile" and "cudagraph" all batches have that size, and samples may leave. For a loss
+            by name, without a callback. Where several restarts fool a sample, the image may be another one's than
+            without slots.
         generator: source of the seed of the random start.
         sample_ids: int64 [B], stable numbers that key each sample's noise; None means 0 .. B-1.
         precision: None runs the model as it is (under the caller's autocast, if any); "fp32" turns autocast off; "tf32"
@@ -134,7 +135,8 @@ def pgd(
         TypeError, ValueError: wrong input; the message says what was expected. Nothing has changed then.
 
     Warns:
-        AttackWarning: empty batch; outputs that look like probabilities; NaN logits.
+        AttackWarning: empty batch; outputs that look like probabilities; NaN logits (with `slots` and restarts
+            those of the first batch).
     """
     check_choices(best=(best, ("last", "loss", "adv")), early_stop=(early_stop, STOPS))
     check_count("steps", steps, 0)
@@ -208,10 +210,12 @@ class _Walk(Climb):
     """Where runs stand.
 
     Attributes:
-    fooled_leave: who has been fooled is done.
-    score_last: the iterate of the last step is scored in any case.
-    grad: of the loss at what the model saw last.
-    chosen: the iterate that counts so far.
+        best: as in `pgd`.
+        fooled_leave: who has been fooled is done.
+        score_last: the iterate of the last step is scored in any case.
+        grad: of the loss at what the model saw last.
+        chosen: the iterate that counts so far.
+        over: bool [B], who is done; None if nobody is before the last step.
     """
 
     best: str

@@ -100,7 +100,8 @@ class Judge:
     """Gives what a search in bf16 keeps its scores in fp32.
 
     Attributes:
-        cut: bool [B], whom bf16 took for fooled and fp32 does not.
+        cut: bool [B], whom bf16 took for fooled and fp32 does not, in some run.
+        fooled: bool [B], who is fooled in fp32, in some run.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Judge:
     ) -> None:
         self.in_float32, self.disagreement, self.trace = in_float32, disagreement, objective.trace
         self.cut = torch.zeros_like(objective.labels, dtype=torch.bool)
+        self.fooled = self.cut.clone()
 
     def __call__(self, objective: Objective, kept: Kept, rows: Tensor | None) -> Kept:
         """What was kept of these samples; None: of all."""
@@ -116,8 +118,10 @@ class Judge:
         rows = torch.arange(len(self.cut), device=self.cut.device) if rows is None else rows
         wrongly = self.disagreement.settle(kept, scores)
         self.cut[rows[wrongly]] = True
-        if self.trace is not None and kept.fooled is not None:  # another run of the sample may have fooled the model
-            self.trace.recant(rows[wrongly & ~torch.isin(rows, rows[kept.fooled])])
+        if kept.fooled is not None:
+            self.fooled[rows[kept.fooled]] = True
+            if self.trace is not None:
+                self.trace.recant(rows[wrongly & ~self.fooled[rows]])
         return kept
 
 

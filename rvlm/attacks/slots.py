@@ -2,10 +2,10 @@
 
     waiting runs, in order -> slots of the batch -> one evaluation of all -> runs that are over make room for the next
 
-A run is over when its steps are made or when its sample is fooled, by it or by another run; then nothing that waits for
-the sample is begun. Runs of one sample go side by side only where no other sample waits, and only until the batch is
-full enough. What a run finds does not depend on its neighbours, so the verdicts are those of one run after the other;
-which run is the first to fool a sample, and so its image, may differ.
+A run is over when its steps are made, when it has returned to an earlier image, or when its sample is fooled, by it or
+by another run; then nothing that waits for the sample is begun. Runs of one sample go side by side only where no other
+sample waits, and only until the batch is full enough. What a run finds does not depend on its neighbours, so the
+verdicts are those of one run after the other; which run is the first to fool a sample, and so its image, may differ.
 
 With static shapes the model still sees batches of one size alone (`Objective`).
 """
@@ -85,7 +85,7 @@ def in_slots(
     while (fresh := queue.take(slots - len(items), full)) or items:
         if fresh:
             fresh.sort(key=lambda item: item[1])
-            climb, items = begun(fresh) if climb is None else climb.join(begun(fresh)), items + fresh
+            climb, items = climb.join(begun(fresh)) if items else begun(fresh), items + fresh
         of_items, around = part(items)
         while True:
             climb.look(of_items, around)

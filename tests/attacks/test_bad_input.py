@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rvlm.attacks import FGSM, PGD, AttackWarning, fgsm, pgd
+from rvlm.attacks import FGSM, PGD, AttackWarning, fgsm, pgd, square
 
 X, Y = torch.full((2, 3, 8, 8), 0.5), torch.tensor([0, 1])
 NAN = X.clone()
@@ -106,6 +106,16 @@ def test_probabilities_and_nan_logits_warn(build):
     with pytest.warns(AttackWarning, match="NaN or infinite logits for 1 of 2"):
         result = pgd(broken, X, Y, return_info=True)
     assert result.x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize("attack", [pgd, square])
+def test_nan_logits_warn_in_whichever_part_of_a_batch_they_are(build, attack):
+    model, x = build("linear", torch.float32), torch.full((6, 3, 8, 8), 0.5)
+    x[5] = 0.9
+    broken = lambda x: torch.where(x.mean((1, 2, 3)) > 0.7, torch.nan, 1.0)[:, None] * model(x)  # noqa: E731
+    with pytest.warns(AttackWarning, match="NaN or infinite logits for 1 of 2") as seen:
+        attack(broken, x, torch.zeros(6, dtype=torch.int64), slots=2)
+    assert len(seen) == 1
 
 
 def test_classes_and_fgsm_reject_what_they_do_not_take(build):

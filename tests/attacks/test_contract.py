@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rvlm.attacks import AttackWarning, pgd, scoring
+from rvlm.attacks import AttackWarning, apgd, pgd, scoring
 
 
 class Counting(nn.Module):
@@ -160,6 +160,19 @@ def test_memory_format_and_input_layouts(build, batch, layout):
     assert (result - expected).abs().max() < 1e-12
     if layout == "channels_last":
         assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd])
+def test_batches_in_slots_keep_the_memory_format(build, batch, attack):
+    model, (x, y) = build("conv"), batch()
+    seen = []
+
+    def spy(x):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return model(x)
+
+    attack(spy, x.contiguous(memory_format=torch.channels_last), y, early_stop="compact", restarts=2, slots=2)
+    assert all(seen)
 
 
 class Casts(TorchDispatchMode):

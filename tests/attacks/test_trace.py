@@ -163,3 +163,7 @@ def test_what_bf16_alone_calls_fooled_is_taken_back():
     judge(objective, Kept(torch.zeros(3, 1), Scores(torch.zeros(3), fooled, torch.ones(3, dtype=torch.int64))), rows)
     assert trace.fooled_at.tolist() == [3, -1]
     assert judge.cut.tolist() == [True, True]
+    wrongly = Kept(torch.zeros(1, 1), Scores(torch.zeros(1), fooled[:1], torch.ones(1, dtype=torch.int64)))
+    in_fp32 = Scores(torch.zeros(1), ~fooled[:1], torch.zeros(1, dtype=torch.int64))
+    judge(objective, wrongly, rows[:1])
+    assert trace.fooled_at.tolist() == [3, -1], "an earlier run of the sample has fooled the model"
