@@ -70,7 +70,7 @@ def autoattack(
         precision: as in `pgd`; under "cascade" stages that cannot go on from a point (FAB, FMN, CW, DeepFool) run in
             fp32 (`Stage.precision`).
         slots: the largest batch that goes through the model in `pgd`, `apgd`, `fab` and `square`, for clean images and
-            for the verdict; None: as many as images.
+            for the verdict; None: as many as images. APGD of the standard version in L1 takes all that are left.
         callback: called as callback(name of the stage, samples still robust) after every stage.
 
     Returns:

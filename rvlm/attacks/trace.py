@@ -1,6 +1,6 @@
 """What the iterates of an attack came to: the step that fooled each sample first, and the loss at every step.
 
-Step 0 is the start; the steps of later runs count on from those of earlier ones. Rows may come in any order.
+Step 0 is the start; the steps of later runs count on from the last that an earlier one made. Rows come in any order.
 
 FMN, CW and DeepFool have none. They look for the nearest image that fools and climb no loss: CW's weighs two terms anew
 in each round, FMN's ball and DeepFool's boundary are other ones at every step, and an iterate that fools may be outside
