@@ -33,8 +33,9 @@ def lvlm(args: LvlmArgs) -> int:
         run = Run("lvlm", args)
         task = Task("{}", args.score, args.max_tokens)
         rows = _measured(args, run, model, data, adapter, args.attack, args.eps, task, args.seed)
+        run.finish(rows, _table(rows, args))
         shutil.rmtree(run.out / "state", ignore_errors=True)
-        return run.finish(rows, _table(rows, args))
+        return 0
     run, mark = Run("lvlm", args), {"name": protocol.name, "sha": protocol.sha}
     rows, missing, broken = [], [], []
     for part, spec, task in parts:
@@ -85,7 +86,8 @@ def _measured(
     about = {"eps": str(eps), "partial": args.limit is not None, "protocol": mark}
     if mark and (rows := answered_before(run.out, model, data, adapter, settings, **about)) is not None:
         return rows
-    state = run.out / "state" / f"{record_stem(data.name, attack, str(eps))}.npz"
+    # Without a protocol records are not named by data and attack; then neither is the state, so that others refuse it.
+    state = run.out / "state" / f"{record_stem(data.name, attack, str(eps)) if mark else 'answers'}.npz"
     results = evaluate_answers(
         model, data, eps=float(eps), adapter=adapter, score=task.score, keep_images=args.save_png,
         state=None if args.save_png else state,  # a run that was killed goes on with the same command

@@ -8,6 +8,7 @@ replaced as a whole, so that a crash or a full disk leaves the last one.
 import dataclasses
 import json
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class State:
                 known = json.loads(file["about"].tobytes())
                 theirs, ours = known.pop("key"), json.loads(json.dumps(self.key))
                 found = {name: file[name] for name in columns} if theirs == ours else {}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path} is no state of an evaluation ({error}): remove it to begin anew") from None
         if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
             what = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differ)

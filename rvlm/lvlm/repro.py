@@ -84,8 +84,9 @@ class RecordedAnswers:
     def run(self, lvlm: Lvlm, data: Questions, adapter: Adapter | None) -> AnswerScores:
         """The evaluation again."""
         found = evaluate_answers(
-            lvlm, data, eps=float(Eps(self.record["eps"])), adapter=adapter, score=self.result.score, **self.settings
-        )
+            lvlm, data, eps=float(Eps(self.record["eps"])), adapter=adapter, score=self.result.score,
+            keep_images=False, **self.settings,
+        )  # fmt: skip
         wanted = self.result.name, self.result.target
         return next(one for one in found if (one.name, one.target) == wanted)
 

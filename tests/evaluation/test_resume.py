@@ -202,7 +202,14 @@ def test_other_prompts_and_other_pixels_are_another_evaluation(data, tmp_path):
 
 def test_what_is_no_state_is_named(data, tmp_path):
     path = tmp_path / "state.npz"
-    path.write_bytes(b"half a file")
+    run(Net(), data, state=path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"no archive", whole[: len(whole) // 2], whole[:100] + b"0000" + whole[104:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no state of an evaluation"):
+            run(Net(), data, state=path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
     with pytest.raises(ValueError, match="no state of an evaluation"):
         run(Net(), data, state=path)
     with pytest.raises(ValueError, match="keep_images"):

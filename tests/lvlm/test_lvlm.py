@@ -565,6 +565,31 @@ def test_a_protocol_that_was_interrupted_goes_on_with_the_same_answers(folders, 
     assert cli.main([*argv, str(run), "--limit", "1"]) == 0 and len(again) == 3 * 4, "partial records are others"
 
 
+def test_a_run_that_was_interrupted_is_not_taken_for_another(folders, tmp_path, monkeypatch, capsys):
+    """Records are named by neither data nor attack, so that another run would write over them."""
+    argv = ["lvlm", "--model", str(folders["llava"]), "--data", str(write_questions(tmp_path)), "--batch-size", "1"]
+    argv += ["--attack", "pgd-2", "--eps", "8/255", "--out"]
+    assert cli.main([*argv, str(tmp_path / "once")]) == 0
+    batches, attacked, run = [], answers._Batch.attacked, tmp_path / "twice"
+    monkeypatch.setattr("rvlm.evaluation.resume.State.due", True)
+
+    def stops(batch, *args):
+        batches.append(batch)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return attacked(batch, *args)
+
+    monkeypatch.setattr(answers._Batch, "attacked", stops)
+    assert cli.main([*argv, str(run)]) == 130 and len(list(run.glob("state/*"))) == 1
+    capsys.readouterr()
+    other = shutil.copy(tmp_path / "questions.jsonl", tmp_path / "other.jsonl")
+    for name, value in {"attack": "pgd-3", "eps": "4/255", "data": str(other)}.items():
+        assert cli.main([*argv, str(run), f"--{name}", value]) == 2
+        assert f"belongs to another evaluation ({name} was" in capsys.readouterr().err
+    assert cli.main([*argv, str(run)]) == 0 and len(batches) == 4
+    assert comparable(run) == comparable(tmp_path / "once") and not (run / "state").exists()
+
+
 def test_a_state_of_answers_belongs_to_one_evaluation(folders, tmp_path, monkeypatch):
     lvlm, data = load_lvlm(str(folders["llava"])), load_questions(write_questions(tmp_path), 32)
     given = dict(attack="pgd-2", max_tokens=2, batch_size=2, progress=False, keep_images=False)
