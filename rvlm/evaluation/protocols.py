@@ -177,6 +177,8 @@ def load_protocol(name: str | Path) -> Protocol:
     fields = {field.name for field in dataclasses.fields(Protocol)} - {"sha"} | {"frozen"}
     if not isinstance(told, dict) or not {"name", "about", "parts", "attacks"} <= set(told) <= fields:
         raise ValueError(f"{file}: expected name, about, parts, attacks and of {', '.join(sorted(fields))}")
+    if not isinstance(told["parts"], list) or not all(isinstance(part, str | dict) for part in told["parts"]):
+        raise ValueError(f"{file}: parts must be a list of data specs and of mappings with data, got {told['parts']!r}")
     frozen = told.pop("frozen", None)
     words = _words(told["parts"])
     sha = short_sha([json.dumps(told | ({"words": words} if words else {}), sort_keys=True).encode()])
@@ -192,8 +194,8 @@ def _words(parts: list[Any]) -> list[Any]:
     """What stands in the code and parts only name: tasks, and prompts whose hash no part holds."""
     named = [part for part in parts if isinstance(part, dict)]
     tasks = [dataclasses.asdict(TASKS[name]) for part in named if (name := str(part.get("task"))) in TASKS]
-    prompts = [part["templates"] for part in named if isinstance(part.get("templates"), str) and "prompts" not in part]
-    return tasks + [templates(name) for name in prompts]
+    unhashed = [part.get("templates") for part in named if part.get("prompts") is None]
+    return tasks + [templates(name) for name in unhashed if isinstance(name, str)]
 
 
 def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
@@ -215,6 +217,8 @@ def _checked(file: Path, sha: str, told: dict[str, Any]) -> Protocol:
         )
     for holder in [told, *(part for part in parts if part.get("attacks"))]:
         asked = "task" in holder
+        if not isinstance(holder["attacks"], dict):
+            raise ValueError(f"{file}: attacks must be a mapping of names to radii, got {holder['attacks']!r}")
         holder["attacks"] = {name: _radii(file, name, radii, norm, asked) for name, radii in holder["attacks"].items()}
     if unknown := set(told.get("targets", ())) - {"white-box", "transfer"}:
         raise ValueError(f"{file}: unknown target {', '.join(unknown)}, expected white-box or transfer")

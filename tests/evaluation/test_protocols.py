@@ -128,6 +128,7 @@ def test_drawn_samples_are_those_of_the_size_and_the_seed_alone():
     ({"data": "vqav2", "task": "vqa"}, TASKS, "vqa", {"max_tokens": 5}),
     ({"data": "coco-captions", "task": "captioning"}, TASKS, "captioning", {"score": "f1"}),
     ({"data": "digits", "templates": "tecoa"}, TEMPLATES, "tecoa", ["a {}"]),
+    ({"data": "digits", "templates": "tecoa", "prompts": None}, TEMPLATES, "tecoa", ["a {}"]),
 ])  # fmt: skip
 def test_a_hash_covers_the_words_that_stand_in_the_code(tmp_path, monkeypatch, part, home, name, change):
     file = write_protocol(tmp_path, parts=[part | {"attacks": {"pgd-2": ["1/255"]}}, "cifar10@wds"])
@@ -144,6 +145,9 @@ def test_a_hash_covers_the_words_that_stand_in_the_code(tmp_path, monkeypatch, p
     ({"frozen": "0"}, "was edited: its hash is"),
     ({"parts": [{"data": "vqav2", "task": ["vqa"], "attacks": {}}]}, "a task of captioning, vqa"),
     ({"parts": []} | {"colour": "red"}, "expected name, about, parts, attacks"),
+    ({"parts": None}, "parts must be a list of data specs"),
+    ({"parts": {"data": "digits"}}, "parts must be a list of data specs"),
+    ({"attacks": ["pgd-2"]}, "attacks must be a mapping"),
     ({"parts": [{"split": "test"}]}, "must have data"),
     ({"parts": [{"data": "digits", "limit": 3}]}, "must have data"),
     ({"attacks": {"pgdd-2": ["1/255"]}}, "unknown attack 'pgdd-2'"),
