@@ -45,7 +45,7 @@ ATTACKS = {
     "pgd": PGD, "mifgsm": MIFGSM, "apgd": APGD, "fab": FAB, "fmn": FMN, "square": Square,
     "cw": CW, "deepfool": DeepFool,
 }  # fmt: skip
-REFILLED = ("pgd", "apgd", "fab", "square")  # whose batches can be kept full (`rvlm.attacks.slots`)
+REFILLED = ("pgd", "apgd", "fab", "square")  # that take `slots`: batches are cut, and kept full as samples leave
 CONTINUED = ("pgd", "mifgsm", "apgd", "square")  # from the best image of a search in bf16
 PATTERNS = (
     "fgsm", "pgd-STEPS", "pgd-STEPS-margin", "pgd-STEPSxRESTARTS", "mifgsm-STEPS", "tifgsm-STEPS",
@@ -108,11 +108,11 @@ class Stage:
             more["precision"] = self.precision(more["precision"])
         if self.sha256 is not None:
             return run_own(from_file(self.attack, self.sha256), self.attack, self.settings, model, x, y, **more)
-        keeps = {"slots": slots or len(x)} if self.refills and len(x) else {}
+        keeps = {"slots": slots or max(len(x), 1)} if self.refills else {}
         if self.attack in ("pgd", "apgd") and transfer:
             keeps["best"] = "last" if self.attack == "pgd" else "loss"
         elif self.attack == "pgd":
-            returns = repeats and more.get("norm", "linf") == "linf"
+            returns = repeats and more.get("norm", PGD.defaults["norm"]) == "linf"
             keeps |= {"best": "adv", "early_stop": "compact+cycle" if returns else "compact"}
         elif self.attack == "apgd":
             shrinks = self.refills or more.get("engine") not in FIXED

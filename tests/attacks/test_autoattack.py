@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rvlm.attacks import AttackWarning, AutoAttack, autoattack
+from rvlm.attacks.stages import parse_attack
 
 ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -149,6 +150,15 @@ class Failing(nn.Module):
         if self.left == 0:
             raise RuntimeError("broken")
         return self.model(x)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd-3", "apgd-ce-3", "fab-t-3", "square-5", "mifgsm-3"])
+def test_a_stage_takes_an_empty_batch(name, engine, sixty):
+    model, x, y = sixty
+    (stage,) = parse_attack(name)
+    with pytest.warns(AttackWarning, match="empty batch"):
+        assert not len(stage(model, x[:0], y[:0], eps=0.1, engine=engine).x_adv)
 
 
 def test_an_empty_batch(sixty):
