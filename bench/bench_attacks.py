@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from measure import QUICK, robust
+from peers.autoattack import torchattacks_parts
 
 from rvlm.attacks import apgd, autoattack, cw, deepfool, fab, fmn, mifgsm, square
 
@@ -97,17 +98,7 @@ def ours_whole(eps: float, counts: dict, model, x, y):
 
 
 def torchattacks_whole(eps: float, counts: dict, model, x, y):
-    import torchattacks as ta
-
-    ce, t, f, s = counts.values()
-    given = {"eps": eps, "seed": 0}
-    parts = [
-        ta.APGD(model, steps=ce, **given),
-        ta.APGDT(model, steps=t, n_classes=10, **given),
-        ta.FAB(model, steps=f, multi_targeted=True, n_classes=10, **given),
-        ta.Square(model, n_queries=s, **given),
-    ]
-    return ta.MultiAttack(parts)(x, y)
+    return torchattacks_parts(model, eps, counts)(x, y)
 
 
 def original_whole(eps: float, counts: dict, model, x, y):

@@ -4,7 +4,7 @@
     slots      the same runs in slots that a queue refills
     cycle      `pgd` that ends a sample when its trajectory has returned to an earlier image
     compact    `pgd` that ends a sample when it is fooled
-    both       for either reason
+    compact+cycle    for either reason
     restarts   `pgd` with restarts that share a batch, against restarts one after the other
     together   `square` on all samples at one query, in batches that are cut anew, against one batch after the other
     all steps  `fab` without an exit, a run per target, each on the samples that are left; against FAB-T in slots, where

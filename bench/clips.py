@@ -34,9 +34,12 @@ from pathlib import Path
 import torch
 from conftest import versions
 from measure import QUICK, quartiles, seconds_per_call, synchronize
+from peers.autoattack import torchattacks_parts
+from peers.pgd import torchattacks_pgd
 from torch import Tensor, nn
 
 from rvlm.attacks import autoattack, pgd, scoring
+from rvlm.evaluation.records import environment
 from rvlm.models import ZeroShotClassifier, load_clip
 from rvlm.profiling import peak_bytes
 
@@ -52,41 +55,31 @@ if QUICK:
 COMPILED = {2} if QUICK else {128}
 GRAPHED = 2 if QUICK else 16
 MOST_ROUNDS = 2 if QUICK else 10
-CALLS = 5  # of an attack in fp32, that a cell lasts as long as: two times two, and those in bf16
+CALLS = 5  # a cell lasts about as long as so many fp32 attacks: both sides untimed and timed, and those in bf16
 NO_TIME, NO_MEMORY = "no time left, would take", "does not fit in memory"
+
+
+def of_kind(kind: str) -> dict[str, int]:
+    """The parts of `apgd` or `autoattack`."""
+    return dict(list(WHOLE.items())[: 2 if kind == "apgd" else None])
 
 
 def ours(attack: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, **changed) -> Tensor:
     kind, _, steps = attack.partition("-")
     if kind == "pgd":
         return pgd(model, x, y, eps=eps, steps=int(steps), random_start=False, **changed)
-    parts = list(WHOLE.items())[: 2 if kind == "apgd" else None]
     draws = torch.Generator().manual_seed(0)
-    stages = [f"{name}-{n}" for name, n in parts]
+    stages = [f"{name}-{n}" for name, n in of_kind(kind).items()]
     return autoattack(model, x, y, eps=eps, version="custom", attacks=stages, generator=draws, **changed)
 
 
 def theirs(attack: str, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    try:
-        import torchattacks as library
-    except ImportError:
-        if not attack.startswith("pgd"):
-            raise
-        import peers.pgd as library
     kind, _, steps = attack.partition("-")
     if kind == "pgd":
-        alpha = 2.5 * eps / int(steps)
-        return library.PGD(model, eps=eps, alpha=alpha, steps=int(steps), random_start=False)(x, y)
-    ce, t, fab, square = WHOLE.values()
-    given, ten = {"eps": eps, "seed": 0}, 10  # classes: it aims at all but one, of however many the model has
-    parts = [library.APGD(model, steps=ce, **given), library.APGDT(model, steps=t, n_classes=ten, **given)]
-    if kind == "autoattack":
-        parts += [
-            library.FAB(model, steps=fab, multi_targeted=True, n_classes=ten, **given),
-            library.Square(model, n_queries=square, **given),
-        ]
+        settings = {"eps": eps, "alpha": 2.5 * eps / int(steps), "steps": int(steps), "random_start": False}
+        return torchattacks_pgd(model, **settings)(x, y)
     with contextlib.redirect_stdout(None):
-        return library.MultiAttack(parts)(x, y)
+        return torchattacks_parts(model, eps, of_kind(kind))(x, y)
 
 
 def in_bf16(attack: Callable, device: torch.device, *args) -> Tensor:
@@ -220,7 +213,7 @@ def measure(args: argparse.Namespace, write: Callable[[list[dict], dict[str, str
             print(f"{case}: {time.monotonic() - began:.0f} s", flush=True)
             write(rows, failed)
         write(rows, failed)
-        del model, x, part
+        model = x = part = None  # their memory, before the next model
         forget()
     return failed
 
@@ -234,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
+    commit = {"id": environment()["git"]}
+
     def write(rows: list[dict], failed: dict[str, str]) -> None:
         benchmarks = [
             {
@@ -244,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
             }
             for row in rows
         ]
-        found = {"machine_info": {"rvlm": versions()}, "benchmarks": benchmarks, "left_out": failed}
+        found = {"machine_info": {"rvlm": versions()}, "commit_info": commit}
+        found |= {"benchmarks": benchmarks, "left_out": failed}
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
     failed = measure(args, write)

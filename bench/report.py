@@ -47,8 +47,6 @@ COLUMNS = {
     "pgd-10": ("images_per_s", "share_model", "share_step", "share_rest", "pixels_differing", "compile_seconds"),
 }
 LOSING = 0.98  # below this the implementation is slower than what it is compared with
-
-
 PART = re.compile(r"(<!-- clips -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -65,7 +63,8 @@ def read(paths: list[Path]) -> tuple[dict, list[dict], list[str]]:
         ceilings = [b["extra_info"].get("copy_ceiling_gb_per_s") for b in data["benchmarks"]]
         if any(ceilings):
             machine["copy_ceiling_gb_per_s"] = round(next(filter(None, ceilings)), 1)
-        machine["commit"] = (data.get("commit_info") or {}).get("id", "")[:12]
+        if commit := (data.get("commit_info") or {}).get("id"):
+            machine["commit"] = commit[:12]
         unread += [f"{cell} ({why})" for cell, why in data.get("left_out", {}).items()]
         for bench in data["benchmarks"]:
             rows.append({"group": bench["group"], "rounds": bench["stats"]["rounds"], **bench["extra_info"]})
@@ -101,7 +100,7 @@ def whole_attacks(rows: list[dict]) -> str:
             cells.setdefault(row["case"], {})[row["impl"], row["peer"]] = row
     heads = ["attack", "torchattacks fp32, images/s", "rvlm, both fp32", "rvlm, both bf16", "rvlm bf16 over fp32"]
     heads += ["graph", "compiler", "all", "peak MiB, torchattacks / rvlm bf16", "verdicts that bf16 changes"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    lines = []
     for case, found in cells.items():
 
         def ratio(impl: str, peer: str, found=found) -> str:
@@ -109,15 +108,14 @@ def whole_attacks(rows: list[dict]) -> str:
 
         plain, narrow = found.get(("torchattacks",) * 2), found.get(("rvlm bf16", "rvlm"))
         best = "rvlm compile bf16" if ("rvlm compile bf16", "torchattacks") in found else "rvlm bf16"
-        cells_of_line = [
+        lines.append([
             case, "" if plain is None else f"{plain['images_per_s']:.1f}", ratio("rvlm", "torchattacks"),
             ratio("rvlm bf16", "torchattacks bf16"), ratio("rvlm bf16", "rvlm"), ratio("rvlm graph bf16", "rvlm bf16"),
             ratio("rvlm compile bf16", "rvlm bf16"), ratio(best, "torchattacks"),
             " / ".join("" if row is None else f"{row['peak_mib']:.0f}" for row in (plain, narrow)),
             "" if narrow is None else f"{narrow['verdicts_differing']} of {narrow['images']}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells_of_line) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown_table(heads, lines)
 
 
 def main() -> int:

@@ -16,8 +16,9 @@
 # Environment:
 #   PYTHON            interpreter that has torch (default python3)
 #   RVLM_WHEELS       folder of wheels that `build` installs first, without their dependencies: what the machine lacks of
-#                     open_clip_torch ftfy wcwidth jsonargparse docstring_parser typeshed_client, and as peers
-#                     torchattacks pyautoattack liger_kernel; foolbox needs eagerpy gitpython gitdb smmap beside it
+#                     pybind11 (else the host module is not built) open_clip_torch ftfy wcwidth jsonargparse
+#                     docstring_parser typeshed_client, and as peers torchattacks pyautoattack liger_kernel; foolbox
+#                     needs eagerpy gitpython gitdb smmap beside it
 #   RVLM_GPU_SECONDS  for the whole call (default 560)
 #   RVLM_BENCH_CPU=1  dry run on a CPU: tiny sizes, nothing installed; shows that this script works
 set -uo pipefail

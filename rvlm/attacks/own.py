@@ -89,7 +89,7 @@ def run_own(
         torch.manual_seed(seed)
         found = function(model, x.clone(), y.clone(), eps=eps, **passed)
     x_adv = found.x_adv if isinstance(found, AttackResult) else found
-    _check(spec, x_adv, x, eps, more.get("norm", "linf"), more.get("bounds", (0.0, 1.0)))
+    _check(spec, x_adv, x, eps, *(more.get(name, ASSUMED[name]) for name in ("norm", "bounds")))
     if isinstance(found, AttackResult):
         return found
     x_adv = x_adv.detach()

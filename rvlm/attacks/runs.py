@@ -26,7 +26,8 @@ class Run(Protocol):
     """One run of an attack, from a start (which it may overwrite) to what it keeps and the steps [B] it took.
 
     scored: the scores of what it keeps are needed. noise: None for an attack that draws nothing. A run that can go on
-    from any point has `continued(whole) -> Run`, the run of as many steps, or of a quarter, that does.
+    from any point has `continued(whole) -> Run`, the run of as many steps, or of a quarter, that does. One that may
+    share a batch (`rvlm.attacks.slots`) has `begin(objective, ball, start) -> Climb`.
     """
 
     def __call__(

@@ -17,10 +17,10 @@ class Task:
 
     prompt: str
     score: str
-    max_tokens: int = 20
+    max_tokens: int
 
 
 TASKS = {
-    "captioning": Task("Provide a one-sentence caption for the provided image.", "cider"),
-    "vqa": Task("{}\nAnswer the question using a single word or phrase.", "vqa"),  # as LLaVA-1.5 is asked
+    "captioning": Task("Provide a one-sentence caption for the provided image.", "cider", 20),
+    "vqa": Task("{}\nAnswer the question using a single word or phrase.", "vqa", 20),  # as LLaVA-1.5 is asked
 }

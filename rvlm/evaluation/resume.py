@@ -87,7 +87,7 @@ class State:
         return time.perf_counter() - self.saved > self.pause
 
     def write(self, known: dict[str, Any], columns: dict[str, np.ndarray] | None = None) -> None:
-        """known: plain values."""
+        """Replaces the file. known: plain values by name; columns: arrays by name."""
         began = time.perf_counter()
         about = json.dumps({"key": self.key, **known}).encode()
         with whole_file(self.path) as file:
@@ -96,7 +96,7 @@ class State:
         self.pause = max(PAUSE, (self.saved - began) / SHARE)
 
     def read(self, columns: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """What was written; None where there is no file.
+        """Plain values and, of the arrays, those named in columns, as they were written; None where there is no file.
 
         Raises:
             ValueError: it is something else, or of another evaluation.

@@ -352,7 +352,7 @@ def maps(path: str | Path, rows: dict[str, list[Tensor]], columns: list[str], ti
         low, high = (float(torch.stack(flat).min()), float(torch.stack(flat).max())) if flat else (0.0, 1.0)
         for axes, picture, column in zip(axes_of_row, pictures, columns, strict=True):
             if picture.dim() == 3:
-                axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+                _show(axes, picture)
             else:
                 axes.imshow(picture.numpy(), cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
                 table += [[name, column, h, *line] for h, line in enumerate(picture.tolist())]

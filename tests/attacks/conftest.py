@@ -66,3 +66,19 @@ def batch():
         return x, torch.randint(0, 5, (n,), generator=generator)
 
     return make
+
+
+@pytest.fixture
+def compiled_sizes(monkeypatch):
+    """Sizes of the batches that a stand-in for torch.compile, which compiles nothing, is called with (images last)."""
+    sizes = []
+
+    def compiled(work, **_):
+        def run(*given):
+            sizes.append(len(given[-1]))
+            return work(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return sizes

@@ -259,24 +259,14 @@ def test_slots_are_refilled(build, batch):
     assert sizes[0] == 8 and len(sizes) < len(chunks.seen) / 2
 
 
-def test_slots_keep_their_shape_when_compiled(build, batch, monkeypatch):
+def test_slots_keep_their_shape_when_compiled(build, batch, compiled_sizes):
     """Idle ones repeat a row, and change nothing."""
     model, (x, _) = build("mlp"), batch()
     y = model(x).argmax(1)
-    sizes = []
-
-    def compiled(function, **_):
-        def run(*given):
-            sizes.append(len(given[-1]))
-            return function(*given)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compiled)
     settings = dict(eps=0.05 * torch.linspace(1.5, 0.05, 6), steps=20, loss="dlr-targeted", restarts=2)
     settings |= dict(early_stop="compact", slots=5, return_info=True)
     found = apgd(model, x, y, engine="compile", generator=fixed(), **settings)
-    assert len(sizes) > 20 and set(sizes) == {5}
+    assert len(compiled_sizes) > 20 and set(compiled_sizes) == {5}
     eager = apgd(model, x, y, generator=fixed(), **settings)
     assert torch.equal(found.success, eager.success) and found.success.any() and not found.success.all()
     left = ~found.success

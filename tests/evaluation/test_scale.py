@@ -241,7 +241,7 @@ def test_hashes_are_those_of_the_text_in_one_piece():
 
 @pytest.mark.slow
 def test_chunks_take_as_long_at_the_end_as_at_the_start(tmp_path, monkeypatch):
-    """A state of 300,000 samples is 15 MB; it is not written for more than its share of the time."""
+    """A state of 300,000 samples is 37 MB; it is not written for more than its share of the time."""
     n, began, saves, save = 300_000, [], [], Keeper.save
 
     def read(index):
